@@ -1,0 +1,1 @@
+"""Remove backdoors from CLIP models, and prove it."""
