@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``pybackdoor.kernels``; one file per op, without policy."""

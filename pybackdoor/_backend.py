@@ -1,0 +1,79 @@
+"""Chooses the backend of a call, and can say why."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from pybackdoor._native import cuda_status
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+# What each op has, besides the reference; kernels/<op>.py is its Triton twin.
+NATIVE_CPU = frozenset()
+NATIVE_CUDA = frozenset()
+TRITON: frozenset[str] = frozenset()
+
+
+class Choice(NamedTuple):
+    """A backend (cuda, triton, cpu or reference) and the reason it was chosen."""
+
+    name: str
+    reason: str
+
+
+def _obstacle(name: str, device_type: str, op: str) -> str | None:
+    """Why backend `name` cannot run `op` on that kind of device; None if it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        if device_type != "cpu":
+            return f"the tensor is on {device_type}"
+        return None if op in NATIVE_CPU else f"{op} has no native CPU kernel"
+    if device_type != "cuda":
+        return f"the tensor is on {device_type}"
+    if name == "triton":
+        return None if op in TRITON else f"{op} has no Triton kernel"
+    return cuda_status() if op in NATIVE_CUDA else f"{op} has no native CUDA kernel"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def choose(x: torch.Tensor | torch.device, op: str) -> Choice:
+    """The backend that `op` takes for tensor (or device) x, with the reason.
+
+    CUDA: native CUDA if built and the driver answers, else Triton if the op has a twin, else the
+    reference with one warning. CPU: native CPU. PYBACKDOOR_BACKEND forces one.
+
+    Raises:
+        RuntimeError: PYBACKDOOR_BACKEND names a backend that cannot run this call.
+        ValueError: PYBACKDOOR_BACKEND names no backend.
+    """
+    device = x if isinstance(x, torch.device) else x.device
+    forced = os.environ.get("PYBACKDOOR_BACKEND")
+    if forced:
+        if forced not in BACKENDS:
+            raise ValueError(
+                f"{op}: PYBACKDOOR_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}"
+            )
+        obstacle = _obstacle(forced, device.type, op)
+        if obstacle:
+            raise RuntimeError(f"{op}: PYBACKDOOR_BACKEND={forced} cannot be used: {obstacle}")
+        return Choice(forced, "forced by PYBACKDOOR_BACKEND")
+    reasons = []
+    for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+        obstacle = _obstacle(name, device.type, op)
+        if obstacle is None:
+            text = "; ".join([*reasons, f"native {name}" if name != "triton" else "Triton"])
+            return Choice(name, text)
+        reasons.append(f"{name}: {obstacle}")
+    reason = "; ".join(reasons)
+    if device.type != "cpu":
+        _warn_once(f"{op}: runs the slow reference on {device.type} ({reason})")
+    return Choice("reference", reason)
