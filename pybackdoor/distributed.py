@@ -1,0 +1,97 @@
+"""One code path for one process and many: features are gathered, gradients summed.
+
+Every rank computes the loss of the whole batch from gathered features, in which only its own rows
+carry a gradient. The sum of the ranks' parameter gradients is then exactly the gradient that one
+process would get from the whole batch, whatever the ranks' shares of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_BUCKET_BYTES = 32 << 20  # gradients travel in flat buffers of this size: few calls, little memory
+
+
+class Ranks:
+    """The processes that share a run; all methods are the identity for a single one."""
+
+    def __init__(self) -> None:
+        active = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if active else 0
+        self.size = dist.get_world_size() if active else 1
+
+    @staticmethod
+    def start(device: torch.device) -> Ranks:
+        """Join the process group that torchrun announces in the environment, if there is one."""
+        announced = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+        if announced and dist.is_available() and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return Ranks()
+
+    def counts(self, local: int, device: torch.device) -> list[int]:
+        """Rows that each rank holds."""
+        if self.size == 1:
+            return [local]
+        mine = torch.tensor([local], device=device)
+        every = [torch.zeros_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine)
+        return torch.cat(every).tolist()
+
+    def gather(
+        self,
+        x: Tensor,  # [n, D] this rank's rows
+        counts: list[int],  # rows of each rank
+    ) -> Tensor:
+        """[sum(counts), D]: the rows of all ranks in rank order; only local rows carry gradients."""
+        return x if self.size == 1 else _Gather.apply(x, counts, self.rank)
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace each gradient by its sum over ranks; a rank without one contributes zero."""
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            if bucket and (
+                p.grad.dtype != bucket[0].dtype
+                or sum(g.nbytes for g in bucket) + p.grad.nbytes > _BUCKET_BYTES
+            ):
+                _sum_in_place(bucket)
+                bucket = []
+            bucket.append(p.grad)
+        if bucket:
+            _sum_in_place(bucket)
+
+    def same_start(self, model: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0."""
+        if self.size > 1:
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, counts: list[int], rank: int) -> Tensor:
+        ctx.start, ctx.rows = sum(counts[:rank]), counts[rank]
+        padded = x.new_zeros((max(counts), *x.shape[1:]))
+        padded[: len(x)] = x
+        every = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(every, padded)
+        return torch.cat([rows[:n] for rows, n in zip(every, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad[ctx.start : ctx.start + ctx.rows], None, None
+
+
+def _sum_in_place(tensors: list[Tensor]) -> None:
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

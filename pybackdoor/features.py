@@ -1,0 +1,113 @@
+"""Unit features of whole sets: batched, on the clean transform, with or without a trigger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from .batches import InputRules, Tokenizer
+from .data import ImageStore
+from .engine import PRECISIONS, Encoder
+from .ops import trigger_normalize
+from .triggers import TriggerSpec, bind
+
+
+class FeatureReader:
+    """Encodes image sets and captions with one model, in evaluation mode, without gradients.
+
+    Args:
+        model: encoded on the device it is on; its mode is restored by ``reading``.
+        tokenizer: list of strings -> [n, L] tokens.
+        mean, std: of the pixels; default the model's own.
+        batch_size: images or captions a time.
+        precision: "fp32" or "bf16" autocast.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        batch_size: int = 256,
+        precision: str = "fp32",
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
+        self._model, self._tokenizer, self._batch = model, tokenizer, batch_size
+        self._rules = InputRules.of(model, mean=mean, std=std)
+        if self._rules.mean is None:
+            raise ValueError("mean and std are unknown: the model carries none, so pass both")
+        self._device = next(model.parameters()).device
+        self._encoder = Encoder(PRECISIONS[precision], self._device)
+
+    def images(
+        self,
+        store: ImageStore,
+        ids: np.ndarray,  # [N] int64, keys of what is random in a trigger
+        trigger: TriggerSpec | None = None,
+    ) -> Tensor:
+        """[N, D] fp32 unit rows on the CPU, of the images as they are or with the trigger on."""
+        size = self._rules.image_size
+        if size is not None and tuple(store.image_size) != size:
+            raise ValueError(
+                f"images must be {size[0]}x{size[1]} pixels for this model, got "
+                f"{store.image_size[0]}x{store.image_size[1]}"
+            )
+        bound = None if trigger is None else bind(trigger, store.image_size, self._device)
+        dtype = self._encoder.input_dtype(self._model)
+        rows = []
+        with self._reading():
+            for index in self._chunks(len(store)):
+                pixels = torch.from_numpy(store.take(index)).to(self._device)
+                on = {} if bound is None else bound.arguments(torch.from_numpy(ids[index]))
+                x = trigger_normalize(pixels, mean=self._rules.mean, std=self._rules.std, **on)
+                rows.append(self._encoder.image(self._model, x.to(dtype)).float().cpu())
+        return _finite(torch.cat(rows), "image")
+
+    def captions(self, captions: Sequence[str]) -> Tensor:
+        """[N, D] fp32 unit rows on the CPU; equal captions are encoded once."""
+        unique = list(dict.fromkeys(captions))
+        place = {caption: i for i, caption in enumerate(unique)}
+        rows = []
+        with self._reading():
+            for index in self._chunks(len(unique)):
+                tokens = self._tokenizer([unique[i] for i in index]).to(self._device)
+                rows.append(self._encoder.text(self._model, tokens).float().cpu())
+        return _finite(torch.cat(rows)[[place[caption] for caption in captions]], "text")
+
+    def class_head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """[classes, D] zero-shot head: normalised mean of each class's normalised prompts."""
+        prompts = [template.format(name) for name in classes for template in templates]
+        features = self.captions(prompts).view(len(classes), len(templates), -1)
+        return normalize(features.mean(1), dim=-1)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self._model.modules()]
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _chunks(self, n: int) -> Iterator[np.ndarray]:
+        for start in range(0, n, self._batch):
+            yield np.arange(start, min(start + self._batch, n))
+
+
+def _finite(features: Tensor, tower: str) -> Tensor:
+    bad = int((~features.isfinite()).any(-1).sum())
+    if bad:
+        raise ValueError(f"the model's {tower} features of {bad} of {len(features)} are not finite")
+    return features
