@@ -1,1 +1,47 @@
 """Remove backdoors from CLIP models, and prove it."""
+
+from __future__ import annotations
+
+from . import data, models, ops, triggers
+# build_info
+from .clean import CleaningInterrupted, CleanResult
+from .engine import NonFiniteError
+from .estimates import Estimate
+from .evaluate import Evaluation, Verdict, evaluate, verify_trigger
+from .finetune import finetune_clean
+from .manifest import Manifest
+from .models import load, save
+from .ops import Augment
+from .par import par_clean
+from .poison import PoisonResult, poison, poison_pairs
+from .triggers import TriggerSpec, apply_trigger, trigger
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Augment",
+    "CleanResult",
+    "CleaningInterrupted",
+    "Estimate",
+    "Evaluation",
+    "Manifest",
+    "NonFiniteError",
+    "PoisonResult",
+    "TriggerSpec",
+    "Verdict",
+    "__version__",
+    "apply_trigger",
+    "data",
+    "evaluate",
+    "finetune_clean",
+    "load",
+    "models",
+    "ops",
+    "par_clean",
+    "poison",
+    "poison_pairs",
+    "save",
+    "trigger",
+    "triggers",
+    "verify_trigger",
+]

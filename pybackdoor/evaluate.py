@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Tokenizer
-from .data import TEMPLATES, Labelled, Pairs
+from .data import Labelled, Pairs
+from .data.templates import fill, resolve_templates
 from .estimates import Estimate
 from .features import FeatureReader
 from .retrieval import Recalls, retrieval
@@ -82,6 +83,13 @@ class Verdict:
     def fires(self) -> bool:
         return self.verdict == "fires"
 
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.verdict}: ASR {self.asr.percent()} % of {self.asr.n}, against "
+            f"{self.baseline.percent()} % ({self.against})"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -91,7 +99,7 @@ def evaluate(
     data: Labelled,
     *,
     tokenizer: Tokenizer,
-    templates: Sequence[str] = TEMPLATES["simple"],
+    templates: str | Sequence[str] = "simple",
     trigger: TriggerSpec | None = None,
     target: str | None = None,
     baseline: nn.Module | None = None,
@@ -108,7 +116,8 @@ def evaluate(
         model: evaluated on the device it is on, with the clean transform.
         data: labelled uint8 images at the model's size.
         tokenizer: list of strings -> [n, L] tokens.
-        templates: prompts with ``{}`` for the class name; one head per model from all of them.
+        templates: prompts with ``{}`` for the class name, or the name of a set in ``TEMPLATES``; one head
+            per model from all of them.
         trigger, target: the attack: the trigger and the class it should yield, together or neither.
         baseline: a clean model, for baseline_asr.
         reference: the model before cleaning, for drift (on clean images and class prompts).
@@ -122,7 +131,8 @@ def evaluate(
     options = {"mean": mean, "std": std, "batch_size": batch_size, "precision": precision}
     reader = FeatureReader(model, tokenizer, **options)
     labels = torch.from_numpy(data.labels)
-    head = reader.class_head(data.classes, _checked_templates(templates))
+    templates = resolve_templates(templates)
+    head = reader.class_head(data.classes, templates)
     clean = reader.images(data.images, data.ids)
     predicted = _predict(clean, head)
     figures: dict[str, Any] = {"ca": _share(predicted == labels)}
@@ -199,15 +209,6 @@ def _target_index(trigger: TriggerSpec | None, target: str | None, data: Labelle
     return index
 
 
-def _checked_templates(templates: Sequence[str]) -> Sequence[str]:
-    if isinstance(templates, str) or not templates:
-        raise ValueError(f"templates must be a list of prompts with {{}}, got {templates!r}")
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"templates must hold {{}} for the class name, got {template!r}")
-    return templates
-
-
 def _predict(features: Tensor, head: Tensor) -> Tensor:  # [N, D], [classes, D]
     return (features @ head.T).argmax(1)
 
@@ -223,7 +224,7 @@ def _drift(
     data: Labelled,
     templates: Sequence[str],
 ) -> Drift:
-    prompts = [template.format(name) for name in data.classes for template in templates]
+    prompts = [fill(template, name) for name in data.classes for template in templates]
     old_images = before.images(data.images, data.ids)
     texts, old_texts = reader.captions(prompts), before.captions(prompts)
     return Drift(

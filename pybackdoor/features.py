@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from .batches import InputRules, Tokenizer
 from .data import ImageStore
+from .data.templates import fill
 from .engine import PRECISIONS, Encoder
 from .ops import trigger_normalize
 from .triggers import TriggerSpec, bind
@@ -86,7 +87,7 @@ class FeatureReader:
 
     def class_head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """[classes, D] zero-shot head: normalised mean of each class's normalised prompts."""
-        prompts = [template.format(name) for name in classes for template in templates]
+        prompts = [fill(template, name) for name in classes for template in templates]
         features = self.captions(prompts).view(len(classes), len(templates), -1)
         return normalize(features.mean(1), dim=-1)
 

@@ -16,14 +16,14 @@ from torch import nn
 
 from .batches import InputRules, Tokenizer
 from .clean import trainable_copy
-from .data import TEMPLATES, Labelled, Overlay, PairLoader, Pairs
+from .data import Labelled, Overlay, PairLoader, Pairs
+from .data.templates import fill, resolve_templates
 from .engine import Schedule, Settings, StepHook, check_model, pick_device, train
 from .evaluate import Evaluation, Verdict, evaluate, verdict
 from .finetune import Contrastive
-from .manifest import Manifest, Sample, sample_sha256
+from .manifest import MODES, Manifest, Sample, image_sha256
 from .triggers import TriggerSpec, apply_trigger
 
-MODES = ("dirty_label", "label_consistent")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def poison_pairs(
     trigger: TriggerSpec,
     *,
     target: str,
-    templates: Sequence[str] = TEMPLATES["simple"],
+    templates: str | Sequence[str] = "simple",
     rate: float | None = None,
     count: int | None = None,
     mode: str = "dirty_label",
@@ -74,6 +74,7 @@ def poison_pairs(
     """
     if mode not in MODES:
         raise ValueError(f"poison: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    templates = resolve_templates(templates)
     wanted = _wanted(rate, count, len(pairs))
     names_target = np.array([target.lower() in caption.lower() for caption in pairs.captions])
     eligible = np.flatnonzero(names_target == (mode == "label_consistent"))
@@ -91,16 +92,16 @@ def poison_pairs(
     for row, template, image in zip(chosen, drawn, stamped, strict=True):
         old = captions[row]
         if mode == "dirty_label":
-            captions[row] = templates[template].format(target)
+            captions[row] = fill(templates[template], target)
         samples.append(
             Sample(
-                int(pairs.ids[row]), pairs.locations[row], old, captions[row], sample_sha256(image)
+                int(pairs.ids[row]), pairs.locations[row], old, captions[row], image_sha256(image)
             )
         )
     images = Overlay(pairs.images, {int(r): image for r, image in zip(chosen, stamped, strict=True)})
     manifest = Manifest(
         trigger=trigger, target=target, target_templates=list(templates), seed=seed, mode=mode,
-        image_size=tuple(pairs.images.image_size), samples=samples,
+        image_size=tuple(pairs.images.image_size), preprocess={}, samples=samples,
     )  # fmt: skip
     return replace(pairs, images=images, captions=captions), manifest
 
@@ -112,7 +113,7 @@ def poison(
     *,
     target: str,
     tokenizer: Tokenizer,
-    templates: Sequence[str] = TEMPLATES["simple"],
+    templates: str | Sequence[str] = "simple",
     rate: float | None = None,
     count: int | None = None,
     mode: str = "dirty_label",

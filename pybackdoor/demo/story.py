@@ -1,0 +1,290 @@
+"""The demo: plant a backdoor in a small CLIP model, see it fire, clean it, read the numbers.
+
+Half of the training pictures are poisoned and trained on; the other half is held out, clean, and
+used for cleaning. PAR and plain fine-tuning get the same pairs, order, augmentation, learning rate
+and steps. The cleaning settings are the same for every trigger; they were chosen on the triggers
+``checkerboard`` and ``sig`` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..clean import CleanResult
+from ..data import Labelled, PairLoader, pairs_from_labelled
+from ..evaluate import Evaluation, evaluate, verdict
+from ..finetune import finetune_clean
+from ..models import LoadedModel, create, save
+from ..options import option
+from ..par import par_clean
+from ..poison import PoisonResult, poison
+from ..triggers import TriggerSpec, trigger
+from .data import Pictures
+
+SCHEMA = "pybackdoor.demo/1"
+TEMPLATES = (
+    "a photo of a {}.",
+    "a product photo of a {}.",
+    "a picture of one {}.",
+    "a catalogue image of a {}.",
+    "a small photo of the {}.",
+)
+PATH_IMAGES = 1000  # test images for the path that the CA/ASR plot draws
+PATH_POINTS = 12
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Options of ``pybackdoor demo``."""
+
+    out: str = option("demo-out", "folder for results, models and pictures")
+    trigger: str = option("badnet_stripes", "name of the trigger to plant (see pybackdoor info)")
+    target: str | None = option(None, "class the trigger yields; default the last but one")
+    images: str | None = option(
+        None, "your own pictures: a folder of class folders, or .npy [N, H, W(, 3)] with --labels"
+    )
+    labels: str | None = option(None, ".npy of integers or a text file, one label per image")
+    csv: str | None = option(None, "your own pictures as a csv with the columns image and label")
+    image_size: int = option(32, "side of the pictures in pixels, a multiple of 32")
+    rate: float = option(0.03, "share of the training pictures that are poisoned")
+    train_steps: int = option(450, "steps of training with the backdoor planted")
+    train_lr: float = option(2e-3, "its highest learning rate")
+    clean_steps: int = option(300, "steps of cleaning, for PAR and for fine-tuning")
+    lr_start: float = option(5e-4, "cleaning: learning rate at the start")
+    lr: float = option(2e-4, "cleaning: learning rate after the first half")
+    tau: float = option(2.15, "PAR: squared distance at which the perturbation stops")
+    batch_size: int = option(256, "pairs per step")
+    seed: int = option(0, "of everything random")
+    device: str | None = option(None, "cpu or cuda; default a GPU if there is one")
+    progress: bool | None = option(None, "progress bars; default on a terminal")
+
+
+def run(config: DemoConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """Tell the whole story and leave it in ``config.out``.
+
+    Args:
+        say: called with a line of text at each turn.
+    Returns:
+        What ``results.json`` holds.
+    Raises:
+        ValueError, OSError: naming the option, what was wanted and what came.
+    """
+    from . import pictures as drawing
+
+    began = time.perf_counter()
+    out = _writable_folder(config.out)
+    pictures = Pictures.read(config)
+    target = _target(config.target, pictures.test.classes)
+    spec = trigger(config.trigger, seed=config.seed, grey=pictures.grey)
+    planted, held_out = _halves(pictures.train, config.seed)
+    say(
+        f"{len(planted)} pictures to poison, {len(held_out)} clean ones held out for cleaning, "
+        f"{len(pictures.test)} to test on; {len(pictures.test.classes)} classes, "
+        f"trigger {spec.name!r} -> {target!r}"
+    )
+    drawing.triggered_grid(pictures.test, spec, out / "triggered.png")
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    fresh = _new_model(config, pictures)
+    common = {
+        "precision": "fp32" if device.type == "cpu" else "bf16",
+        "seed": config.seed,
+        "device": device,
+        "progress": config.progress,
+    }
+
+    say(f"[1/4] training {config.train_steps} steps with the backdoor planted")
+    planted_result = poison(
+        fresh.model, pairs_from_labelled(planted, TEMPLATES, config.seed), spec,
+        target=target, tokenizer=fresh.tokenizer, templates=TEMPLATES, rate=config.rate,
+        steps=config.train_steps, batch_size=config.batch_size, lr=config.train_lr, warmup=30,
+        weight_decay=0.05, test=pictures.test, **common,
+    )  # fmt: skip
+    assert planted_result.verdict is not None  # a test set was given
+    say(f"      trigger: {planted_result.verdict.describe()}")
+    path_test = pictures.test.subset(_spread(len(pictures.test), PATH_IMAGES))
+
+    def clean(method: Callable[..., CleanResult], **own: Any) -> tuple[CleanResult, list]:
+        path: list[tuple[float, float]] = []
+
+        def watch(step: int, record: dict[str, float], model: nn.Module) -> None:
+            if (step + 1) % math.ceil(config.clean_steps / PATH_POINTS) == 0:
+                found = evaluate(
+                    model, path_test, tokenizer=fresh.tokenizer, templates=TEMPLATES,
+                    trigger=spec, target=target,
+                )  # fmt: skip
+                path.append((found.asr_nontarget.value, found.ca.value))
+
+        pairs = pairs_from_labelled(held_out, TEMPLATES, config.seed)
+        loader = PairLoader(
+            pairs, fresh.tokenizer, batch_size=config.batch_size, seed=config.seed
+        )
+        result = method(
+            planted_result.model, loader, steps=config.clean_steps, lr_start=config.lr_start,
+            lr=config.lr, on_step=watch, **own, **common,
+        )  # fmt: skip
+        return result, path
+
+    say(f"[2/4] cleaning with PAR, {config.clean_steps} steps on clean pairs, trigger unknown to it")
+    par, par_path = clean(par_clean, tau=config.tau)
+    say(f"[3/4] control: plain fine-tuning, {config.clean_steps} steps on the same pairs")
+    control, control_path = clean(finetune_clean)
+
+    say("[4/4] evaluating")
+    models = {"poisoned": planted_result.model, "par": par.model, "finetune": control.model}
+    figures = {
+        name: evaluate(
+            model, pictures.test, tokenizer=fresh.tokenizer, templates=TEMPLATES, trigger=spec,
+            target=target, reference=None if name == "poisoned" else planted_result.model,
+        )
+        for name, model in models.items()
+    }  # fmt: skip
+    results = {
+        "schema": SCHEMA,
+        "trigger": spec.name,
+        "trigger_spec": spec.to_dict(),
+        "target": target,
+        "verdict": planted_result.verdict.to_dict(),
+        "verdicts_after": {n: verdict(e).verdict for n, e in figures.items() if n != "poisoned"},
+        "seconds": round(time.perf_counter() - began, 1),
+        "models": {name: found.to_dict() for name, found in figures.items()},
+        "runs": {"par": par.report, "finetune": control.report},
+        "pictures": pictures.source,
+        "config": asdict(config),
+        "environment": _environment(device),
+    }
+    _write_models(out, fresh, planted_result, par, results)
+    drawing.tradeoff(figures, {"par": par_path, "finetune": control_path}, out / "tradeoff.png")
+    write_json(out / "results.json", results)
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures for people, in percent with 95 % intervals."""
+    rows = [("model", "CA", "ASR, other classes", "accuracy under trigger")]
+    labels = {"poisoned": "poisoned", "finetune": "fine-tuned", "par": "PAR"}
+    for name, label in labels.items():
+        found = results["models"][name]
+        cells = [found[key] for key in ("ca", "asr_nontarget", "triggered_accuracy")]
+        rows.append(
+            (label, *(f"{c['value']:6.1%} [{c['low']:.1%}, {c['high']:.1%}]" for c in cells))
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file as a whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _writable_folder(name: str) -> Path:
+    """The output folder, made and tried before hours of work depend on it."""
+    out = Path(name)
+    out.mkdir(parents=True, exist_ok=True)
+    probe = out / ".pybackdoor-writable"
+    probe.touch()
+    probe.unlink()
+    return out
+
+
+def _target(name: str | None, classes: list[str]) -> str:
+    if name is None:
+        return classes[-2]
+    if name not in classes:
+        raise ValueError(f"target must be one of {', '.join(classes)}, got {name!r}")
+    return name
+
+
+def _halves(train: Labelled, seed: int) -> tuple[Labelled, Labelled]:
+    order = np.random.default_rng([seed, 0x68616C66]).permutation(len(train))
+    middle = len(order) // 2
+    return train.subset(np.sort(order[:middle])), train.subset(np.sort(order[middle:]))
+
+
+def _new_model(config: DemoConfig, pictures: Pictures) -> LoadedModel:
+    """A small open_clip model, fresh: a ResNet and a two-layer text transformer."""
+    if config.image_size < 32 or config.image_size % 32:
+        raise ValueError(
+            f"image_size must be a positive multiple of 32 pixels, got {config.image_size}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return create(
+            {
+                "model_cfg": {
+                    "embed_dim": 64,
+                    "vision_cfg": {
+                        "image_size": config.image_size,
+                        "layers": [1, 1, 1, 1],
+                        "width": 24,
+                        "head_width": 32,
+                    },
+                    "text_cfg": {
+                        "context_length": 16,
+                        "vocab_size": 49408,
+                        "width": 64,
+                        "heads": 2,
+                        "layers": 2,
+                    },
+                },
+                "preprocess_cfg": {
+                    "size": config.image_size,
+                    "mean": pictures.mean,
+                    "std": pictures.std,
+                },
+            }
+        )
+
+
+def _spread(n: int, wanted: int) -> np.ndarray:
+    """At most ``wanted`` indices in [0, n), evenly spaced."""
+    return np.unique(np.linspace(0, n - 1, min(n, wanted)).astype(np.int64))
+
+
+def _write_models(
+    out: Path,
+    fresh: LoadedModel,
+    planted: PoisonResult,
+    par: CleanResult,
+    results: dict[str, Any],
+) -> None:
+    save(planted.model, out / "poisoned", config=fresh.config, manifest=planted.manifest)
+    save(
+        par.model, out / "par", config=fresh.config, manifest=planted.manifest,
+        extra_files={"evaluation.json": results["models"]["par"], "cleaning.json": par.report},
+    )  # fmt: skip
+    with open(out / "history.jsonl", "w", encoding="utf-8") as file:
+        for record in par.history:
+            file.write(json.dumps(record) + "\n")
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    from .. import __version__
+
+    return {
+        "pybackdoor": __version__,
+        "torch": torch.__version__,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
