@@ -1,0 +1,47 @@
+"""Data sets of images with captions or labels, decoded once, and the loader over them.
+
+Importing this starts neither Pillow nor open_clip; the functions that need them do.
+"""
+
+from .cache import default_cache_dir
+from .decode import decode_image
+from .ledger import BadRow, Ledger
+from .loader import PairLoader
+from .pairs import Labelled, Pairs, pairs_from_labelled
+from .preprocess import BrokenImage, Preprocessing
+from .sources import (
+    labelled_from_arrays,
+    labelled_from_csv,
+    labelled_from_folder,
+    pairs_from_arrays,
+    pairs_from_csv,
+    pairs_from_folder,
+)
+from .store import ArrayImages, CachedImages, ImageStore, Overlay
+from .templates import TEMPLATES, read_classes, resolve_templates
+
+__all__ = [
+    "TEMPLATES",
+    "ArrayImages",
+    "BadRow",
+    "BrokenImage",
+    "CachedImages",
+    "ImageStore",
+    "Labelled",
+    "Ledger",
+    "Overlay",
+    "PairLoader",
+    "Pairs",
+    "Preprocessing",
+    "decode_image",
+    "default_cache_dir",
+    "labelled_from_arrays",
+    "labelled_from_csv",
+    "labelled_from_folder",
+    "pairs_from_arrays",
+    "pairs_from_csv",
+    "pairs_from_folder",
+    "pairs_from_labelled",
+    "read_classes",
+    "resolve_templates",
+]

@@ -1,0 +1,230 @@
+"""Batches of pairs, in an order that (seed, epoch, position) says all about."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._keyed import permutation
+from .pairs import Pairs
+from .tokens import TokenTable
+
+_STATE = ("seed", "epoch", "position")
+
+
+class PairLoader:
+    """Iterates over one epoch of pairs at a time.
+
+    Epoch e visits the pairs in a permutation that depends on (seed, e, len(pairs)) alone. Each
+    global batch is split among the ranks as ``numpy.array_split`` does, so the ranks' batches put
+    together are the batch of a single process. A batch at the end that would leave a rank without
+    a pair, or hold a single pair in all, is left out: a contrast needs two.
+
+    An iteration starts at the loaded position, else at the start of the epoch. Run to its end, it
+    moves on to the next epoch; left early, the next one starts where it started. Batches are
+    prepared by a thread, which ends with the iteration.
+
+    Args:
+        pairs: at least two.
+        tokenizer: list of n strings -> [n, L] tokens, or a Hugging Face tokenizer. Called once
+            per different caption, at the first iteration; captions that it cuts are counted in
+            one warning.
+        batch_size: pairs of a global batch, over all ranks; at least 2 and one per rank.
+        seed: of the order.
+        shuffle: False = the order of the pairs.
+        drop_last: leave out an incomplete batch at the end.
+        rank, world_size: None = of torch.distributed where it runs, else 0 and 1.
+        prefetch: batches prepared ahead.
+        pin_memory: put batches in page-locked memory; None = when CUDA is in use.
+        progress: show a bar while tokenising; None = on a terminal.
+    Yields:
+        {"images": [b, H, W, 3] uint8, "tokens": [b, L] int64, "ids": [b] int64}.
+    Raises:
+        TypeError, ValueError: naming the argument.
+    Example:
+        >>> for batch in PairLoader(pairs, tokenizer, batch_size=64): ...
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
+        prefetch: int = 2,
+        pin_memory: bool | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self.rank, self.world_size = _ranks(rank, world_size)
+        if len(pairs) < 2:
+            raise ValueError(f"PairLoader: pairs must hold at least 2 pairs, got {len(pairs)}")
+        least = max(2, self.world_size)
+        if _whole("batch_size", batch_size) < least:
+            raise ValueError(
+                f"PairLoader: batch_size must be at least 2 and at least one pair for each of "
+                f"{self.world_size} ranks, got {batch_size}"
+            )
+        if _whole("prefetch", prefetch) < 1:
+            raise ValueError(f"PairLoader: prefetch must be at least 1, got {prefetch}")
+        self.pairs, self.tokenizer = pairs, tokenizer
+        self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
+        self._least = batch_size if drop_last else least  # pairs that the last batch must hold
+        if len(pairs) < self._least:
+            raise ValueError(
+                f"PairLoader: {len(pairs)} pairs do not fill one batch of {self._least}: lower "
+                "batch_size" + (", or pass drop_last=False" if drop_last else "")
+            )
+        self._prefetch, self._pin, self._progress = prefetch, pin_memory, progress
+        self._seed = _whole("seed", seed)
+        self._epoch = self._start = self._position = 0
+        self._tokens: TokenTable | None = None
+
+    def __len__(self) -> int:
+        """Global batches of a whole epoch."""
+        return len(self._batch_starts(0))
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration visits."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Visit this epoch next, from its start; a loaded position in the same epoch stays."""
+        if _whole("epoch", epoch) != self._epoch:
+            self._epoch, self._start, self._position = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """{"seed", "epoch", "position"}; position counts the pairs of the epoch delivered."""
+        return {"seed": self._seed, "epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue from a state: the next iteration yields what remained.
+
+        Batch size and number of ranks may differ from those that the state was taken with.
+
+        Raises:
+            ValueError: other keys, or a position outside the pairs.
+        """
+        if set(state) != set(_STATE):
+            raise ValueError(f"PairLoader: state must hold {list(_STATE)}, got {sorted(state)}")
+        seed, epoch, position = (_whole(name, state[name]) for name in _STATE)
+        if position > len(self.pairs):
+            raise ValueError(
+                f"PairLoader: position must be in [0, {len(self.pairs)}], the pairs, got {position}"
+            )
+        self._seed, self._epoch, self._start, self._position = seed, epoch, position, position
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if self._tokens is None:
+            self._tokens = TokenTable(self.pairs.captions, self.tokenizer, progress=self._progress)
+            self._tokens.warn_if_truncated()
+        return self._iterate(self._tokens)
+
+    def _iterate(self, tokens: TokenTable) -> Iterator[dict[str, Tensor]]:
+        seed, epoch = self._seed, self._epoch
+        self._position = self._start
+        count = len(self.pairs)
+        order = permutation(seed, epoch, count) if self.shuffle else np.arange(count)
+        ends = [min(s + self.batch_size, count) for s in self._batch_starts(self._start)]
+        starts = [self._start, *ends[:-1]] if ends else []
+        slices = [
+            np.array_split(order[start:end], self.world_size)[self.rank]
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        pin = torch.cuda.is_initialized() if self._pin is None else self._pin
+        with closing(_prefetched(slices, self.pairs, tokens, pin, self._prefetch)) as batches:
+            for end, batch in zip(ends, batches, strict=True):
+                self._position = end
+                yield batch
+        if (self._seed, self._epoch) == (seed, epoch):
+            self._epoch, self._start, self._position = epoch + 1, 0, 0
+
+    def _batch_starts(self, first: int) -> range:
+        """Where in the epoch's order each global batch starts, from a first position on."""
+        starts = range(first, len(self.pairs), self.batch_size)
+        if len(starts) and len(self.pairs) - starts[-1] < self._least:
+            starts = starts[:-1]
+        return starts
+
+
+def _prefetched(
+    slices: list[np.ndarray], pairs: Pairs, tokens: TokenTable, pin: bool, depth: int
+) -> Generator[dict[str, Tensor], None, None]:
+    """Batches of the given rows, made by a thread that is at most depth batches ahead.
+
+    What the thread raises is raised here. However the caller leaves, the thread is over after.
+    """
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    stop = threading.Event()
+    device = torch.cuda.current_device() if pin and torch.cuda.is_initialized() else None
+
+    def work() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # else pinning would open a context on device 0
+            for rows in slices:
+                if stop.is_set():
+                    return
+                ready.put(_batch(pairs, tokens, rows, pin))
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=work, name="pybackdoor-prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in slices:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        while thread.is_alive():  # it may be waiting for room in the queue
+            try:
+                ready.get(timeout=0.01)
+            except queue.Empty:
+                pass
+        thread.join()
+
+
+def _batch(pairs: Pairs, tokens: TokenTable, rows: np.ndarray, pin: bool) -> dict[str, Tensor]:
+    batch = {
+        "images": torch.from_numpy(pairs.images.take(rows)),
+        "tokens": tokens.take(rows),
+        "ids": torch.from_numpy(pairs.ids[rows]),
+    }
+    return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
+
+
+def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise ValueError("PairLoader: rank and world_size go together: give both or neither")
+    if rank is None or world_size is None:
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return 0, 1
+        return distributed.get_rank(), distributed.get_world_size()
+    if not 0 <= _whole("rank", rank) < _whole("world_size", world_size):
+        raise ValueError(f"PairLoader: rank must be in [0, world_size), got {rank} of {world_size}")
+    return rank, world_size
+
+
+def _whole(name: str, value: Any) -> int:
+    """A non-negative integer argument."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"PairLoader: {name} must be an integer, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"PairLoader: {name} must not be negative, got {value}")
+    return int(value)

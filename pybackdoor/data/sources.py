@@ -1,0 +1,392 @@
+"""Pairs and labelled sets from csv and tsv files, image folders and arrays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cache import Slot, default_cache_dir, open_cache
+from .labels import class_list, label_numbers
+from .ledger import Ledger
+from .pairs import Labelled, Pairs, pairs_from_labelled
+from .preprocess import Preprocessing
+from .store import ArrayImages, ImageStore, pixel_array, subset_images
+from .tables import CAPTION_KEYS, IMAGE_KEYS, LABEL_KEYS, read_columns
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
+     ".avif"}
+)  # fmt: skip
+
+
+def pairs_from_csv(
+    path: str | Path,
+    *,
+    image_size: int | tuple[int, int],
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    delimiter: str | None = None,
+    root: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    max_bad: float = 0.01,
+    num_workers: int | None = None,
+    progress: bool | None = None,
+) -> Pairs:
+    """Pairs from a csv or tsv file with a header.
+
+    The images are decoded once into the cache. A row with a broken image, an empty caption or
+    another number of fields than the header is left out, counted and written to the ledger.
+
+    Args:
+        path: the file; ``image,caption`` and ``filepath<tab>title`` are known headers.
+        image_size: pixels, one side or (height, width).
+        resize_mode, interpolation: as in `Preprocessing`.
+        image_key, caption_key: column names, when the header has others.
+        delimiter: None = tab or comma, whichever gives the columns.
+        root: folder of relative image paths; None = the file's own.
+        cache_dir: None = `default_cache_dir()`.
+        max_bad: share of the rows that may be bad, in [0, 1]; 0 for evaluation.
+        num_workers: decoding threads; None = one per core.
+        progress: show a bar; None = on a terminal.
+    Raises:
+        ValueError: columns missing, text not UTF-8, more bad rows than max_bad allows.
+        OSError: file unreadable, cache folder not writable, disk full.
+    """
+    op, path = "pairs_from_csv", Path(path)
+    table = read_columns(
+        op, path, _keys(image_key, IMAGE_KEYS), _keys(caption_key, CAPTION_KEYS), delimiter
+    )
+    reader = _Reader(
+        op, os.path.abspath(path), Preprocessing(image_size, resize_mode, interpolation),
+        cache_dir, max_bad, num_workers, progress,
+    )  # fmt: skip
+    images, rows, ledger, locations = reader.read(_resolved(table.images, path, root), table.bad)
+    return Pairs(images, [table.texts[row] for row in rows], rows, locations, ledger)
+
+
+def labelled_from_csv(
+    path: str | Path,
+    *,
+    image_size: int | tuple[int, int],
+    classes: Sequence[str] | None = None,
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
+    image_key: str | None = None,
+    label_key: str | None = None,
+    delimiter: str | None = None,
+    root: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    max_bad: float | None = None,
+    num_workers: int | None = None,
+    progress: bool | None = None,
+) -> Labelled:
+    """A labelled set from a csv or tsv file with an image and a label column.
+
+    Args:
+        classes: class names in order; None = the labels' names, sorted. Labels are names, or
+            numbers into classes.
+        max_bad: None = any bad row is an error; a share of the rows = leave out that many at
+            most, counted in ``num_bad`` and listed in ``ledger``.
+        The others as in `pairs_from_csv`.
+    Raises:
+        ValueError: as `pairs_from_csv`; also a label that is not in classes, named.
+    """
+    op, path = "labelled_from_csv", Path(path)
+    table = read_columns(
+        op, path, _keys(image_key, IMAGE_KEYS), _keys(label_key, LABEL_KEYS), delimiter
+    )
+    good = [row for row in range(len(table.texts)) if row not in table.bad]
+    if not good:
+        raise ValueError(f"{op}: {path} has no usable rows; row 0: {table.bad[0]}")
+    names, numbers = label_numbers(
+        op, [table.texts[row].strip() for row in good], classes,
+        lambda i: f"row {good[i]} (line {table.lines[good[i]]}) of {path}",
+    )  # fmt: skip
+    labels = np.zeros(len(table.texts), np.int64)
+    labels[good] = numbers
+    reader = _Reader(
+        op, os.path.abspath(path), Preprocessing(image_size, resize_mode, interpolation),
+        cache_dir, max_bad or 0.0, num_workers, progress,
+    )  # fmt: skip
+    images, rows, ledger, locations = reader.read(_resolved(table.images, path, root), table.bad)
+    return Labelled(images, labels[rows], names, rows, locations, ledger)
+
+
+def labelled_from_folder(
+    root: str | Path,
+    *,
+    image_size: int | tuple[int, int],
+    classes: Sequence[str] | Mapping[str, str] | None = None,
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
+    cache_dir: str | Path | None = None,
+    max_bad: float | None = None,
+    num_workers: int | None = None,
+    progress: bool | None = None,
+) -> Labelled:
+    """A labelled set from ``root/class name/*.jpg``, sub-folders included.
+
+    Hidden files and files without an image's extension are no images.
+
+    Args:
+        root: folder of one folder per class.
+        classes: folder names in order, or {folder name: class name}; None = all, sorted.
+        The others as in `labelled_from_csv`.
+    Raises:
+        ValueError: no class folders, no images, or a folder that is not in classes.
+    """
+    return _from_folder(
+        "labelled_from_folder", root, classes,
+        Preprocessing(image_size, resize_mode, interpolation),
+        cache_dir, max_bad or 0.0, num_workers, progress,
+    )  # fmt: skip
+
+
+def pairs_from_folder(
+    root: str | Path,
+    *,
+    image_size: int | tuple[int, int],
+    templates: Any,
+    classes: Sequence[str] | Mapping[str, str] | None = None,
+    seed: int = 0,
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
+    cache_dir: str | Path | None = None,
+    max_bad: float = 0.01,
+    num_workers: int | None = None,
+    progress: bool | None = None,
+) -> Pairs:
+    """Pairs from ``root/class name/*.jpg``, captioned by prompt templates.
+
+    Args:
+        root, classes: as in `labelled_from_folder`.
+        templates, seed: as in `pairs_from_labelled`.
+        The others as in `pairs_from_csv`.
+    """
+    labelled = _from_folder(
+        "pairs_from_folder", root, classes,
+        Preprocessing(image_size, resize_mode, interpolation),
+        cache_dir, max_bad, num_workers, progress,
+    )  # fmt: skip
+    return pairs_from_labelled(labelled, templates, seed)
+
+
+def labelled_from_arrays(
+    images: Any,
+    labels: Any,
+    classes: Sequence[str],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
+) -> Labelled:
+    """A labelled set in memory.
+
+    Args:
+        images: [N, H, W, 3] or grey [N, H, W], uint8 array or CPU tensor; kept, not copied.
+        labels: N integers in [0, len(classes)), or N class names.
+        classes: class names.
+        image_size: resize to this; None = keep the size.
+        resize_mode, interpolation: as in `Preprocessing`.
+    Raises:
+        TypeError, ValueError: dtype, shape or length, a label not in classes.
+    """
+    op = "labelled_from_arrays"
+    store = _array_store(op, images, image_size, resize_mode, interpolation)
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or len(labels) != len(store):
+        raise ValueError(f"{op}: labels must be [{len(store)}], got {list(labels.shape)}")
+    names, numbers = label_numbers(op, labels, classes, lambda i: f"label {i}")
+    return Labelled(store, numbers, names, np.arange(len(store)), _array_locations(len(store)))
+
+
+def pairs_from_arrays(
+    images: Any,
+    captions: Sequence[str] | None = None,
+    *,
+    labels: Any = None,
+    classes: Sequence[str] | None = None,
+    templates: Any = None,
+    image_size: int | tuple[int, int] | None = None,
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
+    seed: int = 0,
+) -> Pairs:
+    """Pairs in memory: images with captions, or with labels, classes and templates.
+
+    Args:
+        images, image_size, resize_mode, interpolation: as in `labelled_from_arrays`.
+        captions: N strings, none empty.
+        labels, classes, templates, seed: instead of captions; see `pairs_from_labelled`.
+    Raises:
+        TypeError, ValueError: as `labelled_from_arrays`; an empty caption, named by its index.
+    """
+    op = "pairs_from_arrays"
+    by_label = {"labels": labels, "classes": classes, "templates": templates}
+    given = [name for name, value in by_label.items() if value is not None]
+    if len(given) != (0 if captions is not None else 3):
+        got = given + ["captions"] * (captions is not None)
+        raise ValueError(
+            f"{op}: give captions, or labels with classes and templates; got {got or 'neither'}"
+        )
+    if captions is None:
+        assert classes is not None
+        labelled = labelled_from_arrays(
+            images, labels, classes, image_size=image_size, resize_mode=resize_mode,
+            interpolation=interpolation,
+        )  # fmt: skip
+        return pairs_from_labelled(labelled, templates, seed)
+    store = _array_store(op, images, image_size, resize_mode, interpolation)
+    captions = list(captions)
+    for index, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise TypeError(f"{op}: caption {index} must be a str, got {type(caption).__name__}")
+        if not caption.strip():
+            raise ValueError(f"{op}: caption {index} is empty")
+    return Pairs(store, captions, np.arange(len(store)), _array_locations(len(store)))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Image files into the cache, with a ledger of the rows that are left out."""
+
+    op: str
+    source: str
+    preprocessing: Preprocessing
+    cache_dir: str | Path | None
+    max_bad: float
+    num_workers: int | None
+    progress: bool | None
+
+    def read(
+        self, paths: list[str], bad: Mapping[int, str]
+    ) -> tuple[ImageStore, np.ndarray, Ledger, list[str]]:
+        """Images, [n] rows, ledger and locations of the usable rows.
+
+        A file that several rows name is decoded once.
+
+        Args:
+            paths: per row; "" for a row that names none.
+            bad: {row: reason} known beforehand.
+        """
+        folder = Path(self.cache_dir) if self.cache_dir is not None else default_cache_dir()
+        slot = Slot(self.op, self.source, self.preprocessing, folder)
+        ledger = Ledger(self.op, len(paths), self.max_bad, slot.file(f"{self.op}.bad.jsonl"))
+        number = {path: i for i, path in enumerate(dict.fromkeys(p for p in paths if p))}
+        file_of = np.array([number.get(path, -1) for path in paths], np.int64)  # [rows]
+        by_file = np.argsort(file_of, kind="stable")
+        sorted_files = file_of[by_file]
+
+        usable = np.ones(len(paths), bool)
+
+        def leave_out(row: int, reason: str) -> None:
+            usable[row] = False
+            ledger.add(row, paths[row] or self.source, reason)
+
+        def leave_out_file(index: int, reason: str) -> None:
+            start, stop = np.searchsorted(sorted_files, [index, index + 1])
+            for row in by_file[start:stop].tolist():
+                if row not in bad:
+                    leave_out(row, reason)
+
+        if bad:  # the ledger needs the folder before the cache does
+            slot.make_folder()
+        for row, reason in bad.items():
+            leave_out(row, reason)
+        images, where = open_cache(
+            slot, list(number), leave_out_file, num_workers=self.num_workers,
+            progress=self.progress,
+        )  # fmt: skip
+        ledger.save()
+        rows = np.flatnonzero(usable)
+        if not len(rows):
+            raise ValueError(f"{self.op}: {self.source} has no usable rows, ledger: {ledger.path}")
+        locations = [paths[row] for row in rows]
+        return subset_images(images, where[file_of[rows]]), rows, ledger, locations
+
+
+def _from_folder(
+    op: str,
+    root: str | Path,
+    classes: Sequence[str] | Mapping[str, str] | None,
+    preprocessing: Preprocessing,
+    cache_dir: str | Path | None,
+    max_bad: float,
+    num_workers: int | None,
+    progress: bool | None,
+) -> Labelled:
+    source = os.path.abspath(root)
+    folders = sorted(e.name for e in os.scandir(source) if e.is_dir() and e.name[0] != ".")
+    if not folders:
+        raise ValueError(f"{op}: root must hold one folder per class, {source} holds none")
+    renamed = isinstance(classes, Mapping)
+    names = list(classes.values()) if renamed else class_list(op, classes or folders)
+    label_of = {folder: i for i, folder in enumerate(classes if renamed else names)}
+    paths: list[str] = []
+    labels: list[int] = []
+    for folder in folders:
+        if folder not in label_of:
+            raise ValueError(
+                f"{op}: folder {folder!r} of {source} is not in classes, which are "
+                f"{list(label_of)[:10]}{' ...' if len(label_of) > 10 else ''}"
+            )
+        found = _image_files(os.path.join(source, folder))
+        paths += found
+        labels += [label_of[folder]] * len(found)
+    if not paths:
+        raise ValueError(f"{op}: no image files in the class folders of {source}")
+    reader = _Reader(op, source, preprocessing, cache_dir, max_bad, num_workers, progress)
+    images, rows, ledger, locations = reader.read(paths, {})
+    return Labelled(images, np.array(labels)[rows], names, rows, locations, ledger)
+
+
+def _image_files(folder: str) -> list[str]:
+    found = []
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for name in files:
+            if name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS:
+                found.append(os.path.join(where, name))
+    return sorted(found)
+
+
+def _array_store(
+    op: str,
+    images: Any,
+    image_size: int | tuple[int, int] | None,
+    resize_mode: str,
+    interpolation: str,
+) -> ArrayImages:
+    pixels = pixel_array(images, op)
+    if image_size is None:
+        return ArrayImages(pixels)
+    preprocessing = Preprocessing(image_size, resize_mode, interpolation)
+    if preprocessing.image_size == pixels.shape[1:3]:
+        return ArrayImages(pixels)
+    from PIL import Image
+
+    resized = np.empty((len(pixels), *preprocessing.image_size, *pixels.shape[3:]), np.uint8)
+    for index, image in enumerate(pixels):
+        rgb = preprocessing(Image.fromarray(image))
+        resized[index] = rgb if pixels.ndim == 4 else rgb[..., 0]
+    return ArrayImages(resized)
+
+
+def _array_locations(count: int) -> list[str]:
+    return [f"array:{index}" for index in range(count)]
+
+
+def _keys(explicit: str | None, known: Sequence[str]) -> Sequence[str]:
+    return known if explicit is None else (explicit,)
+
+
+def _resolved(images: list[str], table: Path, root: str | Path | None) -> list[str]:
+    folder = os.path.abspath(table.parent if root is None else root)
+    return [os.path.join(folder, image) if image else "" for image in images]

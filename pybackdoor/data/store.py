@@ -1,0 +1,213 @@
+"""Where pixels live: arrays in memory, files mapped into memory, and views of both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .preprocess import size_pair
+
+
+class ImageStore(Protocol):
+    """A row of uint8 images of one size."""
+
+    image_size: tuple[int, int]  # (H, W)
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Any) -> np.ndarray:
+        """A copy [n, H, W, 3] uint8 of the images at [n] indices in [0, len)."""
+        ...
+
+
+class ArrayImages:
+    """Images in an array, which is kept, not copied.
+
+    Args:
+        images: [N, H, W, 3] or grey [N, H, W], uint8 array or CPU tensor; grey is repeated to
+            three channels when taken.
+    Raises:
+        TypeError, ValueError: another dtype or shape.
+    """
+
+    def __init__(self, images: Any) -> None:
+        self._images = pixel_array(images, "ArrayImages")
+        self.image_size: tuple[int, int] = size_pair(self._images.shape[1:3])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def take(self, indices: Any) -> np.ndarray:
+        """[n, H, W, 3] uint8 copy."""
+        taken = self._images[check_indices(indices, len(self))]
+        return taken if taken.ndim == 4 else np.repeat(taken[..., None], 3, axis=3)
+
+
+class CachedImages:
+    """Images in a raw file of the cache, mapped into memory; pickles as its path.
+
+    Args:
+        path: file of count * H * W * 3 bytes.
+        count: images.
+        image_size: (H, W).
+        sha256: of the file's content, in hexadecimal.
+    Raises:
+        ValueError: the file has another length.
+    """
+
+    def __init__(
+        self, path: str | Path, count: int, image_size: tuple[int, int], sha256: str
+    ) -> None:
+        self.path, self.image_size, self.sha256 = Path(path), size_pair(image_size), sha256
+        self._count = count
+        self._map = self._open()
+
+    def _open(self) -> np.ndarray:
+        shape = (self._count, *self.image_size, 3)
+        wanted, got = int(np.prod(shape, dtype=np.int64)), self.path.stat().st_size
+        if got != wanted:
+            raise ValueError(f"image cache {self.path} must have {wanted} bytes, got {got}")
+        if not wanted:  # an empty file cannot be mapped
+            return np.empty(shape, np.uint8)
+        return np.memmap(self.path, np.uint8, "r", shape=shape)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, indices: Any) -> np.ndarray:
+        """[n, H, W, 3] uint8 copy."""
+        return np.asarray(self._map[check_indices(indices, len(self))])
+
+    def verify(self) -> None:
+        """Read the whole file and compare its checksum with the one taken when it was built.
+
+        Raises:
+            ValueError: they differ: delete the file and read the source again.
+        """
+        with open(self.path, "rb") as file:
+            got = _digest(file)
+        if got != self.sha256:
+            raise ValueError(
+                f"image cache {self.path} is damaged: its sha256 must be {self.sha256}, got {got}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_map"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map = self._open()
+
+
+class Overlay:
+    """Another store with some images replaced; the base is not copied.
+
+    Args:
+        base: store to look through to.
+        patches: {index in base: [H, W, 3] uint8 image}.
+    Raises:
+        IndexError: an index outside the base.
+        TypeError, ValueError: an image of another dtype or size.
+    """
+
+    def __init__(self, base: ImageStore, patches: Mapping[int, Any]) -> None:
+        self._base = base
+        self.image_size = base.image_size
+        rows = check_indices(np.fromiter(patches, np.int64, len(patches)), len(base))
+        self._rows = np.sort(rows)
+        self._patches = np.empty((len(rows), *base.image_size, 3), np.uint8)
+        for row, patch in patches.items():
+            patch = np.asarray(patch)
+            if patch.dtype != np.uint8:
+                raise TypeError(f"Overlay: image {row} must be uint8, got {patch.dtype}")
+            if patch.shape != self._patches.shape[1:]:
+                raise ValueError(
+                    f"Overlay: image {row} must be {list(self._patches.shape[1:])} like the "
+                    f"base, got {list(patch.shape)}"
+                )
+            self._patches[np.searchsorted(self._rows, row)] = patch
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def take(self, indices: Any) -> np.ndarray:
+        """[n, H, W, 3] uint8 copy."""
+        indices = check_indices(indices, len(self))
+        images = self._base.take(indices)
+        if len(self._rows):
+            slot = np.minimum(np.searchsorted(self._rows, indices), len(self._rows) - 1)
+            hit = self._rows[slot] == indices
+            images[hit] = self._patches[slot[hit]]
+        return images
+
+
+class SubsetImages:
+    """Some images of a store, in any order, repeats allowed. `subset_images` makes it."""
+
+    def __init__(self, base: ImageStore, rows: np.ndarray) -> None:
+        self.base, self.rows = base, rows  # rows: [n] int64
+        self.image_size = base.image_size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, indices: Any) -> np.ndarray:
+        """[n, H, W, 3] uint8 copy."""
+        return self.base.take(self.rows[check_indices(indices, len(self))])
+
+
+def subset_images(store: ImageStore, indices: Any) -> ImageStore:
+    """A view of a store; a view of a view keeps one index, and the identity is the store."""
+    rows = check_indices(indices, len(store))
+    if isinstance(store, SubsetImages):
+        store, rows = store.base, store.rows[rows]
+    if len(rows) == len(store) and np.array_equal(rows, np.arange(len(rows))):
+        return store
+    return SubsetImages(store, rows)
+
+
+def check_indices(indices: Any, length: int) -> np.ndarray:
+    """[n] int64, each in [0, length).
+
+    Raises:
+        TypeError: not one-dimensional integers.
+        IndexError: out of range; negative indices are.
+    """
+    array = np.asarray(indices)
+    if array.size == 0 and array.ndim == 1:
+        return np.empty(0, np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise TypeError(f"indices must be [n] integers, got {array.dtype} {list(array.shape)}")
+    outside = (array < 0) | (array >= length)
+    if outside.any():
+        raise IndexError(f"indices must be in [0, {length}), got {array[outside][0]}")
+    return array.astype(np.int64, copy=False)
+
+
+def pixel_array(images: Any, op: str) -> np.ndarray:
+    """[N, H, W, 3] or [N, H, W] uint8, from an array or a CPU tensor, without a copy.
+
+    Raises:
+        TypeError, ValueError: naming op, wanted and got.
+    """
+    array = np.asarray(images)
+    if array.dtype != np.uint8:
+        raise TypeError(f"{op}: images must be uint8, got {array.dtype}")
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] != 3):
+        raise ValueError(
+            f"{op}: images must be [N, H, W, 3] or grey [N, H, W], got {list(array.shape)}"
+        )
+    if 0 in array.shape[1:]:
+        raise ValueError(f"{op}: images must have pixels, got {list(array.shape)}")
+    return array
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

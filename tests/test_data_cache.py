@@ -1,0 +1,320 @@
+"""The image cache: decoded once, never mixed, never half written."""
+
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_files import cut, image_table, noise, write_image
+
+from pybackdoor.data import cache, default_cache_dir, labelled_from_csv, pairs_from_csv
+from pybackdoor.data.preprocess import Preprocessing
+
+
+def read(table, folder, **options):
+    options = {"image_size": 8, "cache_dir": folder, "num_workers": 2, **options}
+    return pairs_from_csv(table, **options)
+
+
+def pixels(seed, size=8, *args):
+    from PIL import Image
+
+    return Preprocessing(size, *args)(Image.fromarray(noise(20, 24, seed)))
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the files decoded so far."""
+    names = []
+    decode = cache.decode_image
+
+    def counted(path, preprocessing):
+        names.append(Path(path).name)
+        return decode(path, preprocessing)
+
+    monkeypatch.setattr(cache, "decode_image", counted)
+    return names
+
+
+def test_images_are_decoded_once_and_exact(tmp_path, decoded):
+    table = image_table(tmp_path, 5)
+    first = read(table, tmp_path / "cache")
+    assert sorted(decoded) == [f"{i}.png" for i in range(5)]
+    second = read(table, tmp_path / "cache")
+    assert len(decoded) == 5
+    for pairs in (first, second, pickle.loads(pickle.dumps(second))):
+        np.testing.assert_array_equal(
+            pairs.images.take(range(5)), np.stack([pixels(i) for i in range(5)])
+        )
+        pairs.images.verify()
+        assert pairs.images.image_size == (8, 8)
+
+
+def test_other_sizes_and_resizes_are_never_mixed(tmp_path, decoded):
+    table = image_table(tmp_path, 3)
+    kinds = [(8,), (9,), (8, "squash"), (8, "shortest", "bilinear")]
+    for _ in range(2):
+        for kind in kinds:
+            names = dict(zip(("image_size", "resize_mode", "interpolation"), kind, strict=False))
+            taken = read(table, tmp_path / "cache", **names).images.take([2])[0]
+            np.testing.assert_array_equal(taken, pixels(2, *kind))
+    assert len(decoded) == 3 * len(kinds)  # and each is kept beside the others
+
+
+def change_content(folder, table):
+    write_image(folder / "1.png", seed=77)
+
+
+def change_time(folder, table):
+    os.utime(folder / "1.png", ns=(0, 12345))
+
+
+def add_row(folder, table):
+    write_image(folder / "9.png", seed=9)
+    table.write_text(table.read_text() + "9.png,nine\n")
+
+
+def swap_rows(folder, table):
+    table.write_text("image,caption\n1.png,one\n0.png,zero\n2.png,two\n")
+
+
+@pytest.mark.parametrize("change", [change_content, change_time, add_row, swap_rows])
+def test_changed_source_is_decoded_again(tmp_path, decoded, change):
+    table = image_table(tmp_path, 3)
+    old = read(table, tmp_path / "cache")
+    before = old.images.take(range(3))
+    change(tmp_path, table)
+    new = read(table, tmp_path / "cache")
+    assert len(decoded) == 3 + len(new)
+    wanted = [0, 77 if change is change_content else 1, 2]
+    if change is add_row:
+        wanted.append(9)
+    if change is swap_rows:
+        wanted = [1, 0, 2]
+    np.testing.assert_array_equal(
+        new.images.take(range(len(new))), np.stack([pixels(seed) for seed in wanted])
+    )
+    np.testing.assert_array_equal(old.images.take(range(3)), before)  # still mapped
+    assert len(list((tmp_path / "cache").glob("*.u8"))) == 1  # the outdated one is gone
+
+
+def test_other_pillow_decodes_again(tmp_path, decoded, monkeypatch):
+    table = image_table(tmp_path, 2)
+    read(table, tmp_path / "cache")
+    monkeypatch.setattr("PIL.__version__", "0.1")
+    read(table, tmp_path / "cache")
+    assert len(decoded) == 4
+
+
+def test_every_bit_flip_of_the_meta_is_refused(tmp_path, decoded):
+    table = image_table(tmp_path, 2)
+    read(table, tmp_path / "cache")
+    (meta,) = (tmp_path / "cache").glob("*.json")
+    good = meta.read_bytes()
+    rng = np.random.default_rng(0)
+    slot = types.SimpleNamespace(
+        op="x", folder=tmp_path / "cache", file=lambda _: meta, preprocessing=Preprocessing(8)
+    )
+    key = json.loads(good)["key"]
+    assert cache._read(slot, key, 2) is not None
+    # Every byte, one random bit of it; the first and last byte with every bit.
+    flips = [(i, int(rng.integers(8))) for i in range(len(good))]
+    flips += [(i, bit) for i in (0, len(good) - 1) for bit in range(8)]
+    for byte, bit in flips:
+        content = bytearray(good)
+        content[byte] ^= 1 << bit
+        meta.write_bytes(content)
+        assert cache._read(slot, key, 2) is None, (byte, bit)
+    for content in (b"", good[:-1], good + b" ", b"[]", b"null"):
+        meta.write_bytes(content)
+        assert cache._read(slot, key, 2) is None, content
+    with pytest.warns(RuntimeWarning, match="is damaged .* decoding the images again"):
+        pairs = read(table, tmp_path / "cache")
+    assert len(decoded) == 4 and meta.read_bytes() == good
+    np.testing.assert_array_equal(pairs.images.take([1])[0], pixels(1))
+
+
+def test_data_that_is_missing_or_cut_is_decoded_again(tmp_path, decoded):
+    table = image_table(tmp_path, 2)
+    read(table, tmp_path / "cache")
+    (data,) = (tmp_path / "cache").glob("*.u8")
+    cut(data, 0.5)
+    with pytest.warns(RuntimeWarning, match="must have 384 bytes, got 192"):
+        read(table, tmp_path / "cache")
+    data.unlink()
+    pairs = read(table, tmp_path / "cache")
+    assert len(decoded) == 6
+    np.testing.assert_array_equal(pairs.images.take([1])[0], pixels(1))
+
+
+def test_finished_cache_needs_no_writing(tmp_path, monkeypatch):
+    table = image_table(tmp_path, 3)
+    cut(tmp_path / "1.png")
+    read(table, tmp_path / "cache", max_bad=0.5)
+
+    def forbidden(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    monkeypatch.setattr("pybackdoor.data._files.os.replace", forbidden)
+    assert len(read(table, tmp_path / "cache", max_bad=0.5)) == 2
+
+
+def test_files_left_by_a_killed_process_are_removed(tmp_path):
+    table = image_table(tmp_path, 2)
+    read(table, tmp_path / "cache")
+    (data,) = (tmp_path / "cache").glob("*.u8")
+    left = data.with_name(data.name + ".1-abc.tmp")
+    left.write_bytes(b"half")
+    os.utime(tmp_path / "0.png", ns=(0, 1))
+    read(table, tmp_path / "cache")
+    assert not left.exists()
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_default_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert default_cache_dir() == tmp_path / "xdg" / "pybackdoor" / "images"
+    read(image_table(tmp_path, 2), None)
+    assert list((tmp_path / "xdg" / "pybackdoor" / "images").glob("*.u8"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / ".cache" / "pybackdoor" / "images"
+
+
+def test_unwritable_folder_is_a_plain_error(tmp_path):
+    table = image_table(tmp_path, 2)
+    (tmp_path / "file").write_text("x")
+    match = r"pairs_from_csv: the image cache in .*sub could not be built: Not a directory. Choose"
+    with pytest.raises(OSError, match=match):
+        read(table, tmp_path / "file" / "sub")
+
+
+def test_full_disk_is_refused_before_decoding(tmp_path, decoded, monkeypatch):
+    table = image_table(tmp_path, 2)
+    usage = types.SimpleNamespace(free=383)  # 2 images of 192 bytes
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="384 bytes are needed, 383 are free") as caught:
+        read(table, tmp_path / "cache")
+    assert caught.value.errno == errno.ENOSPC and not decoded
+    usage.free = 384
+    assert len(read(table, tmp_path / "cache")) == 2
+
+
+FULL = """
+import resource, sys
+from pybackdoor.data import pairs_from_csv
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the disk takes 20 kB a file
+try:
+    pairs_from_csv(sys.argv[1], image_size=64, cache_dir=sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_disk_that_fills_up_while_writing(tmp_path):
+    table = image_table(tmp_path, 4)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(table), str(tmp_path / "cache")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "could not be built: File too large. Choose another folder" in done.stdout
+    left = {path.suffix for path in (tmp_path / "cache").iterdir()}
+    assert left == {".lock"}
+    assert len(read(table, tmp_path / "cache", image_size=64)) == 4
+
+
+def build_in_process(table, folder, out):
+    out.put(read(table, folder).images.take(range(20)).tobytes())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_building_the_same_cache(tmp_path, monkeypatch, locks):
+    if not locks:  # as on a system without them: both build, the last one's file stays
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    table = image_table(tmp_path, 20)
+    context = multiprocessing.get_context("fork")
+    out = context.Queue()
+    workers = [
+        context.Process(target=build_in_process, args=(table, tmp_path / "cache", out))
+        for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    results = [out.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    wanted = np.stack([pixels(i) for i in range(20)]).tobytes()
+    assert results == [wanted] * 4
+    read(table, tmp_path / "cache").images.verify()
+
+
+def test_second_process_waits_and_decodes_nothing(tmp_path, decoded):
+    table = image_table(tmp_path, 20)
+    (tmp_path / "cache").mkdir()
+    build = "from test_data_cache import read; import sys; read(sys.argv[1], sys.argv[2])"
+    other = subprocess.Popen(
+        [sys.executable, "-c", build, str(table), str(tmp_path / "cache")],
+        cwd=Path(__file__).parent,
+    )
+    while not list((tmp_path / "cache").glob("*.u8*")) and other.poll() is None:
+        time.sleep(0.001)  # until it writes, with the lock held
+    read(table, tmp_path / "cache")
+    assert other.wait() == 0 and decoded == []
+
+
+def test_interrupt_while_decoding_leaves_nothing(tmp_path, monkeypatch):
+    table = image_table(tmp_path, 40)
+    decode = cache.decode_image
+    count = []
+
+    def interrupted(path, preprocessing):
+        count.append(path)
+        if len(count) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return decode(path, preprocessing)
+
+    monkeypatch.setattr(cache, "decode_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read(table, tmp_path / "cache")
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+    assert len(count) < 40
+
+
+def test_same_file_in_many_rows_is_decoded_once(tmp_path, decoded):
+    table = image_table(tmp_path, 2)
+    table.write_text("image,caption\n1.png,a\n0.png,b\n1.png,c\n1.png,d\n")
+    pairs = read(table, tmp_path / "cache")
+    assert sorted(decoded) == ["0.png", "1.png"] and pairs.captions == list("abcd")
+    np.testing.assert_array_equal(
+        pairs.images.take(range(4)), np.stack([pixels(i) for i in (1, 0, 1, 1)])
+    )
+
+
+def test_pairs_and_labelled_share_a_cache(tmp_path, decoded):
+    table = image_table(tmp_path, 3)
+    read(table, tmp_path / "cache")
+    labelled_from_csv(table, image_size=8, label_key="caption", cache_dir=tmp_path / "cache")
+    assert len(decoded) == 3
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(True, True), (False, False), (None, False)])
+def test_progress_bar(tmp_path, capsys, progress, shown):
+    read(image_table(tmp_path, 3), tmp_path / "cache", progress=progress)
+    assert ("3/3" in capsys.readouterr().err) is shown
+
+
+def test_no_workers(tmp_path):
+    with pytest.raises(ValueError, match="pairs_from_csv: num_workers must be at least 1, got 0"):
+        read(image_table(tmp_path, 2), tmp_path / "cache", num_workers=0)
