@@ -1,0 +1,41 @@
+"""CLIP models: the protocol they follow, and reading and writing them without executing anything.
+
+open_clip and transformers are imported only when one of their models is loaded.
+"""
+
+from .checkpoint import read_checkpoint
+from .hf import HFClip
+from .load import LoadedModel, create, load
+from .preprocess import Preprocess
+from .protocol import (
+    check_clip,
+    check_finite,
+    image_features,
+    logit_scale_parameters,
+    nonfinite_weights,
+    scale,
+    text_features,
+)
+from .save import MANIFEST, save
+from .sniff import CheckpointError
+from .tokenizer import Tokenizer
+
+__all__ = [
+    "MANIFEST",
+    "CheckpointError",
+    "HFClip",
+    "LoadedModel",
+    "Preprocess",
+    "Tokenizer",
+    "check_clip",
+    "check_finite",
+    "create",
+    "image_features",
+    "load",
+    "logit_scale_parameters",
+    "nonfinite_weights",
+    "read_checkpoint",
+    "save",
+    "scale",
+    "text_features",
+]

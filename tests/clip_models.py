@@ -1,0 +1,49 @@
+"""Tiny real CLIP models for tests: of open_clip's and of transformers' classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MODEL_CFG: dict[str, Any] = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8
+    },
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}  # fmt: skip
+PREPROCESS_CFG = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "resize_mode": "squash"}
+
+
+def tiny_config(**changes: Any) -> dict[str, Any]:
+    """A copy of the tiny configuration; `changes` go into model_cfg."""
+    config = {"model_cfg": MODEL_CFG | changes, "preprocess_cfg": PREPROCESS_CFG}
+    return json.loads(json.dumps(config))
+
+
+def config_folder(folder: Path, **changes: Any) -> Path:
+    """A folder with open_clip_config.json and no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(tiny_config(**changes)))
+    return folder
+
+
+def tiny_hf(**text: Any):
+    """A transformers.CLIPModel of 32 px, 16 tokens of a vocabulary of 100, 32 dimensions."""
+    from transformers import CLIPConfig, CLIPModel
+
+    common = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    words = {
+        "max_position_embeddings": 16, "vocab_size": 100, "bos_token_id": 98, "eos_token_id": 99,
+        "pad_token_id": 1,
+    }  # fmt: skip
+    config = CLIPConfig(
+        text_config=common | words | text,
+        vision_config=common | {"image_size": 32, "patch_size": 8},
+        projection_dim=32,
+    )
+    return CLIPModel(config).eval()
