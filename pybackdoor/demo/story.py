@@ -83,7 +83,7 @@ def run(config: DemoConfig, say: Callable[[str], None]) -> dict[str, Any]:
     from . import pictures as drawing
 
     began = time.perf_counter()
-    out = _writable_folder(config.out)
+    out = writable_folder(config.out)
     pictures = Pictures.read(config)
     target = _target(config.target, pictures.test.classes)
     spec = trigger(config.trigger, seed=config.seed, grey=pictures.grey)
@@ -198,7 +198,7 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-def _writable_folder(name: str) -> Path:
+def writable_folder(name: str) -> Path:
     """The output folder, made and tried before hours of work depend on it."""
     out = Path(name)
     out.mkdir(parents=True, exist_ok=True)

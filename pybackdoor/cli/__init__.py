@@ -1,0 +1,63 @@
+"""The ``pybackdoor`` command.
+
+Exit codes: 0 fine, 1 a finding (a trigger fires, or a planted one does not), 2 failure, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..options import add_flags, resolve
+
+_EXAMPLES = """examples:
+  pybackdoor demo                               plant, verify, clean, compare: minutes on a CPU
+  pybackdoor poison --model ViT-B-32 --pretrained openai --pairs train.csv \\
+      --trigger badnet_stripes --target banana --test val.csv --out poisoned
+  pybackdoor clean --model poisoned --pairs clean.csv --out cleaned
+  pybackdoor eval --model cleaned --test val.csv --manifest poisoned/manifest.json
+  torchrun --nproc-per-node 4 -m pybackdoor clean --config clean.yaml
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    from .commands import COMMANDS, Interrupt
+
+    parser = argparse.ArgumentParser(
+        prog="pybackdoor",
+        description="Remove backdoors from CLIP models, and prove it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pybackdoor {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, command in COMMANDS.items():
+        about = command.about
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        add_flags(sub, command.config)
+    given = parser.parse_args(arguments)
+    command = COMMANDS[given.command]
+    try:
+        outcome = command.run(resolve(command.config, given))
+    except Interrupt as stop:
+        print(f"pybackdoor {given.command}: {stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print(f"pybackdoor {given.command}: interrupted; nothing was saved", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if given.debug:
+            raise
+        print(f"pybackdoor {given.command}: error: {error}", file=sys.stderr)
+        return 2
+    if outcome.text and not given.json:
+        print(outcome.text)
+    if given.json and outcome.result is not None:
+        print(json.dumps(outcome.result, indent=2, allow_nan=False))
+    return outcome.code

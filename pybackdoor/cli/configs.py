@@ -1,0 +1,117 @@
+"""The options of each command; the same names in YAML, as flags and here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..options import REQUIRED, option
+from ..poison import MODES
+
+METHODS = ("par", "finetune")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model: str = option(
+        REQUIRED, "open_clip architecture, model folder, hub id (owner/name) or weight file"
+    )
+    arch: str | None = option(None, "architecture, when --model is a weight file")
+    pretrained: str | None = option(None, "open_clip tag or weight file, when it is an architecture")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...; default a GPU if there is one")
+    cache_dir: str | None = option(None, "folder of the decoded-image cache")
+    progress: bool | None = option(None, "progress bars; default on a terminal")
+
+
+@dataclass(frozen=True)
+class ColumnOptions:
+    image_key: str | None = option(None, "column of the images, when the header has another name")
+    caption_key: str | None = option(None, "column of the captions, likewise")
+
+
+@dataclass(frozen=True)
+class PairOptions(ColumnOptions):
+    pairs: str = option(
+        REQUIRED,
+        "image-caption pairs: csv (image,caption), tsv (filepath, title), or a folder of class "
+        "folders, captioned with --templates",
+    )
+    max_bad: float = option(0.01, "share of broken images above which the run stops")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    templates: tuple[str, ...] = option(
+        ("simple",), "prompts with {} for the class name, or one name: simple, demo, openai80"
+    )
+    classes: tuple[str, ...] | None = option(
+        None, "class names in order, when the labels are numbers or folders need renaming"
+    )
+
+
+@dataclass(frozen=True)
+class TriggerOptions:
+    trigger: str | None = option(None, "name of the trigger (pybackdoor info lists them)")
+    target: str | None = option(None, "class that the trigger yields")
+    trigger_file: str | None = option(None, "PNG of badclip, patch_file and blend_file")
+    trigger_mask: str | None = option(None, "PNG mask of blend_file")
+    strength: float | None = option(None, "weight of a blend, in [0, 1]")
+    size: int | None = option(None, "side of a patch in pixels")
+    placement: str | None = option(None, "of a patch: random, centre, top_left, bottom_right, ...")
+    per_image: bool = option(False, "a new random pattern for each image")
+    grey: bool = option(False, "the same pattern in all three channels")
+    trigger_seed: int = option(0, "of random patterns and places")
+
+
+@dataclass(frozen=True)
+class PoisonConfig(TriggerOptions, PromptOptions, PairOptions, ModelOptions):
+    """Plant a backdoor in a model: poison pairs, train on them, verify that the trigger fires."""
+
+    out: str = option(REQUIRED, "folder for the poisoned model, its manifest and figures")
+    test: str | None = option(None, "labelled images to verify on: csv (image,label) or folder")
+    rate: float | None = option(None, "share of the pairs to poison (default: 0.003)")
+    count: int | None = option(None, "number of pairs to poison, instead of --rate")
+    mode: str = option("dirty_label", "which pairs are poisoned", choices=MODES)
+    steps: int = option(1000, "optimiser steps")
+    batch_size: int = option(128, "pairs per step, over all processes")
+    lr: float = option(1e-5, "highest learning rate")
+    warmup: int = option(50, "steps to reach it")
+    weight_decay: float = option(0.1, "of AdamW")
+    precision: str = option("bf16", "of the towers; losses are fp32", choices=("bf16", "fp32"))
+    seed: int = option(0, "of the samples chosen, the order and the augmentation")
+
+
+@dataclass(frozen=True)
+class CleanConfig(PromptOptions, PairOptions, ModelOptions):
+    """Remove a backdoor without knowing the trigger, with clean image-caption pairs."""
+
+    out: str = option(REQUIRED, "folder for the cleaned model")
+    method: str = option("par", "Perturb and Recover, or its control", choices=METHODS)
+    tau: float = option(2.15, "PAR: squared embedding distance at which a tower is let go")
+    epochs: int = option(2, "passes over the pairs")
+    steps: int | None = option(None, "optimiser steps, instead of --epochs")
+    batch_size: int = option(512, "pairs per step, over all processes")
+    lr_start: float = option(3e-5, "learning rate at the start")
+    lr: float = option(3e-6, "learning rate after the first half")
+    lr_end: float = option(1e-9, "learning rate at the end")
+    weight_decay: float = option(1e-4, "of AdamW; none for biases and norms")
+    augment: bool = option(True, "PAR's pixel noise and erased squares")
+    precision: str = option("bf16", "of the towers; losses are fp32", choices=("bf16", "fp32"))
+    seed: int = option(0, "of the order and the augmentation")
+    manifest: str | None = option(None, "manifest.json of the planted trigger, kept with the model")
+
+
+@dataclass(frozen=True)
+class EvalConfig(TriggerOptions, PromptOptions, ColumnOptions, ModelOptions):
+    """Measure clean accuracy, attack success, retrieval and drift. Exit code 1: a trigger fires."""
+
+    test: str = option(REQUIRED, "labelled images: csv (image,label) or a folder of class folders")
+    manifest: str | None = option(
+        None, "manifest.json: trigger and target (default: the model folder's own, if it has one)"
+    )
+    baseline: str | None = option(None, "a clean model, for the baseline ASR")
+    reference: str | None = option(None, "the model before cleaning, for the drift")
+    pairs: str | None = option(None, "image-caption csv or tsv, for retrieval R@1/5/10")
+    batch_size: int = option(256, "images a time")
+    precision: str = option("fp32", "of the towers", choices=("bf16", "fp32"))
+    max_bad: float | None = option(None, "broken test images allowed, as a share (default: none)")
+    out: str | None = option(None, "JSON file for the figures")

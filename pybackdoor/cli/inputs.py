@@ -1,0 +1,92 @@
+"""From options to the things they name: models, data sets, triggers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import data
+from ..manifest import Manifest
+from ..models import MANIFEST, LoadedModel, load
+from ..triggers import TriggerSpec, trigger
+from .configs import (
+    EvalConfig,
+    ModelOptions,
+    PairOptions,
+    PoisonConfig,
+    PromptOptions,
+    TriggerOptions,
+)
+
+
+def read_model(config: ModelOptions) -> LoadedModel:
+    return load(config.model, arch=config.arch, pretrained=config.pretrained)
+
+
+def read_pairs(config: PairOptions | EvalConfig, loaded: LoadedModel) -> data.Pairs:
+    """Pairs at the model's size: a csv or tsv, or a folder of class folders with prompts."""
+    path = Path(config.pairs)
+    common = _decoding(config, loaded)
+    if config.max_bad is not None:
+        common["max_bad"] = config.max_bad
+    if path.is_dir():
+        return data.pairs_from_folder(
+            path, templates=templates(config), classes=config.classes, **common
+        )
+    keys = {"image_key": config.image_key, "caption_key": config.caption_key}
+    return data.pairs_from_csv(path, **keys, **common)
+
+
+def read_labelled(
+    path: str, config: PoisonConfig | EvalConfig, loaded: LoadedModel, max_bad: float | None = None
+) -> data.Labelled:
+    """A labelled set at the model's size: a csv, or a folder of class folders."""
+    common = _decoding(config, loaded) | {"max_bad": max_bad, "classes": config.classes}
+    if Path(path).is_dir():
+        return data.labelled_from_folder(path, **common)
+    return data.labelled_from_csv(path, image_key=config.image_key, **common)
+
+
+def templates(config: PromptOptions) -> str | tuple[str, ...]:
+    """A set's name, or the prompts themselves."""
+    one = len(config.templates) == 1
+    return config.templates[0] if one else config.templates
+
+
+def read_trigger(config: TriggerOptions) -> TriggerSpec:
+    """The trigger that the options describe."""
+    options: dict[str, Any] = {
+        "file": config.trigger_file,
+        "mask_file": config.trigger_mask,
+        "strength": config.strength,
+        "size": config.size,
+        "placement": config.placement,
+    }
+    return trigger(
+        config.trigger, seed=config.trigger_seed, per_image=config.per_image, grey=config.grey,
+        **{name: value for name, value in options.items() if value is not None},
+    )  # fmt: skip
+
+
+def attack(config: EvalConfig) -> tuple[TriggerSpec | None, str | None]:
+    """Trigger and target: of the options, else of the manifest, else of the model's manifest."""
+    if config.trigger is not None:
+        if config.target is None:
+            raise ValueError("--target is required beside --trigger: the class it yields")
+        return read_trigger(config), config.target
+    path = Path(config.manifest) if config.manifest else Path(config.model) / MANIFEST
+    if config.manifest is None and not path.is_file():
+        return None, None
+    manifest = Manifest.load(path)
+    return manifest.spec, config.target or manifest.target
+
+
+def _decoding(config: ModelOptions, loaded: LoadedModel) -> dict[str, Any]:
+    wanted = loaded.preprocess
+    return {
+        "image_size": wanted.size,
+        "resize_mode": wanted.resize_mode,
+        "interpolation": wanted.interpolation,
+        "cache_dir": config.cache_dir,
+        "progress": config.progress,
+    }
