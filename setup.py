@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {  # these files run only on a CPU that reports the feature
     "avx2": "-mavx2 -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mf16c"
+    " -Wno-maybe-uninitialized",  # GCC 12 warns of its own _mm512_undefined_ps
 }
 
 
@@ -60,7 +61,7 @@ class NinjaBuild(build_ext):
         defines += f""" '-DPYBACKDOOR_CUDA_ARCHS="{label}"'""" + " -DPYBACKDOOR_CUDA" * bool(nvcc)
         headers = (sysconfig.get_paths()["include"], pybind11.get_include())
         python = " ".join(f"-isystem {shlex.quote(h)}" for h in headers)
-        host = "-fPIC -fvisibility=hidden -ffp-contract=off"
+        host = "-fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
         cxxflags = f"-std=c++17 -O3 -Wall -Wextra {host} -I{csrc} {python} {defines}"
         cxxflags += " " + os.environ.get("CXXFLAGS", "")
         nvflags = f"-std=c++17 -O3 {' '.join(gencode)} -Xcompiler {host.replace(' ', ',')}"

@@ -13,8 +13,8 @@ from pybackdoor._native import cuda_status
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 # What each op has, besides the reference; kernels/<op>.py is its Triton twin.
-NATIVE_CPU = frozenset()
-NATIVE_CUDA = frozenset()
+NATIVE_CPU = frozenset({"trigger_normalize"})
+NATIVE_CUDA = frozenset({"trigger_normalize"})
 TRITON: frozenset[str] = frozenset()
 
 
@@ -45,11 +45,11 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def choose(x: torch.Tensor | torch.device, op: str) -> Choice:
+def choose(x: torch.Tensor | torch.device, op: str, *, warn: bool = True) -> Choice:
     """The backend that `op` takes for tensor (or device) x, with the reason.
 
     CUDA: native CUDA if built and the driver answers, else Triton if the op has a twin, else the
-    reference with one warning. CPU: native CPU. PYBACKDOOR_BACKEND forces one.
+    reference, with one warning unless warn is off. CPU: native CPU. PYBACKDOOR_BACKEND forces one.
 
     Raises:
         RuntimeError: PYBACKDOOR_BACKEND names a backend that cannot run this call.
@@ -74,6 +74,6 @@ def choose(x: torch.Tensor | torch.device, op: str) -> Choice:
             return Choice(name, text)
         reasons.append(f"{name}: {obstacle}")
     reason = "; ".join(reasons)
-    if device.type != "cpu":
+    if warn:
         _warn_once(f"{op}: runs the slow reference on {device.type} ({reason})")
     return Choice("reference", reason)

@@ -1,4 +1,9 @@
-"""Loads the native module, or says what to run."""
+"""Loads the native module, or says what to run; and tells what was built."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
 
 try:
     from pybackdoor import _C
@@ -9,9 +14,50 @@ except ImportError as error:
         "(or `python setup.py build_ext --inplace`) there first; else reinstall pybackdoor."
     ) from error
 
-__all__ = ["_C"]
+__all__ = ["_C", "build_info", "cuda_status"]
 
 
+@cache
 def cuda_status() -> str | None:
-    """Why native CUDA cannot run; None if it can."""
-    return "this build has no CUDA"
+    """Why the native CUDA kernels cannot run here; None if they can."""
+    obstacle = _C.cuda_obstacle()
+    return f"not available, because {obstacle}" if obstacle else None
+
+
+def build_info() -> dict:
+    """What was built, what this machine can run, and the backend each op takes.
+
+    Returns:
+        version, compiler; isa_built, isa_usable, isa (the CPU instruction sets compiled in, those
+        that run here, the one taken); openmp (the runtime shared with torch); built_with_cuda,
+        cuda_archs, cuda (None, or why it is not available); ops: {op: {device type: {backend,
+        reason}}}.
+    Example:
+        >>> build_info()["ops"]["trigger_normalize"]["cpu"]["backend"]
+        'cpu'
+    """
+    import torch
+
+    from pybackdoor import _backend
+
+    ops = {}
+    for op in sorted(_backend.NATIVE_CPU | _backend.NATIVE_CUDA | _backend.TRITON):
+        ops[op] = {}
+        for device in ("cpu", "cuda"):
+            try:
+                choice = _backend.choose(torch.device(device), op, warn=False)
+            except (RuntimeError, ValueError) as error:
+                choice = _backend.Choice("none", str(error))
+            ops[op][device] = {"backend": choice.name, "reason": choice.reason}
+    return {
+        "version": _C.version,
+        "compiler": _C.compiler,
+        "isa_built": list(_C.isas_built),
+        "isa_usable": list(_C.isas()),
+        "isa": os.environ.get("PYBACKDOOR_CPU_ISA") or _C.isas()[0],
+        "openmp": _C.parallel_runtime() or "none: plain threads",
+        "built_with_cuda": _C.built_with_cuda,
+        "cuda_archs": _C.cuda_archs,
+        "cuda": cuda_status(),
+        "ops": ops,
+    }

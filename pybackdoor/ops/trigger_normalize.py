@@ -6,372 +6,25 @@ ToTensor -> Normalize of CPU torch (in fp32, where neither warp nor noise takes 
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pybackdoor import _backend, reference
+from pybackdoor._native import _C
+from pybackdoor.ops._trigger_normalize_check import (
+    DTYPES,
+    INPUT_LAYOUTS,
+    LAYOUTS,
+    OP,
+    check,
+    check_values,
+)
+from pybackdoor.ops._trigger_table import MODES, Augment, TriggerTable
 
-
-_OP = "trigger_normalize"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MODES = ("patch", "blend", "warp")
-INPUT_LAYOUTS = ("nhwc", "nchw")
-LAYOUTS = ("nchw", "channels_last", "patchified")
-NOISES = ("half", "symmetric")
-
-
-def _need(condition: bool, error: type[Exception], message: str) -> None:
-    if not condition:
-        raise error(message)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    return f"{value!r}"
-
-
-@dataclass(frozen=True, eq=False)
-class TriggerTable:
-    """A batch of triggers of one kind, as the op reads them.
-
-    Attributes:
-        mode: "patch" overwrites, "blend" computes a * pattern + b * image, "warp" resamples.
-        pattern: [T, 3, h, w] fp32, any finite value, in units of [0, 1] pixels; patch and blend.
-        mask: [T, 1, h, w] or [T, 3, h, w] fp32 in [0, 1]; blend only: with strength a, the
-            pattern's weight is a * mask and the image's 1 - a * mask.
-        grid: [T, H, W, 2] fp32 (x, y) in [-1, 1], as for grid_sample(align_corners=True); warp.
-        nonzero_only: blend only those elements (not pixels) where pattern != 0.
-        additive: blend with b = 1 instead of 1 - a.
-        clip: clip to [0, 1] before quantising; else levels wrap modulo 256.
-    Raises:
-        TypeError, ValueError: a member is missing, superfluous, or of the wrong shape or dtype.
-    """
-
-    mode: str
-    pattern: Tensor | None = None
-    mask: Tensor | None = None
-    grid: Tensor | None = None
-    nonzero_only: bool = False
-    additive: bool = False
-    clip: bool = False
-
-    def __post_init__(self) -> None:
-        _need(
-            self.mode in MODES,
-            ValueError,
-            f"TriggerTable: mode must be one of {', '.join(MODES)}, got {self.mode!r}",
-        )
-        wanted = {
-            "patch": ("pattern",),
-            "blend": ("pattern", "mask", "nonzero_only", "additive"),
-            "warp": ("grid",),
-        }[self.mode]
-        for name in ("pattern", "mask", "grid", "nonzero_only", "additive"):
-            value = getattr(self, name)
-            given = value is not None and value is not False
-            _need(
-                name in wanted or not given,
-                ValueError,
-                f"TriggerTable: {name} has no meaning in mode {self.mode}, got {_describe(value)}",
-            )
-        main = "grid" if self.mode == "warp" else "pattern"
-        self._check_tensor(main, "[T, H, W, 2]" if main == "grid" else "[T, 3, h, w]")
-        if self.mask is not None:
-            self._check_tensor("mask", "[T, 1, h, w] or [T, 3, h, w] like pattern")
-            ok = self.mask.shape[1] in (1, 3) and self.mask.shape == (
-                len(self.pattern),
-                self.mask.shape[1],
-                *self.pattern.shape[2:],
-            )
-            _need(
-                ok,
-                ValueError,
-                f"TriggerTable: mask must be [{len(self.pattern)}, 1 or 3, "
-                f"{', '.join(map(str, self.pattern.shape[2:]))}] like pattern, "
-                f"got {list(self.mask.shape)}",
-            )
-            _need(
-                self.mask.device == self.pattern.device,
-                ValueError,
-                f"TriggerTable: mask must be on {self.pattern.device} like pattern, "
-                f"got {self.mask.device}",
-            )
-            if self.mask.device.type == "cpu":
-                low, high = self.mask.min().item(), self.mask.max().item()
-                _need(
-                    low >= 0 and high <= 1,
-                    ValueError,
-                    f"TriggerTable: mask must lie in [0, 1], got [{low:g}, {high:g}]",
-                )
-
-    def _check_tensor(self, name: str, shape: str) -> None:
-        value = getattr(self, name)
-        _need(
-            isinstance(value, Tensor),
-            TypeError,
-            f"TriggerTable: {name} must be a tensor {shape} in mode {self.mode}, got {value!r}",
-        )
-        _need(
-            value.dtype == torch.float32,
-            TypeError,
-            f"TriggerTable: {name} must be float32 {shape}, got {_describe(value)}",
-        )
-        axis, channels = (3, 2) if name == "grid" else (1, 3)
-        ok = value.ndim == 4 and value.numel() > 0
-        ok = ok and (name == "mask" or value.shape[axis] == channels)
-        _need(
-            ok,
-            ValueError,
-            f"TriggerTable: {name} must be {shape}, not empty, got {list(value.shape)}",
-        )
-        if value.device.type == "cpu":
-            _need(
-                bool(value.isfinite().all()),
-                ValueError,
-                f"TriggerTable: {name} must be finite, got infinities or NaN",
-            )
-
-    @property
-    def source(self) -> Tensor:
-        """The tensor that defines the triggers: grid for warp, else pattern."""
-        return self.grid if self.mode == "warp" else self.pattern
-
-    def to(self, device: torch.device | str) -> TriggerTable:
-        """The same table with its tensors on `device`."""
-        moved = {
-            name: value.to(device)
-            for name in ("pattern", "mask", "grid")
-            if (value := getattr(self, name)) is not None
-        }
-        return replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class Augment:
-    """PAR's augmentation (arXiv 2412.00727): noise in pixel space, one square erased after it.
-
-    Attributes:
-        noise_p: probability of noise per image.
-        noise_std: standard deviation in units of [0, 1] pixels.
-        noise: "half" adds clip(std * n, 0, 1), as the paper's code does; "symmetric" std * n.
-        erase_p: probability of erasing one square per image; erased values are 0, normalised.
-        erase_area: range of the square's share of the image's area.
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    noise_p: float = 0.5
-    noise_std: float = 0.2
-    noise: str = "half"
-    erase_p: float = 0.5
-    erase_area: tuple[float, float] = (0.005, 0.01)
-
-    def __post_init__(self) -> None:
-        for name in ("noise_p", "erase_p"):
-            value = getattr(self, name)
-            _need(0 <= value <= 1, ValueError, f"Augment: {name} must be in [0, 1], got {value!r}")
-        _need(
-            0 <= self.noise_std < math.inf,
-            ValueError,
-            f"Augment: noise_std must be finite and >= 0, got {self.noise_std!r}",
-        )
-        _need(
-            self.noise in NOISES,
-            ValueError,
-            f"Augment: noise must be one of {', '.join(NOISES)}, got {self.noise!r}",
-        )
-        low, high = self.erase_area
-        _need(
-            0 < low <= high <= 1,
-            ValueError,
-            f"Augment: erase_area must satisfy 0 < low <= high <= 1, got {self.erase_area!r}",
-        )
-
-
-def _check_index(
-    name: str,
-    value: Tensor | None,
-    images: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...],
-) -> None:
-    if value is None:
-        return
-    kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    _need(
-        isinstance(value, Tensor) and value.dtype in dtypes,
-        TypeError,
-        f"{_OP}: {name} must be a {kinds} tensor {list(shape)}, got {_describe(value)}",
-    )
-    _need(
-        tuple(value.shape) == shape,
-        ValueError,
-        f"{_OP}: {name} must be {list(shape)} for {shape[0]} images, got {list(value.shape)}",
-    )
-    _need(
-        value.device.type == "cpu" or value.device == images.device,
-        ValueError,
-        f"{_OP}: {name} must be on {images.device} like images (or the CPU), got {value.device}",
-    )
-
-
-def _check_choice(name: str, value: object, choices: tuple) -> None:
-    wanted = ", ".join(str(c).removeprefix("torch.") for c in choices)
-    _need(value in choices, ValueError, f"{_OP}: {name} must be one of {wanted}, got {value!r}")
-
-
-def _check_triggers(triggers: TriggerTable, images: Tensor, size: tuple[int, int]) -> None:
-    _need(
-        isinstance(triggers, TriggerTable),
-        TypeError,
-        f"{_OP}: triggers must be a TriggerTable, got {type(triggers).__name__}",
-    )
-    source = triggers.source
-    _need(
-        source.device == images.device,
-        ValueError,
-        f"{_OP}: triggers must be on {images.device} like images (use triggers.to(device)), "
-        f"got {source.device}",
-    )
-    if triggers.mode == "warp":
-        _need(
-            tuple(source.shape[1:3]) == size,
-            ValueError,
-            f"{_OP}: triggers.grid must be [T, {size[0]}, {size[1]}, 2] like images, "
-            f"got {list(source.shape)}",
-        )
-    else:
-        _need(
-            source.shape[2] <= size[0] and source.shape[3] <= size[1],
-            ValueError,
-            f"{_OP}: triggers.pattern must fit into {size[0]} x {size[1]} images, "
-            f"got {source.shape[2]} x {source.shape[3]}",
-        )
-
-
-def _check(
-    images: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    triggers: TriggerTable | None,
-    trigger_id: Tensor | None,
-    position: Tensor | None,
-    strength: Tensor | float | None,
-    augment: Augment | None,
-    seed: int,
-    view: int,
-    sample_id: Tensor | None,
-    input_layout: str,
-    layout: str,
-    patch_size: int | None,
-    dtype: torch.dtype,
-) -> None:
-    """Types, shapes, devices and plain numbers; values in tensors are checked by the op itself."""
-    _need(
-        isinstance(images, Tensor) and images.dtype == torch.uint8,
-        TypeError,
-        f"{_OP}: images must be a uint8 tensor, got {_describe(images)}",
-    )
-    _check_choice("input_layout", input_layout, INPUT_LAYOUTS)
-    _check_choice("layout", layout, LAYOUTS)
-    _check_choice("dtype", dtype, DTYPES)
-    axis = 3 if input_layout == "nhwc" else 1
-    wanted = "[B, H, W, 3]" if input_layout == "nhwc" else "[B, 3, H, W]"
-    ok = images.ndim == 4 and images.shape[axis] == 3
-    _need(ok, ValueError, f"{_OP}: images must be {wanted}, got {list(images.shape)}")
-    batch = images.shape[0]
-    size = tuple(images.shape[1:3] if input_layout == "nhwc" else images.shape[2:])
-    _need(min(size) > 0, ValueError, f"{_OP}: images must not be empty, got {list(images.shape)}")
-    for name, value in (("mean", mean), ("std", std)):
-        ok = isinstance(value, Sequence) and len(value) == 3
-        ok = ok and all(isinstance(v, (int, float)) and math.isfinite(v) for v in value)
-        _need(ok, ValueError, f"{_OP}: {name} must be 3 finite floats, got {value!r}")
-    _need(min(std) > 0, ValueError, f"{_OP}: std must be > 0, got {std!r}")
-    if layout == "patchified":
-        ok = isinstance(patch_size, int) and patch_size > 0
-        ok = ok and size[0] % patch_size == 0 and size[1] % patch_size == 0
-        _need(
-            ok,
-            ValueError,
-            f"{_OP}: patch_size must divide {size[0]} and {size[1]} in layout patchified, "
-            f"got {patch_size!r}",
-        )
-    else:
-        _need(
-            patch_size is None,
-            ValueError,
-            f"{_OP}: patch_size goes with layout patchified only, got {patch_size!r}",
-        )
-    if triggers is not None:
-        _check_triggers(triggers, images, size)
-    else:
-        for name, value in (
-            ("trigger_id", trigger_id),
-            ("position", position),
-            ("strength", strength),
-        ):
-            _need(value is None, ValueError, f"{_OP}: {name} needs triggers, got triggers=None")
-    _check_index("trigger_id", trigger_id, images, (torch.int32, torch.int64), (batch,))
-    integers = (torch.int16, torch.int32, torch.int64)
-    _check_index("position", position, images, integers, (batch, 2))
-    _check_index("sample_id", sample_id, images, (torch.int64,), (batch,))
-    if isinstance(strength, Tensor):
-        floats = (torch.float32, torch.float64)
-        _check_index("strength", strength, images, floats, (batch,))
-    elif strength is not None:
-        ok = isinstance(strength, (int, float)) and 0 <= strength <= 1
-        _need(ok, ValueError, f"{_OP}: strength must be in [0, 1], got {strength!r}")
-    if augment is not None:
-        _need(
-            isinstance(augment, Augment),
-            TypeError,
-            f"{_OP}: augment must be an Augment, got {type(augment).__name__}",
-        )
-        _need(sample_id is not None, ValueError, f"{_OP}: sample_id is required with augment")
-    _need(0 <= view < 1 << 24, ValueError, f"{_OP}: view must be in [0, 2^24), got {view!r}")
-    ok = -(1 << 63) <= seed < 1 << 64
-    _need(ok, ValueError, f"{_OP}: seed must fit into 64 bits, got {seed!r}")
-
-
-def _check_values(
-    source: Tensor | None,
-    warp: bool,
-    trigger_id: Tensor | None,
-    position: Tensor | None,
-    strength: Tensor | None,
-    size: tuple[int, int],
-) -> None:
-    """Values of those index tensors that are on the CPU; on CUDA looking would synchronise."""
-    if trigger_id is not None and trigger_id.device.type == "cpu" and trigger_id.numel():
-        low, high = (v.item() for v in trigger_id.aminmax())
-        _need(
-            -1 <= low and high < len(source),
-            ValueError,
-            f"{_OP}: trigger_id must be in [-1, {len(source)}) for {len(source)} triggers, "
-            f"got values from {low} to {high}",
-        )
-    if not warp and position is not None and position.device.type == "cpu" and position.numel():
-        low, high = position.amin(0).tolist(), position.amax(0).tolist()
-        room = [size[0] - source.shape[2], size[1] - source.shape[3]]
-        _need(
-            min(low) >= 0 and high[0] <= room[0] and high[1] <= room[1],
-            ValueError,
-            f"{_OP}: position must be in [0, {room[0]}] x [0, {room[1]}] for a "
-            f"{source.shape[2]} x {source.shape[3]} window in {size[0]} x {size[1]} images, "
-            f"got (y, x) from {low} to {high}",
-        )
-    if strength is not None and strength.device.type == "cpu" and strength.numel():
-        low, high = (v.item() for v in strength.aminmax())
-        _need(
-            low >= 0 and high <= 1,
-            ValueError,
-            f"{_OP}: strength must be in [0, 1], got values from {low} to {high}",
-        )
+__all__ = ["Augment", "TriggerTable", "trigger_normalize"]
 
 
 def _allocate(
@@ -394,6 +47,71 @@ def _allocate(
         out = torch.empty((batch, 3, h, w), dtype=dtype, device=images.device, memory_format=kind)
     poisoned = images.new_empty(images.shape if return_images else (0,))
     return out, poisoned
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _launch(
+    images: Tensor,
+    tables: tuple[Tensor | None, ...],  # pattern, mask, grid
+    trigger_id: Tensor | None,
+    position: Tensor | None,
+    strength: Tensor | None,
+    sample_id: Tensor | None,
+    outputs: tuple[Tensor, Tensor],
+    input_layout: str,
+    layout: str,
+    mode: str,
+    augment: list[float],
+    noise: str,
+    **plain: object,
+) -> str:
+    """Calls the native kernel of the images' device; returns what ran ("cuda", "avx512", ...)."""
+    nhwc = input_layout == "nhwc"
+    images = images.contiguous()
+    pattern, mask, grid = (t if t is None else t.contiguous() for t in tables)
+    # Saturating keeps an integer that does not fit into 32 bits outside every range.
+    trigger_id, position = (
+        t if t is None else t.clamp(-(1 << 31), (1 << 31) - 1).to(torch.int32).contiguous()
+        for t in (trigger_id, position)
+    )
+    strength = None if strength is None else strength.to(torch.float64).contiguous()
+    sample_id = None if sample_id is None else sample_id.contiguous()
+    source = grid if mode == "warp" else pattern
+    window = (0, 0) if mode in ("none", "warp") else tuple(pattern.shape[2:])
+    on_gpu = images.device.type == "cuda"
+    return _C.trigger_normalize(
+        images=_address(images),
+        out=_address(outputs[0]),
+        poisoned=_address(outputs[1]) if outputs[1].ndim == 4 else 0,
+        pattern=_address(pattern),
+        mask=_address(mask),
+        grid=_address(grid),
+        trigger_id=_address(trigger_id),
+        position=_address(position),
+        strength=_address(strength),
+        sample_id=_address(sample_id),
+        image_size=(len(images), *(images.shape[1:3] if nhwc else images.shape[2:])),
+        table_size=(
+            0 if source is None else len(source),
+            0 if mask is None else mask.shape[1],
+            *window,
+        ),
+        mode=MODES.index(mode),
+        augment=bool(augment),
+        augment_values=augment or [0.0] * 5,
+        half_noise=noise == "half",
+        input_layout=INPUT_LAYOUTS.index(input_layout),
+        layout=LAYOUTS.index(layout),
+        dtype=DTYPES.index(outputs[0].dtype),
+        device=images.device.index if on_gpu else -1,
+        stream=torch.cuda.current_stream(images.device).cuda_stream if on_gpu else 0,
+        isa=os.environ.get("PYBACKDOOR_CPU_ISA") or "auto",
+        threads=torch.get_num_threads(),
+        **plain,
+    )
 
 
 @torch.library.custom_op("pybackdoor::trigger_normalize_fwd", mutates_args=())
@@ -429,17 +147,23 @@ def trigger_normalize_fwd(
     warp = mode == "warp"
     size = tuple(images.shape[1:3] if input_layout == "nhwc" else images.shape[2:])
     source = grid if warp else pattern
-    _check_values(source, warp, trigger_id, position, strength, size)
+    check_values(source, warp, trigger_id, position, strength, size)
     trigger_id, position, strength, sample_id = (
         t if t is None else t.to(images.device, non_blocking=True)
         for t in (trigger_id, position, strength, sample_id)
     )
     outputs = _allocate(images, input_layout, layout, patch_size, dtype, return_images)
-    if _backend.choose(images, _OP).name != "reference":
-        launch_native(
-            *(images, pattern, mask, grid, trigger_id, position, strength, sample_id),
-            *(mean, std, mode, flags, strength_value, augment, noise, seed, view),
-            *(input_layout, layout, patch_size, *outputs),
+    if _backend.choose(images, OP).name != "reference":
+        _launch(
+            *(images, (pattern, mask, grid), trigger_id, position, strength, sample_id),
+            *(outputs, input_layout, layout, mode, augment, noise),
+            flags=flags,
+            strength_value=strength_value,
+            seed=seed,
+            view=view,
+            patch_size=patch_size,
+            mean=mean,
+            std=std,
         )
         return outputs
     table = plan = None
@@ -448,7 +172,7 @@ def trigger_normalize_fwd(
     if augment:
         noise_p, noise_std, erase_p, *area = augment
         plan = Augment(noise_p, noise_std, noise, erase_p, tuple(area))
-    result = reference.trigger_normalize(
+    results = reference.trigger_normalize(
         images,
         mean=mean,
         std=std,
@@ -464,9 +188,12 @@ def trigger_normalize_fwd(
         layout=layout,
         patch_size=patch_size,
         dtype=dtype,
-        return_images=return_images,
+        return_images=True,
     )
-    return result if return_images else (result, outputs[1])
+    outputs[0].copy_(results[0])
+    if return_images:
+        outputs[1].copy_(results[1])
+    return outputs
 
 
 @trigger_normalize_fwd.register_fake
@@ -556,7 +283,7 @@ def trigger_normalize(
         tensor([[-1.,  1.],
                 [ 1.,  1.]])
     """
-    _check(
+    check(
         *(images, mean, std, triggers, trigger_id, position, strength, augment, seed, view),
         *(sample_id, input_layout, layout, patch_size, dtype),
     )

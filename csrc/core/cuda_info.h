@@ -1,0 +1,11 @@
+// Whether this build's CUDA code can run here.
+#pragma once
+
+#include <string>
+
+namespace pybackdoor {
+
+// Empty if the driver answers and has a device; else why not. Starts no context.
+std::string cuda_obstacle();
+
+}  // namespace pybackdoor

@@ -1,0 +1,222 @@
+// Row kernels of the CPU backend: each handles a run of pixels of one image that fits into L1.
+// The functions here are plain C++, compiled once per instruction set (they vectorise) with the
+// flags that setup.py gives the including file; trigger_normalize_avx512.cpp replaces some.
+#pragma once
+
+#include "ops/trigger_normalize_body.h"
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace pybackdoor {
+
+constexpr int kRun = 1024;  // pixels of a run: 3 KB of levels and 12 KB of fp32 values, in 32 KB L1
+
+// The normalised value of each level, in the forms that the row kernels read.
+struct LevelTable {
+  float value[3][256];
+  uint16_t half[3][256];                 // rounded to the output's 2 byte dtype
+  alignas(64) uint8_t bytes[3][4][256];  // byte k of value (4 B output) or half (2 B output)
+};
+
+struct NoiseRow {
+  uint64_t seed;
+  uint32_t first_block;  // Philox block of the run's first pixel
+  uint32_t stream_view, id_low, id_high;
+  float noise_std, mean, std;
+  bool half;
+  DType dtype;
+};
+
+struct WarpRow {
+  const uint8_t* image;   // first byte of the image
+  int64_t step, channel;  // distance of neighbouring pixels and channels
+  int64_t height, width;
+  const float* grid;  // [n, 2] of the run
+  bool clip;
+};
+
+struct RowOps {
+  const char* name;
+  // [n, 3] interleaved -> three planes, and back.
+  void (*split)(const uint8_t* pixels, uint8_t* const planes[3], int64_t n);
+  void (*join)(const uint8_t* const planes[3], uint8_t* pixels, int64_t n);
+  // Overwrite or blend the n levels q of one channel; m may be null.
+  void (*patch)(const float* t, uint8_t* q, int64_t n, bool clip);
+  void (*blend)(const float* t, const float* m, uint8_t* q, int64_t n, const BlendRule& rule);
+  void (*warp)(const WarpRow& row, uint8_t* const planes[3], int64_t n);
+  // n levels of channel c to out; stream: past the caches (out 64 B aligned).
+  void (*lookup)(const LevelTable& table, int c, DType dtype, const uint8_t* q, void* out,
+                 int64_t n, bool stream);
+  void (*noise)(const NoiseRow& row, const uint8_t* q, void* out, int64_t n);
+  // Three planes of n elements of `size` bytes -> [n, 3].
+  void (*interleave)(const void* const planes[3], void* out, int64_t n, int64_t size);
+};
+
+static inline void split_rows(const uint8_t* pixels, uint8_t* const planes[3], int64_t n) {
+  uint8_t* __restrict r = planes[0];
+  uint8_t* __restrict g = planes[1];
+  uint8_t* __restrict b = planes[2];
+  for (int64_t i = 0; i < n; ++i) {
+    r[i] = pixels[3 * i];
+    g[i] = pixels[3 * i + 1];
+    b[i] = pixels[3 * i + 2];
+  }
+}
+
+static inline void join_rows(const uint8_t* const planes[3], uint8_t* __restrict pixels,
+                             int64_t n) {
+  const uint8_t *r = planes[0], *g = planes[1], *b = planes[2];
+  for (int64_t i = 0; i < n; ++i) {
+    pixels[3 * i] = r[i];
+    pixels[3 * i + 1] = g[i];
+    pixels[3 * i + 2] = b[i];
+  }
+}
+
+static inline void patch_row(const float* t, uint8_t* __restrict q, int64_t n, bool clip) {
+  for (int64_t i = 0; i < n; ++i) q[i] = quantize(t[i], clip);
+}
+
+static inline void blend_row(const float* t, const float* m, uint8_t* __restrict q, int64_t n,
+                             const BlendRule& rule) {
+  const BlendRule r = rule;
+  if (m) {
+    for (int64_t i = 0; i < n; ++i) q[i] = blend_masked(q[i], t[i], m[i], r);
+  } else {
+    for (int64_t i = 0; i < n; ++i) q[i] = blend_weighted(q[i], t[i], r.a, r.b, r);
+  }
+}
+
+static inline void warp_rows(const WarpRow& row, uint8_t* const planes[3], int64_t n) {
+  constexpr int kBlock = 64;
+  int32_t at[4][kBlock];
+  float weight[4][kBlock];
+  const int32_t width = static_cast<int32_t>(row.width), height = static_cast<int32_t>(row.height);
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int count = static_cast<int>(min_of(kBlock, n - first));
+    const float* grid = row.grid + 2 * first;
+    for (int i = 0; i < count; ++i) {
+      const Corners c = warp_corners(grid[2 * i], grid[2 * i + 1], height, width);
+      // Clamped into the image: where that moves an index its weight is 0.
+      const int32_t x0 = c.x < 0 ? 0 : c.x < width ? c.x : width - 1;
+      const int32_t x1 = c.x < -1 ? 0 : c.x + 1 < width ? c.x + 1 : width - 1;
+      const int32_t y0 = c.y < 0 ? 0 : c.y < height ? c.y : height - 1;
+      const int32_t y1 = c.y < -1 ? 0 : c.y + 1 < height ? c.y + 1 : height - 1;
+      at[0][i] = y0 * width + x0;
+      at[1][i] = y0 * width + x1;
+      at[2][i] = y1 * width + x0;
+      at[3][i] = y1 * width + x1;
+      for (int k = 0; k < 4; ++k) weight[k][i] = c.weight[k];
+    }
+    for (int c = 0; c < 3; ++c) {
+      const uint8_t* p = row.image + c * row.channel;
+      uint8_t v[4][kBlock];
+      for (int k = 0; k < 4; ++k) {
+        for (int i = 0; i < count; ++i) v[k][i] = p[at[k][i] * row.step];
+      }
+      uint8_t* __restrict q = planes[c] + first;
+      for (int i = 0; i < count; ++i) {
+        const uint8_t corner[4] = {v[0][i], v[1][i], v[2][i], v[3][i]};
+        const float w[4] = {weight[0][i], weight[1][i], weight[2][i], weight[3][i]};
+        q[i] = quantize(warp_mix(corner, w), row.clip);
+      }
+    }
+  }
+}
+
+static inline void lookup_row(const LevelTable& table, int c, DType dtype, const uint8_t* q,
+                              void* out, int64_t n, bool) {
+  if (dtype == DType::kFloat32) {
+    float* __restrict p = static_cast<float*>(out);
+    const float* value = table.value[c];
+    for (int64_t i = 0; i < n; ++i) p[i] = value[q[i]];
+  } else {
+    uint16_t* __restrict p = static_cast<uint16_t*>(out);
+    const uint16_t* half = table.half[c];
+    for (int64_t i = 0; i < n; ++i) p[i] = half[q[i]];
+  }
+}
+
+static inline void convert_row(const float* v, DType dtype, void* out, int64_t n) {
+  if (dtype == DType::kFloat32) {
+    std::memcpy(out, v, static_cast<size_t>(n) * 4);
+    return;
+  }
+  uint16_t* __restrict p = static_cast<uint16_t*>(out);
+  if (dtype == DType::kBFloat16) {
+    for (int64_t i = 0; i < n; ++i) p[i] = to_bfloat16(v[i]);
+    return;
+  }
+  int64_t i = 0;
+#ifdef __F16C__
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(v + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), half);
+  }
+#endif
+  for (; i < n; ++i) p[i] = to_float16(v[i]);
+}
+
+static inline void noise_row(const NoiseRow& row, const uint8_t* q, void* out, int64_t n) {
+  constexpr int kBlocks = 16;  // Philox blocks side by side, 64 pixels
+  const NoiseRow r = row;
+  uint32_t word[4][kBlocks];
+  float normal[4 * kBlocks], value[4 * kBlocks];
+  for (int64_t first = 0; first < n; first += 4 * kBlocks) {
+    const int count = static_cast<int>(min_of(4 * kBlocks, n - first));
+    const uint32_t block = r.first_block + static_cast<uint32_t>(first / 4);
+    for (int k = 0; k < kBlocks; ++k) {
+      const Words w = philox(
+          Words{{block + static_cast<uint32_t>(k), r.stream_view, r.id_low, r.id_high}}, r.seed);
+      word[0][k] = w.w[0];
+      word[1][k] = w.w[1];
+      word[2][k] = w.w[2];
+      word[3][k] = w.w[3];
+    }
+    for (int k = 0; k < kBlocks; ++k) {
+      normal_pair(word[0][k], word[1][k], &normal[4 * k], &normal[4 * k + 1]);
+      normal_pair(word[2][k], word[3][k], &normal[4 * k + 2], &normal[4 * k + 3]);
+    }
+    for (int i = 0; i < count; ++i) {
+      const float x = add_noise(level_value(q[first + i]), normal[i], r.noise_std, r.half);
+      value[i] = normalize_value(x, r.mean, r.std);
+    }
+    const int64_t size = r.dtype == DType::kFloat32 ? 4 : 2;
+    convert_row(value, r.dtype, static_cast<char*>(out) + first * size, count);
+  }
+}
+
+template <typename T>
+static inline void interleave_as(const void* const planes[3], void* out, int64_t n) {
+  const T* r = static_cast<const T*>(planes[0]);
+  const T* g = static_cast<const T*>(planes[1]);
+  const T* b = static_cast<const T*>(planes[2]);
+  T* __restrict p = static_cast<T*>(out);
+  for (int64_t i = 0; i < n; ++i) {
+    p[3 * i] = r[i];
+    p[3 * i + 1] = g[i];
+    p[3 * i + 2] = b[i];
+  }
+}
+
+static inline void interleave_rows(const void* const planes[3], void* out, int64_t n,
+                                   int64_t size) {
+  if (size == 4) return interleave_as<uint32_t>(planes, out, n);
+  interleave_as<uint16_t>(planes, out, n);
+}
+
+#define PB_GENERIC_ROWS(name)                                                            \
+  RowOps {                                                                               \
+    name, split_rows, join_rows, patch_row, blend_row, warp_rows, lookup_row, noise_row, \
+        interleave_rows                                                                  \
+  }
+
+const RowOps& portable_rows();
+#if defined(__x86_64__)
+const RowOps& avx2_rows();    // call only where the CPU has AVX2 and F16C
+const RowOps& avx512_rows();  // call only where it has AVX-512 F, BW, DQ, VL and VBMI
+#endif
+
+}  // namespace pybackdoor
