@@ -82,11 +82,11 @@ def scale(model: nn.Module) -> Tensor:
     Args:
         model: a CLIP model (`check_clip`).
     Returns:
-        [] fp32, without gradient, on logit_scale's device (a number: CPU).
+        [] fp32 (fp64 for an fp64 model), without gradient, on logit_scale's device (a number: CPU).
     """
     value = model.logit_scale
     log_scale = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
-    return log_scale.to(torch.float32).reshape(()).exp()
+    return log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).reshape(()).exp()
 
 
 def logit_scale_parameters(model: nn.Module) -> list[nn.Parameter]:
