@@ -17,8 +17,10 @@
 
 #ifdef __CUDA_ARCH__
 #define PB_UNROLL _Pragma("unroll")
+#define PB_ROLLED _Pragma("unroll 1")
 #else
 #define PB_UNROLL
+#define PB_ROLLED
 #endif
 
 namespace pybackdoor {

@@ -86,6 +86,9 @@ PB_HD Corners warp_corners(float gx, float gy, int64_t height, int64_t width) {
   return c;
 }
 
+// Into [0, size).
+PB_HD int32_t clamp_index(int32_t i, int32_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
+
 PB_HD float warp_mix(const uint8_t v[4], const float weight[4]) {
   float sum = mul_rn(level_value(v[0]), weight[0]);
   sum = add_rn(sum, mul_rn(level_value(v[1]), weight[1]));
@@ -185,176 +188,268 @@ PB_HD SamplePlan sample_plan(const TriggerNormalizeArgs& args, int64_t b) {
   return plan;
 }
 
-// A chunk: up to 16 pixels in a row-major run of image b, channel by channel.
+// A chunk: up to 16 pixels in a row-major run of one image.
 struct Chunk {
   int64_t image;  // b
-  int64_t pixel;  // first, multiple of 16
+  int32_t pixel;  // first, multiple of 16
   int32_t y, x;   // of the first
   int32_t count;  // 1..16
 };
 
-PB_HD void load_chunk(const TriggerNormalizeArgs& args, const Chunk& chunk, uint8_t (&q)[3][16]) {
-  const int64_t plane = args.height * args.width;
-  if (args.input_layout == InputLayout::kNhwc) {
-    const uint8_t* p = args.images + (chunk.image * plane + chunk.pixel) * 3;
-    if (chunk.count == 16 && aligned16(p)) {
-      const Vec16 v[3] = {load16(p), load16(p + 16), load16(p + 32)};
-      PB_UNROLL
-      for (int k = 0; k < 48; ++k) {
-        q[k % 3][k / 3] = static_cast<uint8_t>(v[k / 16].w[k / 4 % 4] >> (k % 4 * 8));
-      }
-    } else {
-      PB_UNROLL
-      for (int k = 0; k < 48; ++k) q[k % 3][k / 3] = k / 3 < chunk.count ? p[k] : 0;
-    }
-    return;
-  }
+// Its levels, four to a word: word 4 * c + i / 4 holds pixel i of channel c. The loops over
+// channels are not unrolled, for the code's size; registers cannot be indexed, so `rotate` brings
+// the next channel to the front, and after three turns all is as before.
+struct Levels {
+  uint32_t w[12];
+};
+
+PB_HD void rotate(Levels* q) {
   PB_UNROLL
-  for (int c = 0; c < 3; ++c) {
-    const uint8_t* p = args.images + (chunk.image * 3 + c) * plane + chunk.pixel;
-    if (chunk.count == 16 && aligned16(p)) {
-      const Vec16 v = load16(p);
-      PB_UNROLL
-      for (int i = 0; i < 16; ++i) q[c][i] = static_cast<uint8_t>(v.w[i / 4] >> (i % 4 * 8));
-    } else {
-      PB_UNROLL
-      for (int i = 0; i < 16; ++i) q[c][i] = i < chunk.count ? p[i] : 0;
-    }
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t front = q->w[k];
+    q->w[k] = q->w[4 + k];
+    q->w[4 + k] = q->w[8 + k];
+    q->w[8 + k] = front;
   }
 }
 
-PB_HD void store_poisoned(const TriggerNormalizeArgs& args, const Chunk& chunk,
-                          const uint8_t (&q)[3][16]) {
+PB_HD uint32_t byte_of(uint32_t word, int k) { return word >> (8 * k) & 255u; }
+
+PB_HD uint32_t with_byte(uint32_t word, int k, uint32_t value) {
+  return (word & ~(255u << (8 * k))) | value << (8 * k);
+}
+
+PB_HD int64_t first_byte(const TriggerNormalizeArgs& args, const Chunk& chunk, int c) {
   const int64_t plane = args.height * args.width;
+  if (args.input_layout == InputLayout::kNhwc) return (chunk.image * plane + chunk.pixel) * 3;
+  return (chunk.image * 3 + c) * plane + chunk.pixel;
+}
+
+PB_HD Levels load_chunk(const TriggerNormalizeArgs& args, const Chunk& chunk) {
+  Levels q = {};
   if (args.input_layout == InputLayout::kNhwc) {
-    uint8_t* p = args.poisoned + (chunk.image * plane + chunk.pixel) * 3;
+    const uint8_t* p = args.images + first_byte(args, chunk, 0);
+    uint32_t raw[12] = {};
     if (chunk.count == 16 && aligned16(p)) {
       PB_UNROLL
       for (int part = 0; part < 3; ++part) {
-        Vec16 v = {{0, 0, 0, 0}};
+        const Vec16 v = load16(p + 16 * part);
         PB_UNROLL
-        for (int k = 0; k < 16; ++k) {
-          const int e = part * 16 + k;
-          v.w[k / 4] |= static_cast<uint32_t>(q[e % 3][e / 3]) << (k % 4 * 8);
-        }
-        store16(p + part * 16, v);
+        for (int k = 0; k < 4; ++k) raw[4 * part + k] = v.w[k];
       }
     } else {
       PB_UNROLL
-      for (int k = 0; k < 48; ++k) {
-        if (k / 3 < chunk.count) p[k] = q[k % 3][k / 3];
+      for (int e = 0; e < 48; ++e) {
+        if (e / 3 < chunk.count) raw[e / 4] |= static_cast<uint32_t>(p[e]) << (e % 4 * 8);
+      }
+    }
+    PB_UNROLL
+    for (int e = 0; e < 48; ++e) {
+      const int c = e % 3, i = e / 3;
+      q.w[4 * c + i / 4] |= byte_of(raw[e / 4], e % 4) << (i % 4 * 8);
+    }
+    return q;
+  }
+  PB_UNROLL
+  for (int c = 0; c < 3; ++c) {
+    const uint8_t* p = args.images + first_byte(args, chunk, c);
+    if (chunk.count == 16 && aligned16(p)) {
+      const Vec16 v = load16(p);
+      PB_UNROLL
+      for (int k = 0; k < 4; ++k) q.w[4 * c + k] = v.w[k];
+    } else {
+      PB_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        if (i < chunk.count) q.w[4 * c + i / 4] |= static_cast<uint32_t>(p[i]) << (i % 4 * 8);
+      }
+    }
+  }
+  return q;
+}
+
+PB_HD void store_poisoned(const TriggerNormalizeArgs& args, const Chunk& chunk, const Levels& q) {
+  if (args.input_layout == InputLayout::kNhwc) {
+    uint8_t* p = args.poisoned + first_byte(args, chunk, 0);
+    uint32_t raw[12] = {};
+    PB_UNROLL
+    for (int e = 0; e < 48; ++e) {
+      const int c = e % 3, i = e / 3;
+      raw[e / 4] |= byte_of(q.w[4 * c + i / 4], i % 4) << (e % 4 * 8);
+    }
+    if (chunk.count == 16 && aligned16(p)) {
+      PB_UNROLL
+      for (int k = 0; k < 12; k += 4) {
+        store16(p + 4 * k, Vec16{{raw[k], raw[k + 1], raw[k + 2], raw[k + 3]}});
+      }
+    } else {
+      PB_UNROLL
+      for (int e = 0; e < 48; ++e) {
+        if (e / 3 < chunk.count) p[e] = static_cast<uint8_t>(byte_of(raw[e / 4], e % 4));
       }
     }
     return;
   }
   PB_UNROLL
   for (int c = 0; c < 3; ++c) {
-    uint8_t* p = args.poisoned + (chunk.image * 3 + c) * plane + chunk.pixel;
-    PB_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      if (i < chunk.count) p[i] = q[c][i];
+    uint8_t* p = args.poisoned + first_byte(args, chunk, c);
+    const uint32_t* w = q.w + 4 * c;
+    if (chunk.count == 16 && aligned16(p)) {
+      store16(p, Vec16{{w[0], w[1], w[2], w[3]}});
+    } else {
+      PB_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        if (i < chunk.count) p[i] = static_cast<uint8_t>(byte_of(w[i / 4], i % 4));
+      }
     }
   }
 }
 
-PB_HD void warp_chunk(const TriggerNormalizeArgs& args, const SamplePlan& plan, const Chunk& chunk,
-                      uint8_t (&q)[3][16]) {
+PB_HD uint32_t warp_pixel(const TriggerNormalizeArgs& args, const uint8_t* image,
+                          const float* grid) {  // -> the three levels in one word
+  const bool nhwc = args.input_layout == InputLayout::kNhwc;
+  const int32_t step = nhwc ? 3 : 1;
+  const int64_t channel = nhwc ? 1 : args.height * args.width;
+  const int32_t width = static_cast<int32_t>(args.width);
+  const Corners at = warp_corners(grid[0], grid[1], args.height, args.width);
+  // Indices are clamped into the image: where that moves them the weight is 0.
+  const int32_t x0 = clamp_index(at.x, width) * step, x1 = clamp_index(at.x + 1, width) * step;
+  const int32_t rows = static_cast<int32_t>(args.height), pitch = width * step;
+  const int32_t y0 = clamp_index(at.y, rows) * pitch, y1 = clamp_index(at.y + 1, rows) * pitch;
+  uint32_t levels = 0;
+  PB_UNROLL
+  for (int c = 0; c < 3; ++c) {
+    const uint8_t* p = image + c * channel;
+    const uint8_t v[4] = {p[y0 + x0], p[y0 + x1], p[y1 + x0], p[y1 + x1]};
+    levels |= static_cast<uint32_t>(quantize(warp_mix(v, at.weight), args.clip)) << (8 * c);
+  }
+  return levels;
+}
+
+PB_HD Levels warp_chunk(const TriggerNormalizeArgs& args, const SamplePlan& plan,
+                        const Chunk& chunk) {
   const int64_t plane = args.height * args.width;
   const uint8_t* image = args.images + chunk.image * plane * 3;
-  const int64_t step = args.input_layout == InputLayout::kNhwc ? 3 : 1;
-  const int64_t channel = args.input_layout == InputLayout::kNhwc ? 1 : plane;
   const float* grid = args.grid + (plan.trigger * plane + chunk.pixel) * 2;
-  PB_UNROLL
-  for (int i = 0; i < 16; ++i) {
-    if (i >= chunk.count) continue;
-    const Corners at = warp_corners(grid[2 * i], grid[2 * i + 1], args.height, args.width);
-    // Indices are clamped into the image: where that moves them the weight is 0.
-    const int64_t x0 = max_of(0, min_of(at.x, args.width - 1)) * step;
-    const int64_t x1 = max_of(0, min_of(at.x + 1, args.width - 1)) * step;
-    const int64_t y0 = max_of(0, min_of(at.y, args.height - 1)) * args.width * step;
-    const int64_t y1 = max_of(0, min_of(at.y + 1, args.height - 1)) * args.width * step;
+  Levels q = {};
+  PB_ROLLED
+  for (int i = 0; i < chunk.count; ++i) {
+    const uint32_t pixel = warp_pixel(args, image, grid + 2 * i);
     PB_UNROLL
     for (int c = 0; c < 3; ++c) {
-      const uint8_t* p = image + c * channel;
-      const uint8_t v[4] = {p[y0 + x0], p[y0 + x1], p[y1 + x0], p[y1 + x1]};
-      q[c][i] = quantize(warp_mix(v, at.weight), args.clip);
+      PB_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        q.w[4 * c + k] |= (k == i / 4 ? byte_of(pixel, c) : 0u) << (i % 4 * 8);
+      }
     }
+  }
+  return q;
+}
+
+// Bit i: pixel i of the chunk lies in the rectangle.
+PB_HD uint32_t pixels_inside(const TriggerNormalizeArgs& args, const Chunk& chunk, int32_t y,
+                             int32_t x, int32_t h, int32_t w) {
+  int32_t row = chunk.y - y, col = chunk.x - x;
+  const int32_t end = static_cast<int32_t>(args.width) - x;
+  uint32_t inside = 0;
+  PB_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    const bool in = row >= 0 && row < h && col >= 0 && col < w;
+    inside |= static_cast<uint32_t>(in) << i;
+    if (++col == end) {
+      col = -x;
+      ++row;
+    }
+  }
+  return inside & ((1u << chunk.count) - 1);
+}
+
+// The trigger on the front channel of q, c. t, m: that channel of the pattern and the mask.
+PB_HD void window_channel(const TriggerNormalizeArgs& args, const SamplePlan& plan,
+                          const Chunk& chunk, uint32_t inside, const float* t, const float* m,
+                          Levels* q) {
+  const int32_t width = static_cast<int32_t>(args.width);
+  const int32_t pitch = static_cast<int32_t>(args.window_width);
+  const bool dense = inside == 0xFFFFu && pitch == width;  // then 16 neighbours in the pattern
+  int32_t row = chunk.y - plan.y, col = chunk.x - plan.x;
+  const int32_t first = row * pitch + col;
+  const bool vectors = dense && aligned16(t + first) && (m == nullptr || aligned16(m + first));
+  PB_UNROLL
+  for (int word = 0; word < 4; ++word) {
+    float tv[4], mv[4] = {1.f, 1.f, 1.f, 1.f};
+    if (vectors) {
+      const Vec16 v = load16(t + first + 4 * word);
+      const Vec16 u = m ? load16(m + first + 4 * word) : v;
+      PB_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        tv[k] = bits_float(v.w[k]);
+        mv[k] = bits_float(u.w[k]);
+      }
+    } else {
+      PB_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const int32_t at = inside >> (4 * word + k) & 1 ? row * pitch + col : 0;
+        tv[k] = t[at];
+        if (m) mv[k] = m[at];
+        if (++col == width - plan.x) {
+          col = -plan.x;
+          ++row;
+        }
+      }
+    }
+    uint32_t levels = q->w[word];
+    PB_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      const uint8_t x = static_cast<uint8_t>(byte_of(levels, k));
+      uint8_t v;
+      if (args.mode == Mode::kPatch) {
+        v = quantize(tv[k], args.clip);
+      } else if (m == nullptr) {
+        v = blend_weighted(x, tv[k], plan.rule.a, plan.rule.b, plan.rule);
+      } else {
+        v = blend_masked(x, tv[k], mv[k], plan.rule);
+      }
+      if (inside >> (4 * word + k) & 1) levels = with_byte(levels, k, v);
+    }
+    q->w[word] = levels;
   }
 }
 
 PB_HD void window_chunk(const TriggerNormalizeArgs& args, const SamplePlan& plan,
-                        const Chunk& chunk, uint8_t (&q)[3][16]) {
-  const int64_t area = args.window_height * args.window_width;
-  const float* pattern = args.pattern + plan.trigger * 3 * area;
-  const bool whole = args.window_height == args.height && args.window_width == args.width &&
-                     plan.y == 0 && plan.x == 0 && chunk.count == 16;
-  uint32_t inside = 0;
-  int64_t at[16];
-  int64_t y = chunk.y - plan.y, x = chunk.x - plan.x;
-  PB_UNROLL
-  for (int i = 0; i < 16; ++i) {
-    const bool in =
-        i < chunk.count && y >= 0 && y < args.window_height && x >= 0 && x < args.window_width;
-    inside |= static_cast<uint32_t>(in) << i;
-    at[i] = in ? y * args.window_width + x : 0;
-    if (++x == args.width - plan.x) {
-      x = -plan.x;
-      ++y;
-    }
-  }
+                        const Chunk& chunk, Levels* q) {
+  const int32_t h = static_cast<int32_t>(args.window_height);
+  const int32_t w = static_cast<int32_t>(args.window_width);
+  const uint32_t inside = pixels_inside(args, chunk, plan.y, plan.x, h, w);
   if (!inside) return;
-  PB_UNROLL
+  const int64_t area = args.window_height * args.window_width;
+  const float* t = args.pattern + plan.trigger * 3 * area;
+  const float* m = args.mask ? args.mask + plan.trigger * args.mask_channels * area : nullptr;
+  PB_ROLLED
   for (int c = 0; c < 3; ++c) {
-    float t[16];
-    if (whole && aligned16(pattern + c * area + chunk.pixel)) {
-      PB_UNROLL
-      for (int i = 0; i < 16; i += 4) {
-        const Vec16 v = load16(pattern + c * area + chunk.pixel + i);
-        PB_UNROLL
-        for (int k = 0; k < 4; ++k) t[i + k] = bits_float(v.w[k]);
-      }
-    } else {
-      PB_UNROLL
-      for (int i = 0; i < 16; ++i) t[i] = pattern[c * area + at[i]];
-    }
-    if (args.mode == Mode::kPatch) {
-      PB_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        if (inside >> i & 1) q[c][i] = quantize(t[i], args.clip);
-      }
-    } else if (args.mask == nullptr) {
-      PB_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        const uint8_t v = blend_weighted(q[c][i], t[i], plan.rule.a, plan.rule.b, plan.rule);
-        if (inside >> i & 1) q[c][i] = v;
-      }
-    } else {
-      const int64_t plane = plan.trigger * args.mask_channels + (args.mask_channels == 3 ? c : 0);
-      PB_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        const uint8_t v = blend_masked(q[c][i], t[i], args.mask[plane * area + at[i]], plan.rule);
-        if (inside >> i & 1) q[c][i] = v;
-      }
-    }
+    window_channel(args, plan, chunk, inside, t, m, q);
+    rotate(q);
+    t += area;
+    if (m && args.mask_channels == 3) m += area;
   }
 }
 
-// Where element i of channel c of the chunk goes, in a planar layout (nchw or patchified).
-PB_HD int64_t planar_offset(const TriggerNormalizeArgs& args, const Chunk& chunk, int c, int i) {
+// Where pixel i, channel c of the chunk goes, in elements.
+PB_HD int64_t out_offset(const TriggerNormalizeArgs& args, const Chunk& chunk, int c, int i) {
   const int64_t plane = args.height * args.width;
-  if (args.layout == Layout::kNchw) return (chunk.image * 3 + c) * plane + chunk.pixel + i;
-  const int64_t p = args.patch_size;
-  const int64_t y = (chunk.pixel + i) / args.width, x = (chunk.pixel + i) % args.width;
-  const int64_t patch = y / p * (args.width / p) + x / p;
+  const int32_t pixel = chunk.pixel + i;
+  if (args.layout == Layout::kNchw) return (chunk.image * 3 + c) * plane + pixel;
+  if (args.layout == Layout::kChannelsLast) return (chunk.image * plane + pixel) * 3 + c;
+  const int32_t p = args.patch_size, width = static_cast<int32_t>(args.width);
+  const int32_t y = pixel / width, x = pixel - y * width;
+  const int64_t patch = static_cast<int64_t>(y / p) * (width / p) + x / p;
   return chunk.image * 3 * plane + (patch * 3 + c) * p * p + y % p * p + x % p;
 }
 
-template <DType dtype, int n>
-PB_HD void store_run(void* out, int64_t offset, const float (&v)[n]) {  // n elements, 16 B aligned
+template <DType dtype>
+PB_HD void store_run(void* out, int64_t offset, const float (&v)[16]) {  // 16 B aligned
   constexpr int per_vector = dtype == DType::kFloat32 ? 4 : 8;
   char* p = static_cast<char*>(out) + offset * (16 / per_vector);
   PB_UNROLL
-  for (int i = 0; i < n; i += per_vector) {
+  for (int i = 0; i < 16; i += per_vector) {
     Vec16 word;
     PB_UNROLL
     for (int k = 0; k < 4; ++k) {
@@ -379,126 +474,117 @@ PB_HD void store_one(void* out, int64_t offset, float v) {
   }
 }
 
-struct Four {
-  float v[4];
-};
-
-// Four neighbouring pixels of one channel with their noise, normalised. Not inlined on the device:
-// a copy for each of a chunk's twelve blocks made compilation take minutes.
-#ifdef __CUDACC__
-static __host__ __device__ __noinline__
-#else
-static inline
-#endif
-    Four noisy_four(uint32_t levels, uint32_t block, uint32_t stream_view, uint32_t id_low,
-                    uint32_t id_high, uint64_t seed, float noise_std, bool half, float mean,
-                    float std) {
-  const Words words = philox(Words{{block, stream_view, id_low, id_high}}, seed);
-  Four normal;
-  normal_pair(words.w[0], words.w[1], &normal.v[0], &normal.v[1]);
-  normal_pair(words.w[2], words.w[3], &normal.v[2], &normal.v[3]);
+// Pixels 4 * block .. + 3 of channel c of a noisy image, normalised.
+PB_HD void noisy_four(const TriggerNormalizeArgs& args, const SamplePlan& plan, const Chunk& chunk,
+                      int c, int block, uint32_t levels, float (&v)[4]) {
+  const int64_t blocks = (args.height * args.width + 3) / 4;  // Philox blocks of a channel
+  const uint32_t at = static_cast<uint32_t>(c * blocks + chunk.pixel / 4 + block);
+  const Words words =
+      philox(Words{{at, kStreamNoise | args.view << 8, plan.id_low, plan.id_high}}, args.seed);
+  float normal[4];
+  normal_pair(words.w[0], words.w[1], &normal[0], &normal[1]);
+  normal_pair(words.w[2], words.w[3], &normal[2], &normal[3]);
   PB_UNROLL
   for (int k = 0; k < 4; ++k) {
-    const float x = level_value(levels >> (8 * k) & 255u);
-    normal.v[k] = normalize_value(add_noise(x, normal.v[k], noise_std, half), mean, std);
+    const float x =
+        add_noise(level_value(byte_of(levels, k)), normal[k], args.noise_std, args.half_noise);
+    v[k] = normalize_value(x, args.mean[c], args.std[c]);
   }
-  return normal;
 }
 
-template <DType dtype, bool channels_last>
-PB_HD void store_chunk(const TriggerNormalizeArgs& args, const SamplePlan& plan, const Chunk& chunk,
-                       const float* table, const uint8_t (&q)[3][16]) {
-  constexpr int64_t size = dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t plane = args.height * args.width;
-  uint32_t erased = 0;
-  if (plan.erase_side) {
-    int64_t y = chunk.y - plan.erase_y, x = chunk.x - plan.erase_x;
-    PB_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      const bool in = y >= 0 && y < plan.erase_side && x >= 0 && x < plan.erase_side;
-      erased |= static_cast<uint32_t>(in) << i;
-      if (++x == args.width - plan.erase_x) {
-        x = -plan.erase_x;
-        ++y;
+template <DType dtype>
+PB_HD void store_noisy(const TriggerNormalizeArgs& args, const SamplePlan& plan, const Chunk& chunk,
+                       uint32_t erased, Levels q) {
+  PB_ROLLED
+  for (int c = 0; c < 3; ++c) {
+    PB_ROLLED
+    for (int block = 0; block < 4; ++block) {
+      float v[4];
+      noisy_four(args, plan, chunk, c, block, q.w[0], v);
+      PB_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const int i = 4 * block + k;
+        if (erased >> i & 1) v[k] = 0.f;
+        if (i < chunk.count) store_one<dtype>(args.out, out_offset(args, chunk, c, i), v[k]);
       }
+      PB_UNROLL  // one word further
+          for (int k = 0; k < 11; ++k) q.w[k] = q.w[k + 1];
     }
   }
-  const uint32_t blocks = static_cast<uint32_t>((plane + 3) / 4);  // Philox blocks of a channel
-  float all[48];                                                   // of channels_last
-  PB_UNROLL
+}
+
+template <DType dtype>
+PB_HD void store_chunk(const TriggerNormalizeArgs& args, const SamplePlan& plan, const Chunk& chunk,
+                       const float* table, Levels q) {
+  const uint32_t erased = plan.erase_side ? pixels_inside(args, chunk, plan.erase_y, plan.erase_x,
+                                                          plan.erase_side, plan.erase_side)
+                                          : 0;
+  if (plan.noisy) return store_noisy<dtype>(args, plan, chunk, erased, q);
+  constexpr int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  if (args.layout == Layout::kChannelsLast) {
+    const int64_t first = out_offset(args, chunk, 0, 0);
+    const bool run = chunk.count == 16 && aligned16(static_cast<char*>(args.out) + first * size);
+    PB_UNROLL
+    for (int part = 0; part < 48; part += 16) {
+      float v[16];
+      PB_UNROLL
+      for (int k = 0; k < 16; ++k) {
+        const int c = (part + k) % 3, i = (part + k) / 3;
+        v[k] = table[c * 256 + byte_of(q.w[4 * c + i / 4], i % 4)];
+        if (erased >> i & 1) v[k] = 0.f;
+      }
+      if (run) {
+        store_run<dtype>(args.out, first + part, v);
+      } else {
+        PB_UNROLL
+        for (int k = 0; k < 16; ++k) {
+          if ((part + k) / 3 < chunk.count) store_one<dtype>(args.out, first + part + k, v[k]);
+        }
+      }
+    }
+    return;
+  }
+  const bool whole =
+      chunk.count == 16 && (args.layout == Layout::kNchw || args.patch_size % 16 == 0);
+  PB_ROLLED
   for (int c = 0; c < 3; ++c) {
     float v[16];
-    if (plan.noisy) {
-      PB_UNROLL
-      for (int block = 0; block < 4; ++block) {
-        uint32_t levels = 0;
-        PB_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          levels |= static_cast<uint32_t>(q[c][4 * block + k]) << (8 * k);
-        }
-        const uint32_t at = static_cast<uint32_t>(c) * blocks +
-                            static_cast<uint32_t>(chunk.pixel / 4) + static_cast<uint32_t>(block);
-        const Four four =
-            noisy_four(levels, at, kStreamNoise | args.view << 8, plan.id_low, plan.id_high,
-                       args.seed, args.noise_std, args.half_noise, args.mean[c], args.std[c]);
-        PB_UNROLL
-        for (int k = 0; k < 4; ++k) v[4 * block + k] = four.v[k];
-      }
-    } else {
-      PB_UNROLL
-      for (int i = 0; i < 16; ++i) v[i] = table[c * 256 + q[c][i]];
-    }
     PB_UNROLL
     for (int i = 0; i < 16; ++i) {
+      v[i] = table[c * 256 + byte_of(q.w[i / 4], i % 4)];
       if (erased >> i & 1) v[i] = 0.f;
-      if (channels_last) all[3 * i + c] = v[i];
     }
-    if (channels_last) continue;
-    const int64_t first = planar_offset(args, chunk, c, 0);
-    const bool run =
-        chunk.count == 16 && (args.layout == Layout::kNchw || args.patch_size % 16 == 0);
-    if (run && aligned16(static_cast<char*>(args.out) + first * size)) {
+    const int64_t first = out_offset(args, chunk, c, 0);
+    if (whole && aligned16(static_cast<char*>(args.out) + first * size)) {
       store_run<dtype>(args.out, first, v);
     } else {
       PB_UNROLL
       for (int i = 0; i < 16; ++i) {
-        if (i < chunk.count) store_one<dtype>(args.out, planar_offset(args, chunk, c, i), v[i]);
+        if (i < chunk.count) store_one<dtype>(args.out, out_offset(args, chunk, c, i), v[i]);
       }
     }
-  }
-  if (!channels_last) return;
-  const int64_t first = (chunk.image * plane + chunk.pixel) * 3;
-  if (chunk.count == 16 && aligned16(static_cast<char*>(args.out) + first * size)) {
-    store_run<dtype>(args.out, first, all);
-  } else {
-    PB_UNROLL
-    for (int k = 0; k < 48; ++k) {
-      if (k / 3 < chunk.count) store_one<dtype>(args.out, first + k, all[k]);
-    }
+    rotate(&q);
   }
 }
 
 // All chunks of image b that belong to `lane`; table: [3, 256] normalised values of the levels.
-template <DType dtype, bool channels_last>
+template <DType dtype>
 PB_HD void trigger_normalize_body(const TriggerNormalizeArgs& args, const SamplePlan& plan,
-                                  const float* table, int64_t b, int64_t lane, int64_t lanes) {
-  const int64_t pixels = args.height * args.width;
-  for (int64_t pixel = lane * kChunk; pixel < pixels; pixel += lanes * kChunk) {
+                                  const float* table, int64_t b, int32_t lane, int32_t lanes) {
+  const int32_t pixels = static_cast<int32_t>(args.height * args.width);  // < 2^29
+  const int32_t width = static_cast<int32_t>(args.width);
+  for (int64_t pixel = int64_t{lane} * kChunk; pixel < pixels; pixel += int64_t{lanes} * kChunk) {
     Chunk chunk;
     chunk.image = b;
-    chunk.pixel = pixel;
-    chunk.y = static_cast<int32_t>(pixel / args.width);
-    chunk.x = static_cast<int32_t>(pixel - chunk.y * args.width);
+    chunk.pixel = static_cast<int32_t>(pixel);
+    chunk.y = chunk.pixel / width;
+    chunk.x = chunk.pixel - chunk.y * width;
     chunk.count = static_cast<int32_t>(min_of(kChunk, pixels - pixel));
-    uint8_t q[3][16];
-    if (plan.triggered && args.mode == Mode::kWarp) {
-      warp_chunk(args, plan, chunk, q);
-    } else {
-      load_chunk(args, chunk, q);
-      if (plan.triggered) window_chunk(args, plan, chunk, q);
-    }
+    const bool warp = plan.triggered && args.mode == Mode::kWarp;
+    Levels q = warp ? warp_chunk(args, plan, chunk) : load_chunk(args, chunk);
+    if (plan.triggered && !warp) window_chunk(args, plan, chunk, &q);
     if (args.poisoned) store_poisoned(args, chunk, q);
-    store_chunk<dtype, channels_last>(args, plan, chunk, table, q);
+    store_chunk<dtype>(args, plan, chunk, table, q);
   }
 }
 

@@ -227,23 +227,17 @@ class Worker {
   alignas(64) char values_[3][kRun * 4];  // elements of the output's dtype
 };
 
-template <DType dtype, bool channels_last>
-void run_lanes(const TriggerNormalizeArgs& args, const float* table, int64_t lanes) {
+template <DType dtype>
+void run_lanes(const TriggerNormalizeArgs& args, const float* table, int lanes) {
   for (int64_t b = 0; b < args.batch; ++b) {
     const SamplePlan plan = sample_plan(args, b);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      trigger_normalize_body<dtype, channels_last>(args, plan, table, b, lane, lanes);
+    for (int lane = 0; lane < lanes; ++lane) {
+      trigger_normalize_body<dtype>(args, plan, table, b, lane, lanes);
     }
   }
 }
 
-template <DType dtype>
-void run_lanes(const TriggerNormalizeArgs& args, const float* table, int64_t lanes) {
-  if (args.layout == Layout::kChannelsLast) return run_lanes<dtype, true>(args, table, lanes);
-  run_lanes<dtype, false>(args, table, lanes);
-}
-
-void run_lanes(const TriggerNormalizeArgs& args, const float* table, int64_t lanes) {
+void run_lanes(const TriggerNormalizeArgs& args, const float* table, int lanes) {
   if (args.dtype == DType::kFloat32) return run_lanes<DType::kFloat32>(args, table, lanes);
   if (args.dtype == DType::kFloat16) return run_lanes<DType::kFloat16>(args, table, lanes);
   run_lanes<DType::kBFloat16>(args, table, lanes);
@@ -262,7 +256,7 @@ std::string trigger_normalize_cpu(const TriggerNormalizeArgs& args, const std::s
   check_trigger_normalize(args);
   const LevelTable table = make_table(args);
   if (isa.rfind("lanes", 0) == 0) {
-    const long lanes = std::strtol(isa.c_str() + 5, nullptr, 10);
+    const int lanes = std::atoi(isa.c_str() + 5);
     PB_CHECK(lanes > 0, "trigger_normalize: lanes<n> needs n > 0, got " + isa);
     run_lanes(args, table.value[0], lanes);
     return isa;

@@ -100,10 +100,8 @@ static inline void warp_rows(const WarpRow& row, uint8_t* const planes[3], int64
     for (int i = 0; i < count; ++i) {
       const Corners c = warp_corners(grid[2 * i], grid[2 * i + 1], height, width);
       // Clamped into the image: where that moves an index its weight is 0.
-      const int32_t x0 = c.x < 0 ? 0 : c.x < width ? c.x : width - 1;
-      const int32_t x1 = c.x < -1 ? 0 : c.x + 1 < width ? c.x + 1 : width - 1;
-      const int32_t y0 = c.y < 0 ? 0 : c.y < height ? c.y : height - 1;
-      const int32_t y1 = c.y < -1 ? 0 : c.y + 1 < height ? c.y + 1 : height - 1;
+      const int32_t x0 = clamp_index(c.x, width), x1 = clamp_index(c.x + 1, width);
+      const int32_t y0 = clamp_index(c.y, height), y1 = clamp_index(c.y + 1, height);
       at[0][i] = y0 * width + x0;
       at[1][i] = y0 * width + x1;
       at[2][i] = y1 * width + x0;
