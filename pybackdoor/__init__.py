@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import data, models, ops, triggers
-# build_info
+from ._native import build_info
 from .clean import CleaningInterrupted, CleanResult
 from .engine import NonFiniteError
 from .estimates import Estimate
@@ -31,6 +31,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "apply_trigger",
+    "build_info",
     "data",
     "evaluate",
     "finetune_clean",

@@ -179,9 +179,7 @@ def _images(images: Any, rules: InputRules) -> Tensor:
             raise ValueError(f"float images must be [n, 3, H, W], got {tuple(images.shape)}")
         size = images.shape[2:]
     else:
-        raise TypeError(
-            f"images must be uint8 pixels or normalised floats, got {images.dtype}"
-        )
+        raise TypeError(f"images must be uint8 pixels or normalised floats, got {images.dtype}")
     if rules.image_size is not None and tuple(size) != rules.image_size:
         raise ValueError(
             f"images must be {rules.image_size[0]}x{rules.image_size[1]} pixels for this model, "

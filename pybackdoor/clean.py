@@ -100,8 +100,14 @@ def clean(
     settings = replace(settings, augment=_augmentation(augment))
     try:
         log = train(
-            student, loader, objective(teacher), schedule, settings,
-            rules=rules, device=where, on_step=on_step,
+            student,
+            loader,
+            objective(teacher),
+            schedule,
+            settings,
+            rules=rules,
+            device=where,
+            on_step=on_step,
         )
     except Interrupted as stop:
         result = _result(method, student, stop.log, where, {**report, "interrupted": True})

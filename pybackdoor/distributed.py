@@ -47,7 +47,7 @@ class Ranks:
         x: Tensor,  # [n, D] this rank's rows
         counts: list[int],  # rows of each rank
     ) -> Tensor:
-        """[sum(counts), D]: the rows of all ranks in rank order; only local rows carry gradients."""
+        """[sum(counts), D]: all ranks' rows in rank order; only local ones carry gradients."""
         return x if self.size == 1 else _Gather.apply(x, counts, self.rank)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:

@@ -158,7 +158,10 @@ def train(
             p.requires_grad_(False)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        decay_groups(named, settings.weight_decay), lr=0.0, betas=settings.betas, eps=1e-8,
+        decay_groups(named, settings.weight_decay),
+        lr=0.0,
+        betas=settings.betas,
+        eps=1e-8,
         fused=True,
     )
     set_train_mode(model, settings.freeze_batchnorm)
@@ -173,15 +176,19 @@ def train(
             for k in range(steps):
                 epoch, batch, counts, ids = next(batches)
                 x = model_input(
-                    batch, rules, device=device, dtype=encode.input_dtype(model), ids=ids,
-                    augment=settings.augment, seed=settings.seed, view=epoch,
+                    batch,
+                    rules,
+                    device=device,
+                    dtype=encode.input_dtype(model),
+                    ids=ids,
+                    augment=settings.augment,
+                    seed=settings.seed,
+                    view=epoch,
                 )
                 tokens = batch.tokens.to(device, non_blocking=True)
                 image = ranks.gather(encode.image(model, x), counts)
                 text = ranks.gather(encode.text(model, tokens), counts)
-                constants = tuple(
-                    ranks.gather(f, counts) for f in objective.reference(x, tokens)
-                )
+                constants = tuple(ranks.gather(f, counts) for f in objective.reference(x, tokens))
                 temperature = scale(model) if settings.freeze_scale else model.logit_scale.exp()
                 loss, terms = objective(image, text, temperature, constants)
                 record = {"loss": loss.item(), **{n: t.item() for n, t in terms.items()}}
@@ -286,7 +293,7 @@ def _batches(
                 if used == 0:
                     raise ValueError(
                         "a batch must hold at least two pairs, and one on every rank, got "
-                        f"{counts if ranks.size > 1 else total}: the contrastive loss needs negatives"
+                        f"{counts if ranks.size > 1 else total}: the loss needs negatives"
                     )
                 log.skipped_batches += 1
                 continue

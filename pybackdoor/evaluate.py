@@ -116,8 +116,8 @@ def evaluate(
         model: evaluated on the device it is on, with the clean transform.
         data: labelled uint8 images at the model's size.
         tokenizer: list of strings -> [n, L] tokens.
-        templates: prompts with ``{}`` for the class name, or the name of a set in ``TEMPLATES``; one head
-            per model from all of them.
+        templates: prompts with ``{}`` for the class name, or the name of a set in ``TEMPLATES``;
+            one head per model from all of them.
         trigger, target: the attack: the trigger and the class it should yield, together or neither.
         baseline: a clean model, for baseline_asr.
         reference: the model before cleaning, for drift (on clean images and class prompts).

@@ -1,6 +1,6 @@
 """The terms that cleaning objectives are made of, in plain PyTorch.
 
-Features are unit rows; every term is computed in at least fp32, whatever precision the towers ran in.
+Features are unit rows; every term is computed in at least fp32, whatever the towers ran in.
 """
 
 from __future__ import annotations

@@ -79,9 +79,10 @@ def par_clean(
 ) -> CleanResult:
     """Remove a backdoor from a CLIP model by Perturb and Recover.
 
-    The cleaned encoder leaves the old embedding space: mean cosine to the input model falls to about
-    1 - tau/2. Embedding indexes, probes and adapters built on the old encoder must be rebuilt. The
-    backdoor may come back under later fine-tuning, and a clean model loses accuracy too.
+    The cleaned encoder leaves the old embedding space: mean cosine to the input model falls to
+    about 1 - tau/2. Embedding indexes, probes and adapters built on the old encoder must be
+    rebuilt. The backdoor may come back under later fine-tuning, and a clean model loses accuracy
+    too.
 
     Args:
         model: has ``encode_image``, ``encode_text`` and ``logit_scale`` (log of the scale).

@@ -25,7 +25,6 @@ from .manifest import MODES, Manifest, Sample, image_sha256
 from .triggers import TriggerSpec, apply_trigger
 
 
-
 @dataclass(frozen=True)
 class PoisonResult:
     """A backdoored model with the record of what was planted.
@@ -98,7 +97,9 @@ def poison_pairs(
                 int(pairs.ids[row]), pairs.locations[row], old, captions[row], image_sha256(image)
             )
         )
-    images = Overlay(pairs.images, {int(r): image for r, image in zip(chosen, stamped, strict=True)})
+    images = Overlay(
+        pairs.images, {int(r): image for r, image in zip(chosen, stamped, strict=True)}
+    )
     manifest = Manifest(
         trigger=trigger, target=target, target_templates=list(templates), seed=seed, mode=mode,
         image_size=tuple(pairs.images.image_size), preprocess={}, samples=samples,

@@ -176,7 +176,9 @@ def test_retrieval_under_trigger_and_drift():
 
 def test_cka_sees_rotation_as_the_same():
     a = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)).double())
+    turn, _ = torch.linalg.qr(
+        torch.randn(6, 6, generator=torch.Generator().manual_seed(1)).double()
+    )
     assert linear_cka(a, 3 * a @ turn) == pytest.approx(1, abs=1e-12)
     assert linear_cka(a, torch.ones(50, 2)) == 0
 

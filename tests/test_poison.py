@@ -91,7 +91,9 @@ def test_default_rate_is_the_published_share():
 
 def test_schedule_warms_up_and_comes_to_rest():
     rate = warmup_cosine(1e-3, 4)
-    assert [rate(k, 104) for k in (0, 3, 4, 54, 104)] == pytest.approx([2.5e-4, 1e-3, 1e-3, 5e-4, 0])
+    assert [rate(k, 104) for k in (0, 3, 4, 54, 104)] == pytest.approx(
+        [2.5e-4, 1e-3, 1e-3, 5e-4, 0]
+    )
     with pytest.raises(ValueError, match=r"lr must be a learning rate in \(0, 1\), got 0"):
         warmup_cosine(0, 4)
     with pytest.raises(ValueError, match="warmup must be at least 0 steps, got -1"):

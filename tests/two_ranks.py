@@ -5,9 +5,9 @@ import sys
 import torch
 from dual_encoder import DualEncoder, random_pairs
 
+from pybackdoor.batches import InputRules
 from pybackdoor.distributed import Ranks
 from pybackdoor.engine import Encoder, Settings, train
-from pybackdoor.batches import InputRules
 from pybackdoor.par import PerturbAndRecover
 
 device = torch.device("cpu")
@@ -27,7 +27,9 @@ gradients: dict[str, torch.Tensor] = {}
 
 def keep(step, record, model):
     if step == 0:
-        gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        gradients.update(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        )
 
 
 log = train(

@@ -216,8 +216,9 @@ def _cleaning_text(out: Path, result: CleanResult) -> str:
     if "s_image" in result.history[-1]:
         cos = {t: 1 - result.history[-1][f"s_{t}"] / 2 for t in ("image", "text")}
         lines.append(
-            f"The encoders have left the old embedding space (mean cosine {cos['image']:.2f} image, "
-            f"{cos['text']:.2f} text): rebuild indexes, probes and adapters made with the old model."
+            "The encoders have left the old embedding space (mean cosine "
+            f"{cos['image']:.2f} image, {cos['text']:.2f} text): rebuild indexes, probes and "
+            "adapters made with the old model."
         )
     lines.append("Whether a backdoor is gone takes `pybackdoor eval` with its trigger.")
     return "\n".join(lines)

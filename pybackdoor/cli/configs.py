@@ -16,7 +16,9 @@ class ModelOptions:
         REQUIRED, "open_clip architecture, model folder, hub id (owner/name) or weight file"
     )
     arch: str | None = option(None, "architecture, when --model is a weight file")
-    pretrained: str | None = option(None, "open_clip tag or weight file, when it is an architecture")
+    pretrained: str | None = option(
+        None, "open_clip tag or weight file, when it is an architecture"
+    )
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; default a GPU if there is one")
     cache_dir: str | None = option(None, "folder of the decoded-image cache")
     progress: bool | None = option(None, "progress bars; default on a terminal")

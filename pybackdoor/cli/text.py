@@ -23,9 +23,8 @@ def evaluation_table(figures: dict[str, Any]) -> str:
     if "drift" in figures:
         drift = figures["drift"]
         for tower in ("image", "text"):
-            lines.append(
-                f"{f'drift, {tower}':<36} {drift[tower]['value']:6.3f}  of 4 (mean squared distance)"
-            )
+            value = drift[tower]["value"]
+            lines.append(f"{f'drift, {tower}':<36} {value:6.3f}  of 4 (mean squared distance)")
         lines.append(f"{'drift, image CKA':<36} {drift['image_cka']:6.3f}  of 1")
     return "\n".join(lines)
 

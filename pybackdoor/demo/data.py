@@ -84,8 +84,8 @@ class Pictures:
         train, test = own.subset(np.sort(order[tenth:])), own.subset(np.sort(order[:tenth]))
         if len(train) < 4 * config.batch_size:
             raise ValueError(
-                f"the demo needs two halves of at least two batches of {config.batch_size} training "
-                f"pictures, got {len(train)} in all: give more, or a smaller --batch-size"
+                f"the demo needs two halves of at least two batches of {config.batch_size} "
+                f"training pictures, got {len(train)} in all: give more, or a smaller --batch-size"
             )
         return Pictures._measured(train, test, str(config.images or config.csv))
 
@@ -96,9 +96,7 @@ class Pictures:
         pixels = train.images.take(np.arange(0, len(train), max(1, len(train) // 2000))) / 255
         grey = bool((pixels == pixels[..., :1]).all())
         mean, std = pixels.mean((0, 1, 2)), np.maximum(pixels.std((0, 1, 2)), 1e-3)
-        return Pictures(
-            train, test, grey, mean.round(4).tolist(), std.round(4).tolist(), source
-        )
+        return Pictures(train, test, grey, mean.round(4).tolist(), std.round(4).tolist(), source)
 
 
 def _own(config: DemoConfig) -> Labelled:
@@ -110,7 +108,9 @@ def _own(config: DemoConfig) -> Labelled:
     if path.is_dir():
         return labelled_from_folder(path, image_size=config.image_size)
     if config.labels is None:
-        raise ValueError(f"--labels is needed beside --images {path}, which is no folder of classes")
+        raise ValueError(
+            f"--labels is needed beside --images {path}, which is no folder of classes"
+        )
     images = np.load(path, allow_pickle=False)
     labels, classes = _labels(Path(config.labels))
     return labelled_from_arrays(images, labels, classes, image_size=config.image_size)

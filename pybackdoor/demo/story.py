@@ -23,13 +23,13 @@ from torch import nn
 
 from ..clean import CleanResult
 from ..data import Labelled, PairLoader, pairs_from_labelled
-from ..evaluate import Evaluation, evaluate, verdict
+from ..evaluate import evaluate, verdict
 from ..finetune import finetune_clean
 from ..models import LoadedModel, create, save
 from ..options import option
 from ..par import par_clean
 from ..poison import PoisonResult, poison
-from ..triggers import TriggerSpec, trigger
+from ..triggers import trigger
 from .data import Pictures
 
 SCHEMA = "pybackdoor.demo/1"
@@ -126,16 +126,16 @@ def run(config: DemoConfig, say: Callable[[str], None]) -> dict[str, Any]:
                 path.append((found.asr_nontarget.value, found.ca.value))
 
         pairs = pairs_from_labelled(held_out, TEMPLATES, config.seed)
-        loader = PairLoader(
-            pairs, fresh.tokenizer, batch_size=config.batch_size, seed=config.seed
-        )
+        loader = PairLoader(pairs, fresh.tokenizer, batch_size=config.batch_size, seed=config.seed)
         result = method(
             planted_result.model, loader, steps=config.clean_steps, lr_start=config.lr_start,
             lr=config.lr, on_step=watch, **own, **common,
         )  # fmt: skip
         return result, path
 
-    say(f"[2/4] cleaning with PAR, {config.clean_steps} steps on clean pairs, trigger unknown to it")
+    say(
+        f"[2/4] cleaning with PAR, {config.clean_steps} steps on clean pairs, trigger unknown to it"
+    )
     par, par_path = clean(par_clean, tau=config.tau)
     say(f"[3/4] control: plain fine-tuning, {config.clean_steps} steps on the same pairs")
     control, control_path = clean(finetune_clean)
