@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pybackdoor.models import LoadedModel, create
+
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 32,
     "vision_cfg": {
@@ -14,6 +18,7 @@ MODEL_CFG: dict[str, Any] = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }  # fmt: skip
 PREPROCESS_CFG = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "resize_mode": "squash"}
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
@@ -47,3 +52,30 @@ def tiny_hf(**text: Any):
         projection_dim=32,
     )
     return CLIPModel(config).eval()
+
+
+def tiny(seed: int = 0, **changes: Any) -> LoadedModel:
+    """The tiny open_clip model with weights of a seed."""
+    torch.manual_seed(seed)
+    return create(tiny_config(**changes))
+
+
+def assert_same_model(found: LoadedModel, wanted: LoadedModel) -> None:
+    """Equal bits, embeddings, preprocessing and architecture."""
+    one, two = found.model.state_dict(), wanted.model.state_dict()
+    assert list(one) == list(two)
+    for name, value in two.items():
+        assert one[name].dtype == value.dtype and torch.equal(one[name], value), name
+    tokens = wanted.tokenizer(["a photo of a cat", "two dogs"])
+    with torch.no_grad():
+        assert torch.equal(found.model.encode_image(IMAGES), wanted.model.encode_image(IMAGES))
+        assert torch.equal(found.model.encode_text(tokens), wanted.model.encode_text(tokens))
+    assert found.preprocess == wanted.preprocess
+    same = ("format", "quick_gelu", "model_cfg", "preprocess_cfg")
+    assert {k: found.config[k] for k in same} == {k: wanted.config[k] for k in same}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Relative path -> content of every file below a folder."""
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}

@@ -185,11 +185,13 @@ def test_nonfinite_weights_are_named():
         check_finite(model, what="base.pt")
 
 
-def test_importing_models_is_lean():
+def test_importing_models_is_lean(tmp_path):
+    torch.save({"w": torch.zeros(2)}, tmp_path / "w.pt")
     code = (
-        "import sys, pybackdoor.models; "
+        "import sys, pybackdoor.models as models; "
+        f"print(*models.read_checkpoint({str(tmp_path / 'w.pt')!r})); "
         "heavy = {'open_clip', 'transformers', 'PIL', 'safetensors', 'huggingface_hub', 'timm', "
         "'torchvision', 'matplotlib', 'yaml'}; print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split() == ["w", "[]"]

@@ -46,8 +46,11 @@ def write_folder(
     staging = None
     committed = False
     try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is not a folder")
         finish_interrupted(folder)
-        exists = folder.is_dir()
+        exists = nearest == folder
         base = folder if exists else folder.parent
         base.mkdir(parents=True, exist_ok=True)
         staging = base / f".pybackdoor-{uuid.uuid4().hex}"

@@ -174,9 +174,7 @@ def _finish(
     *,
     folder: Path | None = None,
 ) -> LoadedModel:
-    preprocess = Preprocess.from_model(model)
-    if preprocess is None:
-        raise ValueError(f"load: {source} must say how its images are normalised")
+    preprocess = Preprocess.from_dict(model.visual.preprocess_cfg)
     full = {
         "format": "open_clip",
         "source": source,

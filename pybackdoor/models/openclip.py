@@ -1,7 +1,7 @@
 """open_clip models built from a configuration; weights are read by `checkpoint`, never here.
 
-Only create_model, get_tokenizer and the configuration lookups of open_clip are used: they exist in
-3.x and stay in 4.x. `quick_gelu` of model_cfg picks the activation of both towers. It is part of
+Only create_model, the tokenizers and the configuration lookups of open_clip are used: they exist
+in 3.x and stay in 4.x. `quick_gelu` of model_cfg picks the activation of both towers. It is part of
 the architecture, and no weight file tells it: models trained by OpenAI and some others need it.
 """
 
@@ -152,7 +152,7 @@ def tokenizer(config: Mapping[str, Any], source: str, *, folder: Path | None = N
         elif folder is not None and any((folder / name).exists() for name in _TOKENIZER_FILES):
             inner = open_clip.get_tokenizer(f"local-dir:{folder}", trust_remote_code=False)
         else:
-            inner = open_clip.HFTokenizer(
+            inner = open_clip.tokenizer.HFTokenizer(
                 wanted,
                 context_length=text_cfg.get("context_length", 77),
                 tokenizer_mode=text_cfg.get("tokenizer_mode"),
