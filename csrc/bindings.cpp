@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "core/buffer_pool.h"
 #include "core/check.h"
 #include "core/cuda_info.h"
 #include "core/parallel.h"
@@ -111,6 +112,14 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("isas_built") = py::make_tuple("portable");
 #endif
+  py::class_<Buffer>(m, "Buffer", py::buffer_protocol())
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_buffer([](Buffer& buffer) {
+        return py::buffer_info(static_cast<uint8_t*>(buffer.data()),
+                               static_cast<py::ssize_t>(buffer.size()));
+      });
+  m.def("pooled_bytes", &pooled_bytes);
+  m.def("empty_pool", &empty_pool);
   m.def("isas", [] { return py::tuple(py::cast(cpu_isas())); });
   m.def("cuda_obstacle", [] { return cuda_obstacle(); });
   m.def("parallel_runtime", [] { return parallel_runtime(); });

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from functools import cache
+
+import torch
 
 try:
     from pybackdoor import _C
@@ -14,7 +18,23 @@ except ImportError as error:
         "(or `python setup.py build_ext --inplace`) there first; else reinstall pybackdoor."
     ) from error
 
-__all__ = ["_C", "build_info", "cuda_status"]
+__all__ = ["_C", "build_info", "cuda_status", "empty"]
+
+
+POOL_FROM = 4 << 20  # bytes; below, malloc keeps freed memory by itself
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.empty, contiguous; large results on the CPU come from memory that is used again.
+
+    Up to 512 MiB of freed results are kept for it (`_C.empty_pool` gives them back).
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < POOL_FROM:
+        return torch.empty(shape, dtype=dtype, device=device)
+    flat = torch.frombuffer(_C.Buffer(size), dtype=dtype)
+    # set_ makes a tensor of its own; a view made here could not be changed in place under autograd.
+    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, tuple(shape))
 
 
 @cache
@@ -36,8 +56,6 @@ def build_info() -> dict:
         >>> build_info()["ops"]["trigger_normalize"]["cpu"]["backend"]
         'cpu'
     """
-    import torch
-
     from pybackdoor import _backend
 
     ops = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pybackdoor import _backend, reference
-from pybackdoor._native import _C
+from pybackdoor._native import _C, empty
 from pybackdoor.ops._trigger_normalize_check import (
     DTYPES,
     INPUT_LAYOUTS,
@@ -34,19 +34,23 @@ def _allocate(
     patch_size: int,
     dtype: torch.dtype,
     return_images: bool,
+    fake: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op's outputs: images for the model, and poisoned images ([0] if not wanted)."""
-    batch = images.shape[0]
+    batch, device = images.shape[0], images.device
     h, w = images.shape[1:3] if input_layout == "nhwc" else images.shape[2:]
+    make = torch.empty if fake else empty
     if layout == "patchified":
         patches = (h // patch_size) * (w // patch_size)
-        out = images.new_empty((batch, patches, 3 * patch_size**2), dtype=dtype)
+        out = make((batch, patches, 3 * patch_size**2), dtype=dtype, device=device)
+    elif layout == "channels_last":
+        out = make((batch, h, w, 3), dtype=dtype, device=device).as_strided_(
+            (batch, 3, h, w), (3 * h * w, 1, 3 * w, 3)
+        )
     else:
-        channels_last = layout == "channels_last"
-        kind = torch.channels_last if channels_last else torch.contiguous_format
-        out = torch.empty((batch, 3, h, w), dtype=dtype, device=images.device, memory_format=kind)
-    poisoned = images.new_empty(images.shape if return_images else (0,))
-    return out, poisoned
+        out = make((batch, 3, h, w), dtype=dtype, device=device)
+    shape = tuple(images.shape) if return_images else (0,)
+    return out, make(shape, dtype=torch.uint8, device=device)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -221,7 +225,7 @@ def _(
     dtype,
     return_images,
 ):
-    return _allocate(images, input_layout, layout, patch_size, dtype, return_images)
+    return _allocate(images, input_layout, layout, patch_size, dtype, return_images, fake=True)
 
 
 def trigger_normalize(
