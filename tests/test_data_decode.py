@@ -15,7 +15,7 @@ from pybackdoor.data import BrokenImage, Preprocessing, decode_image
 transforms = pytest.importorskip("torchvision.transforms")
 
 # (height, width): landscape, portrait, square, equal to the target, smaller than it, odd crop.
-SIZES = [(60, 90), (90, 61), (70, 70), (32, 32), (9, 14), (33, 47)]
+SIZES = [(60, 90), (90, 61), (70, 70), (32, 32), (9, 14), (33, 47), (47, 33)]
 MODES = ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1"]
 
 

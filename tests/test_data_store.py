@@ -78,10 +78,10 @@ def test_array_of_another_kind(images, error, match):
 
 
 def test_cached_images_pickle_as_a_path(tmp_path):
-    store = cached(tmp_path / "x.u8")
-    assert len(pickle.dumps(store)) < 1000 + len(str(tmp_path))
+    store = cached(tmp_path / "x.u8", np.concatenate([RGB] * 100))
+    assert len(pickle.dumps(store)) < 1000 + len(str(tmp_path))  # of 42,000 bytes
     (tmp_path / "x.u8").write_bytes(b"short")
-    with pytest.raises(ValueError, match="must have 420 bytes, got 5"):
+    with pytest.raises(ValueError, match="must have 42000 bytes, got 5"):
         pickle.loads(pickle.dumps(store))
 
 

@@ -279,8 +279,8 @@ class _Reader:
         folder = Path(self.cache_dir) if self.cache_dir is not None else default_cache_dir()
         slot = Slot(self.op, self.source, self.preprocessing, folder)
         ledger = Ledger(self.op, len(paths), self.max_bad, slot.file(f"{self.op}.bad.jsonl"))
-        number = {path: i for i, path in enumerate(dict.fromkeys(p for p in paths if p))}
-        file_of = np.array([number.get(path, -1) for path in paths], np.int64)  # [rows]
+        number = {path: i for i, path in enumerate(dict.fromkeys(paths))}
+        file_of = np.array([number[path] for path in paths], np.int64)  # [rows]
         by_file = np.argsort(file_of, kind="stable")
         sorted_files = file_of[by_file]
 

@@ -80,7 +80,7 @@ class CachedImages:
 
     def take(self, indices: Any) -> np.ndarray:
         """[n, H, W, 3] uint8 copy."""
-        return np.asarray(self._map[check_indices(indices, len(self))])
+        return self._map[check_indices(indices, len(self))]
 
     def verify(self) -> None:
         """Read the whole file and compare its checksum with the one taken when it was built.
