@@ -13,6 +13,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA_PREFIX = "/usr/local/cuda"  # where the toolkit installs itself
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {  # these files run only on a CPU that reports the feature
     "avx2": "-mavx2 -mf16c",
@@ -26,7 +27,7 @@ def find_nvcc() -> str | None:
     mode = os.environ.get("PYBACKDOOR_CUDA", "auto")
     if mode not in ("auto", "1", "0"):
         sys.exit(f"error: PYBACKDOOR_CUDA must be auto, 1 or 0, got {mode!r}")
-    homes = [h for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if h]
+    homes = [h for h in (os.environ.get("CUDA_HOME"), CUDA_PREFIX) if h]
     found = shutil.which("nvcc") or next(
         (str(p) for h in homes if os.access(p := Path(h, "bin", "nvcc"), os.X_OK)), None
     )

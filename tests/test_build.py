@@ -1,0 +1,222 @@
+"""The build: what is compiled, what importing costs, which backend is chosen, and the errors."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pybackdoor import _backend, _native
+from pybackdoor.ops import trigger_normalize
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+NORM = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", code],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_build_info_tells_the_whole_story(monkeypatch):
+    monkeypatch.delenv("PYBACKDOOR_BACKEND", raising=False)
+    info = _native.build_info()
+    assert info["version"] == "0.1.0" and info["compiler"]
+    assert info["isa_usable"] == [i for i in info["isa_built"] if i in info["isa_usable"]]
+    assert info["isa"] == info["isa_usable"][0] and info["isa_usable"][-1] == "portable"
+    assert info["built_with_cuda"] == bool(info["cuda_archs"])
+    if info["built_with_cuda"]:
+        assert re.fullmatch(r"\d+(;\d+)*\+PTX", info["cuda_archs"])
+    op = info["ops"]["trigger_normalize"]
+    assert op["cpu"] == {"backend": "cpu", "reason": "native cpu"}
+    if info["cuda"] is None:
+        assert op["cuda"]["backend"] == "cuda"
+    else:
+        assert op["cuda"]["backend"] == "reference"
+        assert info["cuda"] in op["cuda"]["reason"] and "Triton" in op["cuda"]["reason"]
+
+
+def test_importing_the_ops_is_lean():
+    heavy = ["PIL", "open_clip", "torchvision", "tqdm", "matplotlib", "yaml", "safetensors"]
+    heavy += ["huggingface_hub", "transformers", "pybackdoor.kernels"]
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import pybackdoor, pybackdoor.ops\n"
+        f"print([m for m in {heavy} if m in set(sys.modules) - before])\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[:2] == ["[]", "False"]
+
+
+def test_missing_native_module_says_why_and_what_to_run():
+    code = "import sys; sys.modules['pybackdoor._C'] = None; import pybackdoor.ops"
+    result = run_python(code)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "ImportError: pybackdoor: the native module pybackdoor._C cannot be loaded ("
+    )
+    assert "pip install -e ." in last
+
+
+def test_one_openmp_runtime_shared_with_torch():
+    """A parallel call must not bring a second libgomp into the process."""
+    code = (
+        "import torch; torch.set_num_threads(2); from pybackdoor.ops import trigger_normalize\n"
+        "x = torch.zeros(64, 64, 64, 3, dtype=torch.uint8)\n"
+        "trigger_normalize(x, mean=(0.5,) * 3, std=(0.5,) * 3)\n"
+        "maps = {l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split('/')[-1]}\n"
+        "from pybackdoor._native import build_info\n"
+        "print(sorted(maps) == [build_info()['openmp']], maps)"
+    )
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("True"), result.stdout
+
+
+def test_forced_backends(monkeypatch):
+    want = trigger_normalize(IMAGES, **NORM)
+    for name in ("cpu", "reference"):
+        monkeypatch.setenv("PYBACKDOOR_BACKEND", name)
+        assert _backend.choose(IMAGES, "trigger_normalize").name == name
+        assert torch.equal(trigger_normalize(IMAGES, **NORM), want)
+    for name in ("cuda", "triton"):
+        monkeypatch.setenv("PYBACKDOOR_BACKEND", name)
+        message = (
+            f"trigger_normalize: PYBACKDOOR_BACKEND={name} cannot be used: the tensor is on cpu"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            trigger_normalize(IMAGES, **NORM)
+        assert _native.build_info()["ops"]["trigger_normalize"]["cpu"]["backend"] == "none"
+    monkeypatch.setenv("PYBACKDOOR_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match="the tensor is on cuda"):
+        _backend.choose(torch.device("cuda"), "trigger_normalize")
+    monkeypatch.setenv("PYBACKDOOR_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="one of cuda, triton, cpu, reference, got 'gpu'"):
+        trigger_normalize(IMAGES, **NORM)
+    monkeypatch.setenv("PYBACKDOOR_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="trigger_normalize has no Triton kernel"):
+        _backend.choose(torch.device("cuda"), "trigger_normalize")
+
+
+def test_choice_follows_what_is_available(monkeypatch):
+    """The order on CUDA: native, Triton, the reference with one warning that says why."""
+    monkeypatch.delenv("PYBACKDOOR_BACKEND", raising=False)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(_backend, "cuda_status", lambda: None)
+    assert _backend.choose(cuda, "trigger_normalize") == ("cuda", "native cuda")
+    monkeypatch.setattr(_backend, "cuda_status", lambda: "not available, because it rains")
+    _backend._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="slow reference on cuda .*because it rains"):
+        assert _backend.choose(cuda, "trigger_normalize").name == "reference"
+    assert _backend.choose(cuda, "trigger_normalize").name == "reference"  # silent, or an error
+    monkeypatch.setattr(_backend, "TRITON", frozenset({"trigger_normalize"}))
+    choice = _backend.choose(cuda, "trigger_normalize")
+    assert choice.name == "triton" and "because it rains" in choice.reason
+
+
+def load_setup(monkeypatch):
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("pybackdoor_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_rule_that_finds_nvcc(monkeypatch, tmp_path):
+    rule = load_setup(monkeypatch)
+    monkeypatch.setattr(rule, "CUDA_PREFIX", str(tmp_path / "none"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("PYBACKDOOR_CUDA", raising=False)
+    assert rule.find_nvcc() is None
+    monkeypatch.setenv("PYBACKDOOR_CUDA", "1")
+    with pytest.raises(
+        SystemExit, match="^error: PYBACKDOOR_CUDA=1, but nvcc is not on PATH"
+    ) as error:
+        rule.find_nvcc()
+    assert "\n" not in str(error.value)
+    monkeypatch.setenv("PYBACKDOOR_CUDA", "yes")
+    with pytest.raises(SystemExit, match="must be auto, 1 or 0, got 'yes'"):
+        rule.find_nvcc()
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PYBACKDOOR_CUDA", "auto")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    assert rule.find_nvcc() == str(nvcc)
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setattr(rule, "CUDA_PREFIX", str(tmp_path / "toolkit"))
+    assert rule.find_nvcc() == str(nvcc)
+    monkeypatch.setenv("PYBACKDOOR_CUDA", "0")
+    assert rule.find_nvcc() is None
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_cuda_code_compiles_without_spills(arch, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYBACKDOOR_CUDA", "auto")
+    nvcc = load_setup(monkeypatch).find_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    command = [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-c"]
+    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", str(tmp_path / "op.o")]
+    source = ROOT / "csrc/ops/trigger_normalize_cuda.cu"
+    result = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", result.stderr)
+    assert len(frames) == 3 and set(frames) == {("0", "0", "0")}, result.stderr
+    registers = [int(r) for r in re.findall(r"Used (\d+) registers", result.stderr)]
+    assert len(registers) == 3 and max(registers) <= 80  # three blocks of 256 threads a core
+
+
+def test_the_built_module_holds_the_stated_architectures():
+    if not _native._C.built_with_cuda:
+        pytest.skip("built without CUDA")
+    tool = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
+    if tool is None:
+        pytest.skip("needs cuobjdump")
+    listed = subprocess.run(
+        [tool, "--list-elf", "--list-ptx", _native._C.__file__],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
+    archs = _native._C.cuda_archs.removesuffix("+PTX").split(";")
+    assert set(re.findall(r"\.sm_(\d+)\.cubin", listed)) == set(archs)
+    assert set(re.findall(r"\.sm_(\d+)\.ptx", listed)) == {archs[-1]}
+
+
+def test_a_required_gpu_turns_skips_into_failures():
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "empty_batch"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    target = str(ROOT / "tests" / "test_trigger_normalize.py")
+    for required, code in (("1", 1), ("0", 0)):
+        environment["PYBACKDOOR_REQUIRE_GPU"] = required
+        result = subprocess.run(
+            [*command, target], env=environment, cwd=ROOT / "tests", capture_output=True, text=True
+        )
+        assert result.returncode == code, result.stdout
+        assert ("but torch sees no CUDA device" in result.stdout) == (required == "1")
