@@ -208,7 +208,7 @@ def train(
                 log.seconds = time.perf_counter() - started
                 log.steps.append({"step": k, "epoch": epoch, **record})
                 bar.advance(record, log.pairs / log.seconds)
-                if on_step is not None and on_step(k, record, model):
+                if on_step is not None and on_step(k, record, model) is True:
                     break
     except KeyboardInterrupt as stop:
         raise Interrupted(log) from stop

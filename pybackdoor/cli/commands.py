@@ -88,7 +88,7 @@ def run_poison(config: PoisonConfig) -> Outcome:
         )  # fmt: skip
     if _follower():
         return Outcome(0, None, "")
-    save(result.model, out, config=loaded.config, manifest=result.manifest)
+    save(loaded._replace(model=result.model), out, manifest=result.manifest)
     write_yaml(config, out / "config.yaml")
     answer = {"out": str(out), "poisoned": len(result.manifest.samples)}
     if result.verdict is None:
@@ -203,7 +203,7 @@ def _save_cleaned(
     out: Path, loaded: LoadedModel, result: CleanResult, manifest: Manifest | None
 ) -> None:
     save(
-        result.model, out, config=loaded.config, manifest=manifest,
+        loaded._replace(model=result.model), out, manifest=manifest,
         extra_files={"cleaning.json": result.report},
     )  # fmt: skip
 

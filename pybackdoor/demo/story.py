@@ -269,9 +269,9 @@ def _write_models(
     par: CleanResult,
     results: dict[str, Any],
 ) -> None:
-    save(planted.model, out / "poisoned", config=fresh.config, manifest=planted.manifest)
+    save(fresh._replace(model=planted.model), out / "poisoned", manifest=planted.manifest)
     save(
-        par.model, out / "par", config=fresh.config, manifest=planted.manifest,
+        fresh._replace(model=par.model), out / "par", manifest=planted.manifest,
         extra_files={"evaluation.json": results["models"]["par"], "cleaning.json": par.report},
     )  # fmt: skip
     with open(out / "history.jsonl", "w", encoding="utf-8") as file:

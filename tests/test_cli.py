@@ -1,0 +1,203 @@
+"""The command line on real JPEGs and a real, small open_clip model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_models import tiny_config
+from PIL import Image
+
+import pybackdoor
+from pybackdoor.cli import main
+from pybackdoor.models import create, save
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A model folder, class folders of JPEGs, and csv files over them."""
+    root = tmp_path_factory.mktemp("world")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fresh = create(tiny_config())
+    save(fresh, root / "model")
+    rng = np.random.default_rng(0)
+    rows = []
+    for name, colour in COLOURS.items():
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(16):
+            noise = rng.integers(-25, 25, (40, 36, 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            path = root / "images" / name / f"{i}.jpg"
+            Image.fromarray(pixels).save(path, quality=92)
+            rows.append((path.relative_to(root), name))
+    pairs = [f"{path},a photo of a {name}." for path, name in rows]
+    (root / "pairs.csv").write_text("\n".join(["image,caption", *pairs]))
+    (root / "test.csv").write_text("\n".join(["image,label", *(f"{p},{n}" for p, n in rows)]))
+    return root
+
+
+@pytest.fixture
+def run(world, tmp_path, capsys, monkeypatch):
+    """Run a command; returns (exit code, standard output, standard error)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def cleaning(world, out, *more):
+    return ("clean", "--model", world / "model", "--pairs", world / "pairs.csv", "--out", out,
+            "--steps", 3, "--batch-size", 16, "--precision", "fp32", *more)  # fmt: skip
+
+
+def test_clean_saves_what_load_reads_and_leaves_the_input(world, run, tmp_path):
+    before = (world / "model" / "open_clip_model.safetensors").read_bytes()
+    code, out, _ = run(*cleaning(world, tmp_path / "out"))
+    assert code == 0 and "cleaned by par in 3 steps" in out and "rebuild indexes" in out
+    assert (world / "model" / "open_clip_model.safetensors").read_bytes() == before
+    old, new = pybackdoor.load(world / "model"), pybackdoor.load(tmp_path / "out")
+    assert torch.equal(old.model.logit_scale, new.model.logit_scale)
+    assert not torch.equal(old.model.visual.proj, new.model.visual.proj)
+    lines = (tmp_path / "out" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+    report = json.loads((tmp_path / "out" / "cleaning.json").read_text())
+    assert report["method"] == "par" and report["steps_done"] == 3
+    again, _, _ = run("clean", "--config", tmp_path / "out" / "config.yaml", "--out", tmp_path / "b")
+    assert again == 0  # the saved config repeats the run, to the bit
+    for name, tensor in pybackdoor.load(tmp_path / "b").model.state_dict().items():
+        assert torch.equal(tensor, new.model.state_dict()[name]), name
+
+
+def test_poison_eval_clean_and_their_exit_codes(world, run, tmp_path):
+    folders = ("--pairs", world / "images", "--test", world / "images")
+    code, out, _ = run(
+        "poison", "--model", world / "model", *folders, "--trigger", "checkerboard", "--target",
+        "blue", "--rate", 0.2, "--steps", 2, "--batch-size", 16, "--out", tmp_path / "p", "--json",
+    )  # fmt: skip
+    assert code == 1  # two steps plant nothing, and that is a finding
+    answer = json.loads(out)
+    assert answer["verdict"]["verdict"] == "inconclusive" and answer["poisoned"] == 10
+    manifest = pybackdoor.Manifest.load(tmp_path / "p" / "manifest.json")
+    assert manifest.spec == pybackdoor.trigger("checkerboard") and manifest.target == "blue"
+    code, out, _ = run("eval", "--model", tmp_path / "p", "--test", world / "test.csv",
+                       "--reference", world / "model", "--pairs", world / "pairs.csv",
+                       "--out", tmp_path / "eval.json")  # fmt: skip
+    saved = json.loads((tmp_path / "eval.json").read_text())
+    assert code == 0 and saved["target"] == "blue" and saved["evaluation"]["ca"]["n"] == 48
+    assert saved["evaluation"]["asr_nontarget"]["n"] == 32
+    assert "R@5 image to text, clean" in out and "drift, image" in out and "inconclusive" in out
+    code, out, _ = run("eval", "--model", world / "model", "--test", world / "test.csv")
+    assert code == 0 and "no attack success rate is measured" in out and "ASR" not in out
+
+
+def test_a_firing_trigger_is_exit_code_one(world, run, monkeypatch):
+    import pybackdoor.cli.commands as commands
+
+    asr, base = pybackdoor.Estimate.rate(30, 32), pybackdoor.Estimate.rate(0, 32)
+    found = pybackdoor.Evaluation(base, asr, asr, base, base, "x")
+    monkeypatch.setattr(commands, "evaluate", lambda *a, **k: found)
+    attack = ("--trigger", "checkerboard", "--target", "blue")
+    code, out, _ = run("eval", "--model", world / "model", "--test", world / "test.csv", *attack)
+    assert code == 1 and "fires: ASR 93.8" in out
+
+
+BAD = {
+    "no model": (("--model", "/nowhere/at/all"), "must be a file or folder"),
+    "no pairs": (("--pairs", "/nowhere.csv"), "nowhere.csv"),
+    "batch of one": (("--batch-size", "1"), "batch_size must be at least 2"),
+    "tau": (("--tau", "9"), r"tau must be in [0, 4]"),
+    "steps": (("--steps", "0"), "steps must be at least 1, got 0"),
+    "manifest": (("--manifest", "/nowhere.json"), "nowhere.json"),
+    "device": (("--device", "tpu9"), "tpu9"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_two(name, world, run, tmp_path):
+    extra, message = BAD[name]
+    code, out, err = run(*cleaning(world, tmp_path / "out", *extra))
+    assert code == 2 and out == "" and message in err and "Traceback" not in err
+    assert err.count("\n") <= 2 and err.startswith("pybackdoor clean: error:")
+
+
+def test_out_that_cannot_be_written_is_found_before_any_work(world, run, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    code, _, err = run(*cleaning(world, tmp_path / "taken"))
+    assert code == 2 and "taken" in err
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_full_disk_keeps_the_old_model(world, run, tmp_path, monkeypatch):
+    assert run(*cleaning(world, tmp_path / "out"))[0] == 0
+    before = (tmp_path / "out" / "open_clip_model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    code, _, err = run(*cleaning(world, tmp_path / "out", "--seed", "1"))
+    assert code == 2 and "No space left" in err
+    assert (tmp_path / "out" / "open_clip_model.safetensors").read_bytes() == before
+
+
+def test_attack_needs_a_target(world, run):
+    options = ("--model", world / "model", "--test", world / "test.csv", "--trigger", "sig")
+    assert "--target is required" in run("eval", *options)[2]
+    assert "target must be one of" in run("eval", *options, "--target", "pink")[2]
+    poison = ("poison", "--model", world / "model", "--pairs", world / "pairs.csv", "--out", "x")
+    assert "--trigger and --target are required" in run(*poison)[2]
+
+
+def test_unknown_flags_and_commands_are_refused(run):
+    for arguments in (("clean", "--stepps", "3"), ("cleen",), ()):
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        assert stop.value.code == 2
+
+
+def test_debug_shows_the_traceback(world, run, tmp_path):
+    with pytest.raises(ValueError, match="tau must be"):
+        run(*cleaning(world, tmp_path / "out", "--tau", "9", "--debug"))
+
+
+def test_info_says_what_was_built(run):
+    code, out, _ = run("info")
+    assert code == 0 and "trigger_normalize" in out and "badnet_stripes" in out
+    code, out, _ = run("info", "--json")
+    assert json.loads(out)["version"] == pybackdoor.__version__
+
+
+def test_ctrl_c_keeps_the_last_state(world, tmp_path):
+    """A real SIGINT to a real process: the state reached is saved apart, exit code 130."""
+    arguments = [str(a) for a in cleaning(world, tmp_path / "out")]
+    arguments[arguments.index("--steps") + 1] = "100000"
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pybackdoor", *arguments], env=env, cwd=tmp_path,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    history = tmp_path / "out" / "history.jsonl"
+    deadline = time.monotonic() + 120
+    while not (history.exists() and history.read_text().count("\n") > 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "that state is kept in" in err
+    kept = pybackdoor.load(tmp_path / "out" / "interrupted")
+    assert torch.isfinite(kept.model.visual.proj).all()
+    assert not (tmp_path / "out" / "open_clip_model.safetensors").exists()
