@@ -186,6 +186,17 @@ def test_left_early_the_epoch_starts_again_where_it_started():
     assert ids_of(loader) == [] and loader.epoch == 1  # it was over
 
 
+def test_state_between_iterations():
+    loader = PairLoader(numbered(12), tokenize, batch_size=3)
+    next(iter(loader))
+    assert loader.state_dict()["position"] == 3
+    iter(loader)
+    assert loader.state_dict()["position"] == 0
+    for _ in loader:
+        loader.set_epoch(5)  # a jump inside the loop is not undone at its end
+    assert loader.epoch == 5
+
+
 def test_state_that_is_no_state():
     loader = PairLoader(numbered(4), tokenize, batch_size=2)
     with pytest.raises(ValueError, match=r"must hold \['seed', 'epoch', 'position'\], got \['a'\]"):

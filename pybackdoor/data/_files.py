@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
-def atomic_file(path: Path):
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes its name when the block ends well, and vanishes when it does not."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -37,7 +38,7 @@ def sync(file: BinaryIO) -> None:
 
 
 @contextmanager
-def exclusive(path: Path):
+def exclusive(path: Path) -> Iterator[bool]:
     """Hold a file's lock against other processes; yields False where the system has no locks."""
     try:
         import fcntl

@@ -132,7 +132,7 @@ def _key(slot: Slot, paths: Sequence[str]) -> tuple[str, dict[int, str]]:
     unusable = {}
     for index, path in enumerate(paths):
         info, reason = inspect_file(path)
-        state = f"\0{reason or (info.st_size, info.st_mtime_ns)}\n"
+        state = f"\0{reason or ''}{info and (info.st_size, info.st_mtime_ns)}\n"
         digest.update(os.fsencode(path) + state.encode())
         if reason:
             unusable[index] = reason

@@ -130,11 +130,11 @@ class PairLoader:
         if self._tokens is None:
             self._tokens = TokenTable(self.pairs.captions, self.tokenizer, progress=self._progress)
             self._tokens.warn_if_truncated()
+        self._position = self._start
         return self._iterate(self._tokens)
 
     def _iterate(self, tokens: TokenTable) -> Iterator[dict[str, Tensor]]:
         seed, epoch = self._seed, self._epoch
-        self._position = self._start
         count = len(self.pairs)
         order = permutation(seed, epoch, count) if self.shuffle else np.arange(count)
         ends = [min(s + self.batch_size, count) for s in self._batch_starts(self._start)]

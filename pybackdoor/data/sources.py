@@ -14,7 +14,7 @@ from .cache import Slot, default_cache_dir, open_cache
 from .labels import class_list, label_numbers
 from .ledger import Ledger
 from .pairs import Labelled, Pairs, pairs_from_labelled
-from .preprocess import Preprocessing
+from .preprocess import Preprocessing, size_pair
 from .store import ArrayImages, ImageStore, pixel_array, subset_images
 from .tables import CAPTION_KEYS, IMAGE_KEYS, LABEL_KEYS, read_columns
 
@@ -64,7 +64,7 @@ def pairs_from_csv(
         op, path, _keys(image_key, IMAGE_KEYS), _keys(caption_key, CAPTION_KEYS), delimiter
     )
     reader = _Reader(
-        op, os.path.abspath(path), Preprocessing(image_size, resize_mode, interpolation),
+        op, os.path.abspath(path), Preprocessing(size_pair(image_size), resize_mode, interpolation),
         cache_dir, max_bad, num_workers, progress,
     )  # fmt: skip
     images, rows, ledger, locations = reader.read(_resolved(table.images, path, root), table.bad)
@@ -112,7 +112,7 @@ def labelled_from_csv(
     labels = np.zeros(len(table.texts), np.int64)
     labels[good] = numbers
     reader = _Reader(
-        op, os.path.abspath(path), Preprocessing(image_size, resize_mode, interpolation),
+        op, os.path.abspath(path), Preprocessing(size_pair(image_size), resize_mode, interpolation),
         cache_dir, max_bad or 0.0, num_workers, progress,
     )  # fmt: skip
     images, rows, ledger, locations = reader.read(_resolved(table.images, path, root), table.bad)
@@ -144,7 +144,7 @@ def labelled_from_folder(
     """
     return _from_folder(
         "labelled_from_folder", root, classes,
-        Preprocessing(image_size, resize_mode, interpolation),
+        Preprocessing(size_pair(image_size), resize_mode, interpolation),
         cache_dir, max_bad or 0.0, num_workers, progress,
     )  # fmt: skip
 
@@ -172,7 +172,7 @@ def pairs_from_folder(
     """
     labelled = _from_folder(
         "pairs_from_folder", root, classes,
-        Preprocessing(image_size, resize_mode, interpolation),
+        Preprocessing(size_pair(image_size), resize_mode, interpolation),
         cache_dir, max_bad, num_workers, progress,
     )  # fmt: skip
     return pairs_from_labelled(labelled, templates, seed)
@@ -326,9 +326,11 @@ def _from_folder(
     folders = sorted(e.name for e in os.scandir(source) if e.is_dir() and e.name[0] != ".")
     if not folders:
         raise ValueError(f"{op}: root must hold one folder per class, {source} holds none")
-    renamed = isinstance(classes, Mapping)
-    names = list(classes.values()) if renamed else class_list(op, classes or folders)
-    label_of = {folder: i for i, folder in enumerate(classes if renamed else names)}
+    if isinstance(classes, Mapping):
+        in_order, names = list(classes), class_list(op, list(classes.values()))
+    else:
+        in_order = names = class_list(op, folders if classes is None else classes)
+    label_of = {folder: i for i, folder in enumerate(in_order)}
     paths: list[str] = []
     labels: list[int] = []
     for folder in folders:
@@ -367,7 +369,7 @@ def _array_store(
     pixels = pixel_array(images, op)
     if image_size is None:
         return ArrayImages(pixels)
-    preprocessing = Preprocessing(image_size, resize_mode, interpolation)
+    preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
     if preprocessing.image_size == pixels.shape[1:3]:
         return ArrayImages(pixels)
     from PIL import Image

@@ -164,7 +164,7 @@ def subset_images(store: ImageStore, indices: Any) -> ImageStore:
     """A view of a store; a view of a view keeps one index, and the identity is the store."""
     rows = check_indices(indices, len(store))
     if isinstance(store, SubsetImages):
-        store, rows = store.base, store.rows[rows]
+        rows, store = store.rows[rows], store.base
     if len(rows) == len(store) and np.array_equal(rows, np.arange(len(rows))):
         return store
     return SubsetImages(store, rows)

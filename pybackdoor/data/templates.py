@@ -118,13 +118,13 @@ def read_classes(path: str | Path) -> tuple[list[str], tuple[str, ...]]:
     return classes, tuple(_template(path, node) for node in entries.get("templates", []))
 
 
-def _string(path: Path, node: ast.AST, wanted: str) -> str:
+def _string(path: Path, node: ast.expr, wanted: str) -> str:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     raise _unexpected(path, node, wanted)
 
 
-def _template(path: Path, node: ast.AST) -> str:
+def _template(path: Path, node: ast.expr) -> str:
     wanted = "lambda c: f'...{c}...'"
     if isinstance(node, ast.Constant):
         return resolve_templates([_string(path, node, wanted)])[0]
@@ -134,10 +134,10 @@ def _template(path: Path, node: ast.AST) -> str:
     names = [argument.arg for argument in signature.args]
     if len(names) != 1 or ast.unparse(signature) != names[0]:
         raise _unexpected(path, node, wanted)
-    parts = []
+    parts: list[str] = []
     for part in node.body.values:
-        if isinstance(part, ast.Constant) and "{}" not in part.value:
-            parts.append(part.value)
+        if isinstance(part, ast.Constant) and "{}" not in str(part.value):
+            parts.append(str(part.value))
         elif _is_plain(part, names[0]):
             parts.append("{}")
         else:
@@ -155,6 +155,6 @@ def _is_plain(part: ast.AST, name: str) -> bool:
     )
 
 
-def _unexpected(path: Path, node: ast.AST, wanted: str) -> ValueError:
+def _unexpected(path: Path, node: ast.expr, wanted: str) -> ValueError:
     got = ast.unparse(node)[:60]
     return ValueError(f"read_classes: line {node.lineno} of {path} must have {wanted}, got {got}")
