@@ -81,22 +81,42 @@ void join(const uint8_t* const planes[3], uint8_t* pixels, int64_t n) {
   }
 }
 
-// 16 levels of one channel. vcvttps2dq gives 2^31 where the value does not fit: 0 modulo 256, and
-// so is every float of that size.
+// 16 levels of one channel, the results as 32 bit integers whose low byte counts. vcvttps2dq gives
+// 2^31 where the value does not fit: 0 modulo 256, and so is every float of that size.
 template <bool nonzero_only, bool clip>
-inline __m128i blend16(__m128i levels, __m512 t, __m512 a, __m512 b) {
-  const __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(levels));
+inline __m512i blend16(const uint8_t* q, const float* t, __m512 a, __m512 b) {
+  const __m512i levels = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+  const __m512 x = _mm512_cvtepi32_ps(levels), pattern = _mm512_loadu_ps(t);
   const __m512 hi = _mm512_set1_ps(kInv255Hi), lo = _mm512_set1_ps(kInv255Lo);
   const __m512 value = _mm512_fmadd_ps(x, hi, _mm512_mul_ps(x, lo));
-  __m512 mixed = _mm512_add_ps(_mm512_mul_ps(a, t), _mm512_mul_ps(b, value));
+  __m512 mixed = _mm512_add_ps(_mm512_mul_ps(a, pattern), _mm512_mul_ps(b, value));
   if (clip) {
     mixed = _mm512_min_ps(_mm512_max_ps(mixed, _mm512_setzero_ps()), _mm512_set1_ps(1.f));
   }
-  const __m512i q = _mm512_cvttps_epi32(_mm512_mul_ps(mixed, _mm512_set1_ps(255.f)));
-  const __m128i bytes = _mm512_cvtepi32_epi8(q);
-  if (!nonzero_only) return bytes;
-  const __mmask16 nonzero = _mm512_cmp_ps_mask(t, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  return _mm_mask_blend_epi8(nonzero, levels, bytes);
+  const __m512i mixed_levels = _mm512_cvttps_epi32(_mm512_mul_ps(mixed, _mm512_set1_ps(255.f)));
+  if (!nonzero_only) return mixed_levels;
+  const __mmask16 nonzero = _mm512_cmp_ps_mask(pattern, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  return _mm512_mask_mov_epi32(levels, nonzero, mixed_levels);
+}
+
+constexpr Index low_bytes() {  // of two vectors of 32 bit integers, in the first 32 bytes
+  Index index = {};
+  for (int k = 0; k < 64; ++k) index.at[k] = static_cast<uint8_t>(4 * k & 127);
+  return index;
+}
+
+constexpr Index kLowBytes = low_bytes();
+
+template <bool nonzero_only, bool clip>
+inline __m512i blend64(const float* t, const uint8_t* q, __m512 a, __m512 b) {
+  const __m512i index = _mm512_load_si512(kLowBytes.at);
+  const __m512i v0 = blend16<nonzero_only, clip>(q, t, a, b);
+  const __m512i v1 = blend16<nonzero_only, clip>(q + 16, t + 16, a, b);
+  const __m512i v2 = blend16<nonzero_only, clip>(q + 32, t + 32, a, b);
+  const __m512i v3 = blend16<nonzero_only, clip>(q + 48, t + 48, a, b);
+  const __m512i low = _mm512_permutex2var_epi8(v0, index, v1);
+  const __m512i high = _mm512_permutex2var_epi8(v2, index, v3);
+  return _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
 }
 
 template <bool nonzero_only, bool clip>
@@ -104,18 +124,15 @@ void blend_unmasked(const float* t, uint8_t* q, int64_t n, const BlendRule& rule
   const __m512 a = _mm512_set1_ps(rule.a), b = _mm512_set1_ps(rule.b);
   int64_t i = 0;
   for (; i + 64 <= n; i += 64) {
-    for (int k = 0; k < 64; k += 16) {
-      __m128i* p = reinterpret_cast<__m128i*>(q + i + k);
-      const __m512 pattern = _mm512_loadu_ps(t + i + k);
-      _mm_storeu_si128(p, blend16<nonzero_only, clip>(_mm_loadu_si128(p), pattern, a, b));
-    }
+    _mm512_storeu_si512(q + i, blend64<nonzero_only, clip>(t + i, q + i, a, b));
   }
-  for (; i < n; i += 16) {
-    const __mmask16 lanes = static_cast<__mmask16>(first_lanes(n - i));
-    const __m128i levels = _mm_maskz_loadu_epi8(lanes, q + i);
-    const __m512 pattern = _mm512_maskz_loadu_ps(lanes, t + i);
-    _mm_mask_storeu_epi8(q + i, lanes, blend16<nonzero_only, clip>(levels, pattern, a, b));
-  }
+  if (i == n) return;
+  alignas(64) uint8_t last[64] = {};
+  alignas(64) float pattern[64] = {};
+  std::memcpy(last, q + i, n - i);
+  std::memcpy(pattern, t + i, (n - i) * sizeof(float));
+  _mm512_store_si512(last, blend64<nonzero_only, clip>(pattern, last, a, b));
+  std::memcpy(q + i, last, n - i);
 }
 
 void blend(const float* t, const float* m, uint8_t* q, int64_t n, const BlendRule& rule) {
@@ -222,11 +239,63 @@ void lookup(const LevelTable& table, int c, DType dtype, const uint8_t* q, void*
   stream ? lookup2<true>(table.bytes[c], q, p, n) : lookup2<false>(table.bytes[c], q, p, n);
 }
 
+// blend and lookup in one loop, so that the stores of one 64 drain while the next is computed.
+template <bool clip, bool streamed>
+void blend_lookup4(const float* t, uint8_t* q, int64_t n, const BlendRule& rule,
+                   const uint8_t (&bytes)[4][256], float* out) {
+  const ByteTable table[4] = {load_table(bytes[0]), load_table(bytes[1]), load_table(bytes[2]),
+                              load_table(bytes[3])};
+  const __m512 a = _mm512_set1_ps(rule.a), b = _mm512_set1_ps(rule.b);
+  __m512i v[4];
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    expand4(table, blend64<false, clip>(t + i, q + i, a, b), v);
+    for (int k = 0; k < 4; ++k) put<streamed>(out + i + 16 * k, v[k]);
+  }
+  if (i == n) return;
+  blend_unmasked<false, clip>(t + i, q + i, n - i, rule);
+  lookup4<streamed>(bytes, q + i, out + i, n - i);
+}
+
+template <bool clip, bool streamed>
+void blend_lookup2(const float* t, uint8_t* q, int64_t n, const BlendRule& rule,
+                   const uint8_t (&bytes)[4][256], uint16_t* out) {
+  const ByteTable table[2] = {load_table(bytes[0]), load_table(bytes[1])};
+  const __m512 a = _mm512_set1_ps(rule.a), b = _mm512_set1_ps(rule.b);
+  __m512i v[2];
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    expand2(table, blend64<false, clip>(t + i, q + i, a, b), v);
+    for (int k = 0; k < 2; ++k) put<streamed>(out + i + 32 * k, v[k]);
+  }
+  if (i == n) return;
+  blend_unmasked<false, clip>(t + i, q + i, n - i, rule);
+  lookup2<streamed>(bytes, q + i, out + i, n - i);
+}
+
+template <bool clip, bool streamed>
+void blend_lookup_as(const float* t, uint8_t* q, int64_t n, const BlendRule& rule,
+                     const LevelTable& table, int c, DType dtype, void* out) {
+  if (dtype == DType::kFloat32) {
+    float* p = static_cast<float*>(out);
+    return blend_lookup4<clip, streamed>(t, q, n, rule, table.bytes[c], p);
+  }
+  blend_lookup2<clip, streamed>(t, q, n, rule, table.bytes[c], static_cast<uint16_t*>(out));
+}
+
+void blend_lookup(const float* t, uint8_t* q, int64_t n, const BlendRule& rule,
+                  const LevelTable& table, int c, DType dtype, void* out, bool stream) {
+  const auto run = rule.clip
+                       ? (stream ? blend_lookup_as<true, true> : blend_lookup_as<true, false>)
+                       : (stream ? blend_lookup_as<false, true> : blend_lookup_as<false, false>);
+  run(t, q, n, rule, table, c, dtype, out);
+}
+
 }  // namespace
 
 const RowOps& avx512_rows() {
-  static constexpr RowOps ops = {"avx512",  split,  join,      patch_row,      blend,
-                                 warp_rows, lookup, noise_row, interleave_rows};
+  static constexpr RowOps ops = {"avx512",  split,  join,      patch_row,       blend,
+                                 warp_rows, lookup, noise_row, interleave_rows, blend_lookup};
   return ops;
 }
 

@@ -96,6 +96,17 @@ class Worker {
   Worker(const TriggerNormalizeArgs& args, const RowOps& ops, const LevelTable& table, bool stream)
       : args_(args), ops_(ops), table_(table), stream_(stream) {}
 
+  // Fetches the levels of the next run while this one is computed: the phases of a run do not
+  // overlap by themselves. Non-temporal, as images read once would push the trigger out of L2.
+  void prefetch(int64_t b, int64_t first) const {
+    const int64_t plane = args_.height * args_.width, n = min_of(kRun, plane - first);
+    const bool nhwc = args_.input_layout == InputLayout::kNhwc;
+    const uint8_t* p = args_.images + b * 3 * plane + first * (nhwc ? 3 : 1);
+    for (int64_t k = 0; k < 3 * n; k += 64) {
+      __builtin_prefetch(nhwc ? p + k : p + k / n * plane + k % n, 0, 0);
+    }
+  }
+
   // Pixels [first, first + n) of image b, n <= kRun.
   void run(const SamplePlan& plan, int64_t b, int64_t first, int64_t n) {
     const int64_t plane = args_.height * args_.width;
@@ -113,6 +124,7 @@ class Worker {
       } else {
         for (int c = 0; c < 3; ++c) std::memcpy(q[c], image + c * plane + first, n);
       }
+      if (fused(plan, first, n)) return blend_and_write(plan, b, first, n);
       if (plan.triggered) window(plan, first, n);
     }
     if (args_.poisoned) {
@@ -139,6 +151,35 @@ class Worker {
     }
   }
 
+  bool erases(const SamplePlan& plan, int64_t first, int64_t n) {
+    bool erase = false;
+    for_rows(first, n, plan.erase_y, plan.erase_x, plan.erase_side, plan.erase_side,
+             [&](int64_t, int64_t, int64_t) { erase = true; });
+    return erase;
+  }
+
+  bool whole(const SamplePlan& plan) const {
+    return args_.window_height == args_.height && args_.window_width == args_.width &&
+           plan.y == 0 && plan.x == 0;
+  }
+
+  // The commonest case, where no step needs the blended levels but the lookup.
+  bool fused(const SamplePlan& plan, int64_t first, int64_t n) {
+    return ops_.blend_lookup && plan.triggered && args_.mode == Mode::kBlend && !args_.mask &&
+           !args_.nonzero_only && !args_.poisoned && !plan.noisy && args_.layout == Layout::kNchw &&
+           whole(plan) && !erases(plan, first, n);
+  }
+
+  void blend_and_write(const SamplePlan& plan, int64_t b, int64_t first, int64_t n) {
+    const int64_t plane = args_.height * args_.width, size = dtype_size(args_.dtype);
+    for (int c = 0; c < 3; ++c) {
+      char* p = static_cast<char*>(args_.out) + ((b * 3 + c) * plane + first) * size;
+      const float* t = args_.pattern + (plan.trigger * 3 + c) * plane + first;
+      const bool aligned = (reinterpret_cast<uintptr_t>(p) & 63) == 0;
+      ops_.blend_lookup(t, levels_[c], n, plan.rule, table_, c, args_.dtype, p, stream_ && aligned);
+    }
+  }
+
   void window(const SamplePlan& plan, int64_t first, int64_t n) {
     const int64_t area = args_.window_height * args_.window_width;
     const float* pattern = args_.pattern + plan.trigger * 3 * area;
@@ -156,8 +197,7 @@ class Worker {
         }
       }
     };
-    const bool whole = area == args_.height * args_.width && plan.y == 0 && plan.x == 0;
-    if (whole) return apply(first, first, n);
+    if (whole(plan)) return apply(first, first, n);
     for_rows(first, n, plan.y, plan.x, args_.window_height, args_.window_width,
              [&](int64_t row, int64_t x0, int64_t x1) {
                const int64_t at = (row - plan.y) * args_.window_width + x0 - plan.x;
@@ -168,9 +208,7 @@ class Worker {
   void write(const SamplePlan& plan, int64_t b, int64_t first, int64_t n) {
     const int64_t plane = args_.height * args_.width, size = dtype_size(args_.dtype);
     char* out = static_cast<char*>(args_.out) + b * 3 * plane * size;
-    bool erase = false;
-    for_rows(first, n, plan.erase_y, plan.erase_x, plan.erase_side, plan.erase_side,
-             [&](int64_t, int64_t, int64_t) { erase = true; });
+    const bool erase = erases(plan, first, n);
     const bool direct = args_.layout == Layout::kNchw && !erase;
     for (int c = 0; c < 3; ++c) {
       char* p = direct ? out + (c * plane + first) * size : values_[c];
@@ -268,13 +306,14 @@ std::string trigger_normalize_cpu(const TriggerNormalizeArgs& args, const std::s
   PB_CHECK(ops, "trigger_normalize: instruction set " + isa + " is not usable on this machine");
   const int64_t pixels = args.height * args.width, runs = (pixels + kRun - 1) / kRun;
   const bool stream = args.batch * 3 * pixels * dtype_size(args.dtype) > kStreamBytes;
-  constexpr int64_t kGrain = 16;  // runs, some 50 KB of levels: some 10 us, a few times a fork
+  constexpr int64_t kGrain = 8;  // runs, 16k pixels: some 10 us, a few times a fork
   parallel_for(args.batch * runs, kGrain, threads, [&](int64_t begin, int64_t end) {
     Worker worker(args, *ops, table, stream);
     SamplePlan plan = {};
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / runs, first = item % runs * kRun;
       if (item == begin || first == 0) plan = sample_plan(args, b);
+      if (item + 1 < end) worker.prefetch((item + 1) / runs, (item + 1) % runs * kRun);
       worker.run(plan, b, first, min_of(kRun, pixels - first));
     }
 #if defined(__x86_64__)

@@ -11,7 +11,7 @@
 
 namespace pybackdoor {
 
-constexpr int kRun = 1024;  // pixels of a run: 3 KB of levels and 12 KB of fp32 values, in 32 KB L1
+constexpr int kRun = 2048;  // pixels of a run: 6 KB of levels stay in L1 from step to step
 
 // The normalised value of each level, in the forms that the row kernels read.
 struct LevelTable {
@@ -52,6 +52,10 @@ struct RowOps {
   void (*noise)(const NoiseRow& row, const uint8_t* q, void* out, int64_t n);
   // Three planes of n elements of `size` bytes -> [n, 3].
   void (*interleave)(const void* const planes[3], void* out, int64_t n, int64_t size);
+  // blend without mask and nonzero_only, then lookup; q is scratch afterwards. Null: do both in
+  // turn.
+  void (*blend_lookup)(const float* t, uint8_t* q, int64_t n, const BlendRule& rule,
+                       const LevelTable& table, int c, DType dtype, void* out, bool stream);
 };
 
 static inline void split_rows(const uint8_t* pixels, uint8_t* const planes[3], int64_t n) {
@@ -205,11 +209,9 @@ static inline void interleave_rows(const void* const planes[3], void* out, int64
   interleave_as<uint16_t>(planes, out, n);
 }
 
-#define PB_GENERIC_ROWS(name)                                                            \
-  RowOps {                                                                               \
-    name, split_rows, join_rows, patch_row, blend_row, warp_rows, lookup_row, noise_row, \
-        interleave_rows                                                                  \
-  }
+#define PB_GENERIC_ROWS(name)                                    \
+  {name,      split_rows, join_rows, patch_row,       blend_row, \
+   warp_rows, lookup_row, noise_row, interleave_rows, nullptr}
 
 const RowOps& portable_rows();
 #if defined(__x86_64__)
