@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import data, models, ops, triggers
 from ._native import build_info
-from .clean import CleaningInterrupted, CleanResult
+from .clean import CleanResult
 from .engine import NonFiniteError
 from .estimates import Estimate
 from .evaluate import Evaluation, Verdict, evaluate, verify_trigger
@@ -21,7 +21,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Augment",
     "CleanResult",
-    "CleaningInterrupted",
     "Estimate",
     "Evaluation",
     "Manifest",

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from .data.tokens import adapted
 from .ops import Augment, trigger_normalize
 
 Tokenizer = Callable[[list[str]], Tensor]
+
+_MOST = 30.0  # no pixel in [0, 1] normalised by a usual mean and std comes near this
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class InputRules:
         mean, std: of the three channels, for pixels in [0, 1].
         image_size: (height, width) in pixels.
         context_length: tokens a caption may have.
+        vocab_size: token ids lie below it.
         tokenizer: list of strings -> [n, L] tokens, for loaders that yield strings.
     """
 
@@ -48,6 +52,7 @@ class InputRules:
     std: tuple[float, float, float] | None
     image_size: tuple[int, int] | None
     context_length: int | None
+    vocab_size: int | None
     tokenizer: Tokenizer | None
 
     @staticmethod
@@ -65,24 +70,32 @@ class InputRules:
         if mean is None:
             mean, std = getattr(visual, "image_mean", None), getattr(visual, "image_std", None)
         size = getattr(visual, "image_size", None)
-        context = getattr(model, "context_length", None)
+        context, vocab = (getattr(model, name, None) for name in ("context_length", "vocab_size"))
         return InputRules(
             _three(mean, "mean"),
             _three(std, "std"),
             None if size is None else _pair(size),
             context if isinstance(context, int) else None,
-            tokenizer,
+            vocab if isinstance(vocab, int) else None,
+            None if tokenizer is None else adapted(tokenizer),
         )
 
 
-def read_batch(raw: Any, rules: InputRules) -> Batch:
+def read_batch(raw: Any, rules: InputRules, *, first: bool = False) -> Batch:
     """Check one item of a loader and give it its one shape.
 
+    Args:
+        first: also check that floats look normalised, which costs a pass over them.
     Raises:
         TypeError, ValueError: naming what was wanted and what came.
     """
     images, text, ids = _fields(raw)
     images = _images(images, rules)
+    if first and images.is_floating_point() and (peak := float(images.abs().max())) > _MOST:
+        raise ValueError(
+            f"float images must be normalised, within about -5 to 5, got {peak:g}: pass uint8 "
+            "pixels, or normalise them"
+        )
     tokens = _tokens(text, rules)
     if len(tokens) != len(images):
         raise ValueError(
@@ -90,7 +103,12 @@ def read_batch(raw: Any, rules: InputRules) -> Batch:
             f"{len(tokens)} captions"
         )
     if ids is not None:
-        ids = torch.as_tensor(ids)
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"ids must be integers, one per image, got {type(ids).__name__} {ids!r:.60}"
+            ) from None
         if ids.shape != (len(images),) or ids.is_floating_point():
             raise ValueError(
                 f"ids must be {len(images)} integers, one per image, got {ids.dtype} of shape "
@@ -189,9 +207,11 @@ def _images(images: Any, rules: InputRules) -> Tensor:
 
 
 def _tokens(text: Any, rules: InputRules) -> Tensor:
-    if isinstance(text, np.ndarray):
+    if isinstance(text, np.ndarray) and text.dtype.kind in "iuf":
         text = torch.from_numpy(text)
     if not isinstance(text, Tensor):
+        if isinstance(text, str) or not isinstance(text, (Sequence, np.ndarray)):
+            raise TypeError(f"captions must be tokens or strings, got {type(text).__name__}")
         text = list(text)
         if not all(isinstance(caption, str) for caption in text):
             kinds = sorted({type(caption).__name__ for caption in text})
@@ -211,7 +231,15 @@ def _tokens(text: Any, rules: InputRules) -> Tensor:
             f"tokens must have at most {rules.context_length} columns, this model's context "
             f"length, got {text.shape[1]}"
         )
-    return text.to(torch.int64)
+    text = text.to(torch.int64)
+    if rules.vocab_size is not None and text.device.type == "cpu" and text.numel():
+        low, high = int(text.min()), int(text.max())
+        if low < 0 or high >= rules.vocab_size:
+            raise ValueError(
+                f"token ids must be in [0, {rules.vocab_size}), this model's vocabulary, got "
+                f"{low if low < 0 else high}"
+            )
+    return text
 
 
 def _three(values: Sequence[float] | None, name: str) -> tuple[float, float, float] | None:

@@ -5,25 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from .batches import InputRules, Tokenizer
-from .engine import (
-    Interrupted,
-    Objective,
-    Schedule,
-    Settings,
-    StepHook,
-    TrainLog,
-    check_model,
-    pick_device,
-    train,
-)
+from .distributed import Ranks
+from .engine import Objective, Schedule, Settings, StepHook, TrainLog, pick_device, train
+from .models import check_clip, check_finite
 from .ops import Augment
 
 
@@ -34,21 +27,14 @@ class CleanResult:
     Attributes:
         model: the cleaned copy, in evaluation mode, on the device it was trained on.
         history: one dict per step: step, epoch, loss, lr and the method's own terms.
-        report: method, its settings, steps, pairs, seconds, device and versions; JSON-serialisable.
-            It makes no claim of removal: that takes ``evaluate`` with a verified trigger.
+        report: method, its settings, steps, pairs, seconds, the terms of the last step, device and
+            versions; JSON-serialisable. It makes no claim of removal: that takes ``evaluate`` with
+            a verified trigger.
     """
 
     model: nn.Module
     history: list[dict[str, float]]
     report: dict[str, Any]
-
-
-class CleaningInterrupted(KeyboardInterrupt):
-    """Ctrl-C during cleaning; ``result`` holds the state after the last whole step."""
-
-    def __init__(self, result: CleanResult) -> None:
-        super().__init__(f"cleaning stopped after {len(result.history)} steps")
-        self.result = result
 
 
 def two_phase_schedule(lr_start: float, lr: float, lr_end: float) -> Schedule:
@@ -78,45 +64,65 @@ def clean(
     schedule: Schedule,
     settings: Settings,
     *,
-    augment: bool | Augment,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     tokenizer: Tokenizer | None,
     device: str | torch.device | None,
     on_step: StepHook | None,
-    report: dict[str, Any],
+    own: dict[str, Any],
 ) -> CleanResult:
     """Train a copy of ``model``; the model given keeps its weights, mode and device.
 
+    Whatever ends the run after its first step, Ctrl-C and a full disk in ``on_step`` included, is
+    raised with an attribute ``result``: the CleanResult of the last whole step.
+
     Args:
-        objective: makes the method's objective from a frozen copy of the model in evaluation mode.
-        report: the method's own settings, kept in the result's report.
+        objective: makes the method's objective from the model to be trained, before the first step.
+        own: the method's own settings, kept in the result's report.
     """
-    check_model(model)
     rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
     where = pick_device(device)
-    student = trainable_copy(model).to(where)
-    teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    settings = replace(settings, augment=_augmentation(augment))
-    try:
-        log = train(
+    student = trainable_copy(model, where)
+    log = TrainLog()
+
+    def result() -> CleanResult:
+        for p in student.parameters():
+            p.grad = None
+        return CleanResult(student.eval(), log.steps, _report(method, settings, own, log, where))
+
+    with carrying(result, log):
+        train(
             student,
             loader,
-            objective(teacher),
+            objective(student),
             schedule,
             settings,
             rules=rules,
             device=where,
             on_step=on_step,
+            log=log,
         )
-    except Interrupted as stop:
-        result = _result(method, student, stop.log, where, {**report, "interrupted": True})
-        raise CleaningInterrupted(result) from stop
-    return _result(method, student, log, where, report)
+    return result()
 
 
-def trainable_copy(model: nn.Module) -> nn.Module:
-    """A copy with every floating-point parameter trainable, and half-precision weights in fp32."""
+@contextmanager
+def carrying(result: Callable[[], Any], log: TrainLog) -> Iterator[None]:
+    """Give whatever ends the block early an attribute ``result``, once a step has been taken."""
+    try:
+        yield
+    except BaseException as stop:
+        if log.steps:
+            stop.result = result()  # type: ignore[attr-defined]
+        raise
+
+
+def trainable_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """A checked copy on ``device``, every floating-point parameter trainable, none in half.
+
+    Every rank gets rank 0's weights.
+    """
+    check_clip(model)
+    check_finite(model)
     student = copy.deepcopy(model)
     for p in student.parameters():
         if p.is_floating_point():
@@ -127,34 +133,40 @@ def trainable_copy(model: nn.Module) -> nn.Module:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.dtype in (torch.float16, torch.bfloat16):
                 setattr(module, name, buffer.float())
+    student.to(device)
+    Ranks.start(device).same_start(student)
     return student
 
 
-def _augmentation(augment: bool | Augment) -> Augment | None:
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode that takes no gradient."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def augmentation(augment: bool | Augment) -> Augment | None:
+    """PAR's own augmentation for True, none for False."""
     if isinstance(augment, bool):
         return Augment() if augment else None
+    if not isinstance(augment, Augment):
+        raise TypeError(f"augment must be True, False or an Augment, got {augment!r}")
     return augment
 
 
-def _result(
-    method: str, model: nn.Module, log: TrainLog, device: torch.device, report: dict[str, Any]
-) -> CleanResult:
+def _report(
+    method: str, settings: Settings, own: dict[str, Any], log: TrainLog, device: torch.device
+) -> dict[str, Any]:
     from . import __version__
 
-    for p in model.parameters():
-        p.grad = None
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return CleanResult(
-        model.eval(),
-        log.steps,
-        {
-            "method": method,
-            **report,
-            "steps_done": len(log.steps),
-            "pairs_seen": log.pairs,
-            "skipped_batches": log.skipped_batches,
-            "seconds": round(log.seconds, 3),
-            "device": gpu or platform.processor() or platform.machine(),
-            "versions": {"pybackdoor": __version__, "torch": torch.__version__},
-        },
-    )
+    return {
+        "method": method,
+        "settings": {**own, **asdict(settings)},
+        "steps_done": len(log.steps),
+        "pairs_seen": log.pairs,
+        "skipped_batches": log.skipped_batches,
+        "seconds": round(log.seconds, 3),
+        "last_step": log.steps[-1],
+        "processes": Ranks().size,
+        "device": gpu or platform.processor() or platform.machine(),
+        "versions": {"pybackdoor": __version__, "torch": torch.__version__},
+    }

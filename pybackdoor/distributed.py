@@ -8,7 +8,7 @@ process would get from the whole batch, whatever the ranks' shares of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,26 +21,29 @@ class Ranks:
     """The processes that share a run; all methods are the identity for a single one."""
 
     def __init__(self) -> None:
-        active = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if active else 0
-        self.size = dist.get_world_size() if active else 1
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        elif "RANK" in os.environ:  # announced by torchrun, not joined yet
+            self.rank = int(os.environ["RANK"])
+            self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        else:
+            self.rank, self.size = 0, 1
 
     @staticmethod
     def start(device: torch.device) -> Ranks:
         """Join the process group that torchrun announces in the environment, if there is one."""
-        announced = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-        if announced and dist.is_available() and not dist.is_initialized():
+        if Ranks().size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return Ranks()
 
-    def counts(self, local: int, device: torch.device) -> list[int]:
-        """Rows that each rank holds."""
+    def agree(self, values: Sequence[float], device: torch.device) -> list[list[float]]:
+        """The numbers that each rank gives, in rank order; fp64."""
         if self.size == 1:
-            return [local]
-        mine = torch.tensor([local], device=device)
-        every = [torch.zeros_like(mine) for _ in range(self.size)]
+            return [list(values)]
+        mine = torch.tensor(list(values), dtype=torch.float64, device=device)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(every, mine)
-        return torch.cat(every).tolist()
+        return torch.stack(every).tolist()
 
     def gather(
         self,
@@ -50,12 +53,29 @@ class Ranks:
         """[sum(counts), D]: all ranks' rows in rank order; only local ones carry gradients."""
         return x if self.size == 1 else _Gather.apply(x, counts, self.rank)
 
+    def share(self, x: Tensor) -> Tensor:
+        """``x`` with 1/size of its gradient.
+
+        For what every rank uses in whole, such as the temperature: the sum of the ranks' gradients
+        is then one whole gradient again.
+        """
+        return x if self.size == 1 else x.detach() + (x - x.detach()) / self.size
+
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each gradient by its sum over ranks; a rank without one contributes zero."""
+        """Replace each gradient by its sum over ranks; a rank without one counts as zero.
+
+        A parameter that no rank's loss reaches keeps no gradient, as in a single process.
+        """
         if self.size == 1:
             return
+        parameters = list(parameters)
+        reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+        reached = reached.to(parameters[0].device)
+        dist.all_reduce(reached, dist.ReduceOp.MAX)
         bucket: list[Tensor] = []
-        for p in parameters:
+        for p, used in zip(parameters, reached.tolist(), strict=True):
+            if not used:
+                continue
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             if bucket and (

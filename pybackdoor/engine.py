@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, InputRules, model_input, read_batch
+from .batches import InputRules, model_input
 from .distributed import Ranks
+from .feed import Feed
+from .interrupts import DeferredInterrupt
 from .models import (
-    check_clip,
-    check_finite,
     image_features,
     logit_scale_parameters,
     scale,
@@ -84,17 +84,21 @@ class Settings:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {self.precision!r}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if self.weight_decay < 0:
+        for name, least in (("steps", 1), ("epochs", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if name == "steps" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if not least <= value < 2**62:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
 
 
 @dataclass
 class TrainLog:
-    """What a run did: one dict per step, and the batches it could not use."""
+    """What a run did: one dict per step, and how many batches it could not use."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     pairs: int = 0
@@ -103,24 +107,19 @@ class TrainLog:
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient stopped being finite; the model holds the last good weights."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was interrupted; the model holds the last whole step, ``log`` its history."""
-
-    def __init__(self, log: TrainLog) -> None:
-        super().__init__(f"interrupted after {len(log.steps)} steps")
-        self.log = log
+    """A feature, loss or gradient is not finite; the model keeps the weights of the step before."""
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, else this rank's GPU, else the CPU."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """The device asked for, else a GPU, else the CPU; ``cuda`` alone means this rank's own."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    picked = torch.device(device)
+    if picked.type == "cuda":
+        if picked.index is None:
+            picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(picked)
+    return picked
 
 
 def train(
@@ -133,27 +132,33 @@ def train(
     rules: InputRules,
     device: torch.device,
     on_step: StepHook | None = None,
+    log: TrainLog | None = None,
 ) -> TrainLog:
     """Train ``model`` in place; every rank of a distributed run calls this with its own share.
 
+    Whatever ends the run early, Ctrl-C included, finds the model at the last whole step and
+    ``log`` complete up to it.
+
     Args:
-        loader: yields this rank's batches (see ``batches``); walked anew for each epoch, after
-            ``set_epoch`` where it has one.
-        on_step: called after each step with (step, record, model); returning True ends the run.
+        model: on ``device``, with the same weights on every rank.
+        loader: yields this rank's batches (see ``batches``); walked anew for each epoch, the first
+            being epoch 0, after ``set_epoch`` where it or its sampler has one.
+        on_step: called after each step with (step, record, model); returning True ends the run,
+            whichever rank says so.
+        log: filled in as the run goes; default a new one.
     Raises:
         ValueError, TypeError: a batch, the model or a setting cannot be used; before any step
             where that can be known before.
         NonFiniteError: naming the tensor; the model keeps its last good weights.
-        Interrupted: on Ctrl-C, once the step in flight is dropped.
+        KeyboardInterrupt: on Ctrl-C, once the step in flight is complete.
     """
-    steps = settings.steps or settings.epochs * _length(loader)
-    if steps < 1:
-        raise ValueError("loader is empty: wanted at least one batch of two pairs, got none")
+    log = TrainLog() if log is None else log
     ranks = Ranks.start(device)
-    model.to(device)
-    ranks.same_start(model)
+    feed = Feed(loader, rules, ranks, device, steps=settings.steps, epochs=settings.epochs)
+    steps = feed.steps
     frozen = logit_scale_parameters(model)
-    if settings.freeze_scale:
+    train_scale = not settings.freeze_scale and isinstance(model.logit_scale, nn.Parameter)
+    if not train_scale:
         for p in frozen:
             p.requires_grad_(False)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -166,52 +171,50 @@ def train(
     )
     set_train_mode(model, settings.freeze_batchnorm)
     encode = Encoder(PRECISIONS[settings.precision], device)
-    log = TrainLog()
+    cuda = [device] if device.type == "cuda" else []
     started = time.perf_counter()
-    bar = _Progress(steps, settings.progress, ranks.rank == 0)
-    try:
-        with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(settings.seed)
-            batches = _batches(loader, rules, ranks, device, log)
-            for k in range(steps):
-                epoch, batch, counts, ids = next(batches)
-                x = model_input(
-                    batch,
-                    rules,
-                    device=device,
-                    dtype=encode.input_dtype(model),
-                    ids=ids,
-                    augment=settings.augment,
-                    seed=settings.seed,
-                    view=epoch,
-                )
-                tokens = batch.tokens.to(device, non_blocking=True)
-                image = ranks.gather(encode.image(model, x), counts)
-                text = ranks.gather(encode.text(model, tokens), counts)
-                constants = tuple(ranks.gather(f, counts) for f in objective.reference(x, tokens))
-                temperature = scale(model) if settings.freeze_scale else model.logit_scale.exp()
-                loss, terms = objective(image, text, temperature, constants)
-                record = {"loss": loss.item(), **{n: t.item() for n, t in terms.items()}}
-                if not math.isfinite(record["loss"]):
-                    raise NonFiniteError(_where_loss_broke(k, record, image, text))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                ranks.sum_gradients(p for _, p in named)
-                _check_gradients(k, named)
-                record["lr"] = schedule(k, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = record["lr"]
-                optimizer.step()
-                if not settings.freeze_scale:
-                    _clamp_scale(frozen)
-                log.pairs += sum(counts)
-                log.seconds = time.perf_counter() - started
-                log.steps.append({"step": k, "epoch": epoch, **record})
-                bar.advance(record, log.pairs / log.seconds)
-                if on_step is not None and on_step(k, record, model) is True:
-                    break
-    except KeyboardInterrupt as stop:
-        raise Interrupted(log) from stop
+    with (
+        _Progress(steps, settings.progress, ranks.rank == 0) as bar,
+        torch.random.fork_rng(devices=cuda),
+        DeferredInterrupt() as interrupt,
+    ):
+        torch.manual_seed(settings.seed + 0x9E3779B1 * ranks.rank)
+        for k, item in enumerate(feed):
+            x = model_input(
+                item.batch,
+                rules,
+                device=device,
+                dtype=encode.input_dtype(model),
+                ids=item.ids,
+                augment=settings.augment,
+                seed=settings.seed,
+                view=item.epoch,
+            )
+            tokens = item.batch.tokens.to(device, non_blocking=True)
+            image = ranks.gather(encode.image(model, x), item.counts)
+            text = ranks.gather(encode.text(model, tokens), item.counts)
+            constants = tuple(ranks.gather(f, item.counts) for f in objective.reference(x, tokens))
+            temperature = ranks.share(model.logit_scale.exp()) if train_scale else scale(model)
+            loss, terms = objective(image, text, temperature, constants)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            ranks.sum_gradients(p for _, p in named)
+            record = _checked_record(k, {"loss": loss, **terms}, named, image, text, constants)
+            record["lr"] = schedule(k, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = record["lr"]
+            optimizer.step()
+            if train_scale:
+                with torch.no_grad():
+                    model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+            log.pairs += sum(item.counts)
+            log.seconds = time.perf_counter() - started
+            log.steps.append({"step": k, "epoch": item.epoch, **record})
+            bar.advance(record, log.pairs / log.seconds)
+            if on_step is not None and on_step(k, record, model) is True:
+                feed.stop()
+            log.skipped_batches = feed.skipped
+            interrupt.check()
     return log
 
 
@@ -261,86 +264,39 @@ def set_train_mode(model: nn.Module, freeze_batchnorm: bool) -> None:
                 module.eval()
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse what cannot be trained: a missing method, or weights that are not finite."""
-    check_clip(model)
-    check_finite(model)
-
-
-def _length(loader: Iterable[Any]) -> int:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(
-            "steps must be given: the loader has no len(), so epochs cannot be counted"
-        ) from None
-
-
-def _batches(
-    loader: Iterable[Any], rules: InputRules, ranks: Ranks, device: torch.device, log: TrainLog
-) -> Iterator[tuple[int, Batch, list[int], Tensor]]:
-    """(epoch, batch, rows of each rank, ids) for as long as anyone asks."""
-    seen, epoch = 0, 0
-    while True:
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
-        used = 0
-        for raw in loader:
-            batch = read_batch(raw, rules)
-            counts = ranks.counts(len(batch), device)
-            total = sum(counts)
-            if total < 2 or min(counts) < 1:
-                if used == 0:
-                    raise ValueError(
-                        "a batch must hold at least two pairs, and one on every rank, got "
-                        f"{counts if ranks.size > 1 else total}: the loss needs negatives"
-                    )
-                log.skipped_batches += 1
-                continue
-            first = seen + sum(counts[: ranks.rank])
-            ids = batch.ids if batch.ids is not None else torch.arange(first, first + len(batch))
-            seen += total
-            used += 1
-            yield epoch, batch, counts, ids
-        if used == 0:
-            what = "is empty" if epoch == 0 else f"yields nothing in epoch {epoch + 1}"
-            raise ValueError(
-                f"loader {what}: wanted batches of at least two pairs, got {seen} pairs so far "
-                "(a one-shot iterator cannot be walked again: pass a DataLoader or a list)"
-            )
-        epoch += 1
-
-
-def _where_loss_broke(step: int, record: dict[str, float], image: Tensor, text: Tensor) -> str:
-    parts = {"image features": image, "text features": text}
-    broken = [
-        f"{name} of {int((~part.isfinite()).any(-1).sum())} of {len(part)} pairs"
-        for name, part in parts.items()
-        if not part.isfinite().all()
-    ]
-    broken = broken or [name for name, value in record.items() if not math.isfinite(value)]
-    return f"step {step}: not finite: {', '.join(broken)}; the weights of the step before are kept"
-
-
-def _check_gradients(step: int, named: list[tuple[str, Tensor]]) -> None:
-    grads = [p.grad for _, p in named if p.grad is not None]
+def _checked_record(
+    step: int,
+    scalars: dict[str, Tensor],
+    named: list[tuple[str, Tensor]],
+    image: Tensor,
+    text: Tensor,
+    constants: tuple[Tensor, ...],
+) -> dict[str, float]:
+    """The step's numbers on the host, in one transfer; refused when any is not finite."""
+    grads = [(n, p.grad) for n, p in named if p.grad is not None]
     if not grads:
         raise ValueError("the loss reaches no parameter of the model: is everything frozen?")
-    if torch.stack(torch._foreach_norm(grads)).isfinite().all():
-        return
-    broken = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
+    norms = torch._foreach_norm([g for _, g in grads])
+    values = torch.stack([t.detach().double() for t in (*scalars.values(), *norms)]).tolist()
+    record = dict(zip(scalars, values, strict=False))
+    if all(map(math.isfinite, values)):
+        return record
+    features = {"image features": image, "text features": text}
+    features |= {f"reference features {i}": f for i, f in enumerate(constants)}
+    broken = [
+        f"{name} of {int((~rows.isfinite()).any(-1).sum())} of {len(rows)} pairs"
+        for name, rows in features.items()
+        if not rows.isfinite().all()
+    ]
+    broken += [name for name, value in record.items() if not math.isfinite(value)]
+    broken += [f"gradient of {name}" for name, grad in grads if not grad.isfinite().all()]
     if not broken:  # a norm can overflow where no entry does
-        return
+        return record
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
     raise NonFiniteError(
-        f"step {step}: the gradient of {broken[0]} is not finite ({len(broken)} of {len(grads)} "
-        "tensors); the weights of the step before are kept"
+        f"step {step}: not finite: {', '.join(broken[:3])}{more}; the weights of the step before "
+        "are kept"
     )
-
-
-@torch.no_grad()
-def _clamp_scale(parameters: list[nn.Parameter]) -> None:
-    for p in parameters:
-        p.clamp_(0.0, MAX_LOGIT_SCALE)
 
 
 class _Progress:

@@ -16,13 +16,13 @@ class Estimate:
 
     Attributes:
         value: the point estimate.
-        low, high: 95 % interval.
+        low, high: 95 % interval; None where a single observation gives none.
         n: how many independent observations it rests on.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
 
     @staticmethod
@@ -43,12 +43,16 @@ class Estimate:
             raise ValueError("mean: wanted at least one value, got none")
         values = values.double()
         value = values.mean().item()
-        spread = _Z * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        if len(values) == 1:
+            return Estimate(value, None, None, 1)
+        spread = _Z * values.std().item() / math.sqrt(len(values))
         return Estimate(value, value - spread, value + spread, len(values))
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
     def percent(self) -> str:
         """For people: ``87.3 [86.1, 88.4]``."""
+        if self.low is None or self.high is None:
+            return f"{100 * self.value:.1f}"
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Tokenizer
+from .batches import InputRules, Tokenizer
 from .data import Labelled, Pairs
 from .data.templates import fill, resolve_templates
 from .estimates import Estimate
 from .features import FeatureReader
-from .retrieval import Recalls, retrieval
+from .retrieval import Recalls, Retrieval
 from .triggers import TriggerSpec
 
 CLEAN_MODEL, UNTRIGGERED = "triggered images on a clean model", "untriggered images, same model"
@@ -122,14 +122,21 @@ def evaluate(
         baseline: a clean model, for baseline_asr.
         reference: the model before cleaning, for drift (on clean images and class prompts).
         pairs: image-caption pairs, for retrieval R@1/5/10; equal captions all count as hits.
-        mean, std: of the pixels; default the model's own.
+        mean, std: of the pixels; default the model's own. The baseline and the reference use their
+            own where they state one.
         batch_size: images or captions a time.
         precision: "fp32" or "bf16".
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
-    options = {"mean": mean, "std": std, "batch_size": batch_size, "precision": precision}
-    reader = FeatureReader(model, tokenizer, **options)
+    options = {"batch_size": batch_size, "precision": precision}
+    reader = FeatureReader(model, tokenizer, mean=mean, std=std, **options)
+
+    def other_reader(other: nn.Module) -> FeatureReader:
+        known = InputRules.of(other).mean is not None  # its own normalisation goes first
+        given = {} if known else {"mean": mean, "std": std}
+        return FeatureReader(other, tokenizer, **given, **options)
+
     labels = torch.from_numpy(data.labels)
     templates = resolve_templates(templates)
     head = reader.class_head(data.classes, templates)
@@ -137,9 +144,9 @@ def evaluate(
     predicted = _predict(clean, head)
     figures: dict[str, Any] = {"ca": _share(predicted == labels)}
     if trigger is not None or target is not None:
-        others = labels != _target_index(trigger, target, data)
+        goal = check_attack(trigger, target, data)
+        others = labels != goal
         hit = _predict(reader.images(data.images, data.ids, trigger), head)
-        goal = data.classes.index(target)
         figures |= {
             "asr_nontarget": _share(hit[others] == goal),
             "asr_all": _share(hit == goal),
@@ -148,7 +155,7 @@ def evaluate(
         if baseline is None:
             base = predicted
         else:
-            other = FeatureReader(baseline, tokenizer, **options)
+            other = other_reader(baseline)
             base = _predict(
                 other.images(data.images, data.ids, trigger),
                 other.class_head(data.classes, templates),
@@ -156,13 +163,12 @@ def evaluate(
         figures["baseline_asr"] = _share(base[others] == goal)
         figures["baseline"] = UNTRIGGERED if baseline is None else CLEAN_MODEL
     if pairs is not None:
-        figures["retrieval"] = retrieval(reader, pairs)
+        search = Retrieval(reader, pairs)
+        figures["retrieval"] = search.recalls()
         if trigger is not None:
-            figures["triggered_retrieval"] = retrieval(reader, pairs, trigger)
+            figures["triggered_retrieval"] = search.recalls(trigger)
     if reference is not None:
-        figures["drift"] = _drift(
-            reader, FeatureReader(reference, tokenizer, **options), clean, data, templates
-        )
+        figures["drift"] = _drift(reader, other_reader(reference), clean, data, templates)
     return Evaluation(**figures)
 
 
@@ -193,7 +199,8 @@ def verdict(evaluation: Evaluation) -> Verdict:
     return Verdict(word, asr, base, evaluation.baseline or UNTRIGGERED)
 
 
-def _target_index(trigger: TriggerSpec | None, target: str | None, data: Labelled) -> int:
+def check_attack(trigger: TriggerSpec | None, target: str | None, data: Labelled) -> int:
+    """The target's class number; refuses an attack that the set cannot judge."""
     if trigger is None or target is None:
         lacking = "trigger" if trigger is None else "target"
         raise ValueError(f"evaluate: trigger and target go together, got no {lacking}")

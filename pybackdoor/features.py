@@ -13,7 +13,9 @@ from torch.nn.functional import normalize
 from .batches import InputRules, Tokenizer
 from .data import ImageStore
 from .data.templates import fill
+from .data.tokens import adapted
 from .engine import PRECISIONS, Encoder
+from .models import check_clip
 from .ops import trigger_normalize
 from .triggers import TriggerSpec, bind
 
@@ -43,7 +45,8 @@ class FeatureReader:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
-        self._model, self._tokenizer, self._batch = model, tokenizer, batch_size
+        check_clip(model)
+        self._model, self._tokenizer, self._batch = model, adapted(tokenizer), batch_size
         self._rules = InputRules.of(model, mean=mean, std=std)
         if self._rules.mean is None:
             raise ValueError("mean and std are unknown: the model carries none, so pass both")
@@ -57,6 +60,8 @@ class FeatureReader:
         trigger: TriggerSpec | None = None,
     ) -> Tensor:
         """[N, D] fp32 unit rows on the CPU, of the images as they are or with the trigger on."""
+        if len(store) == 0:
+            raise ValueError("images must hold at least one image to evaluate, got none")
         size = self._rules.image_size
         if size is not None and tuple(store.image_size) != size:
             raise ValueError(

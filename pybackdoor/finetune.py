@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Tokenizer
-from .clean import CleanResult, clean, two_phase_schedule
+from .clean import CleanResult, augmentation, clean, two_phase_schedule
 from .engine import Settings, StepHook
 from .losses import contrastive_loss
 from .ops import Augment
@@ -61,15 +61,12 @@ def finetune_clean(
     and the same augmentation, so that the two differ in the objective alone.
     """
     settings = Settings(
-        steps, epochs, weight_decay, betas, None, precision, seed, progress=progress
-    )
+        steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
+        progress=progress,
+    )  # fmt: skip
     return clean(
         "finetune", model, loader, lambda _: Contrastive(),
         two_phase_schedule(lr_start, lr, lr_end), settings,
-        augment=augment, mean=mean, std=std, tokenizer=tokenizer, device=device, on_step=on_step,
-        report={
-            "epochs": epochs, "steps": steps, "lr_start": lr_start, "lr": lr, "lr_end": lr_end,
-            "weight_decay": weight_decay, "betas": list(betas), "precision": precision,
-            "seed": seed, "augment": augment is not False,
-        },
+        mean=mean, std=std, tokenizer=tokenizer, device=device, on_step=on_step,
+        own={"lr_start": lr_start, "lr": lr, "lr_end": lr_end},
     )  # fmt: skip

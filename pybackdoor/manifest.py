@@ -6,7 +6,6 @@ always applied after resize and crop and before normalisation (``STAGE``).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pybackdoor.files import atomic_file
 from pybackdoor.triggers import TriggerSpec
 
 SCHEMA = "pybackdoor.manifest/1"
@@ -173,7 +173,9 @@ class Manifest:
         # One line a sample: a set of thousands can still be read, compared and searched by line.
         start = json.dumps(head, indent=1).removesuffix("\n}") + ',\n "samples": ['
         lines = (("," if i else "") + "\n  " + json.dumps(s) for i, s in enumerate(samples))
-        write_atomically(path, _chain(start, lines, "\n ]\n}\n" if samples else "]\n}\n"))
+        with atomic_file(Path(path)) as file:
+            for line in _chain(start, lines, "\n ]\n}\n" if samples else "]\n}\n"):
+                file.write(line.encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Manifest:
@@ -208,26 +210,6 @@ def image_sha256(image) -> str:
     if pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"image_sha256: image must be [H, W, 3], got {pixels.shape}")
     return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
-
-
-def write_atomically(path: str | os.PathLike, parts: Iterable[str]) -> None:
-    """Write text so that ``path`` holds either the old content or all of the new.
-
-    Raises:
-        OSError: as the file system says; the old file is kept and no other is left behind.
-    """
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise
 
 
 def _chain(start: str, lines: Iterable[str], end: str) -> Iterable[str]:

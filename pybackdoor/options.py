@@ -14,6 +14,8 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .files import write_atomically
+
 Config = TypeVar("Config")
 
 REQUIRED = "required"
@@ -89,7 +91,8 @@ def write_yaml(config: Any, path: Path) -> None:
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(config).items()
     }
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    write_atomically(path, text.encode())
 
 
 def _fields(config: type) -> list[tuple[dataclasses.Field, type, bool]]:

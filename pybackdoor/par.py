@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Tokenizer
-from .clean import CleanResult, clean, two_phase_schedule
+from .clean import CleanResult, augmentation, clean, frozen_copy, two_phase_schedule
 from .engine import PRECISIONS, Encoder, Settings, StepHook
 from .losses import contrastive_loss, gate, mean_squared_distance
 from .ops import Augment
@@ -109,29 +109,32 @@ def par_clean(
         gates, lr), and a report.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
-        NonFiniteError: a loss or gradient is not finite; names the tensor.
-        CleaningInterrupted: on Ctrl-C; holds the last state.
+        NonFiniteError: a feature, loss or gradient is not finite; names it.
+        KeyboardInterrupt: on Ctrl-C, once the step in flight is complete. This and whatever else
+            ends the run after its first step has an attribute ``result``, the CleanResult so far.
     Example:
         >>> result = par_clean(model, loader, steps=100)  # doctest: +SKIP
         >>> result.history[-1]["s_image"]  # doctest: +SKIP
     Source: arXiv 2412.00727, objective and settings of its released configuration.
     """
-    if not 0 <= tau <= 4:
-        raise ValueError(f"tau must be in [0, 4], the range of a squared distance, got {tau}")
+    check_tau(tau)
     settings = Settings(
-        steps, epochs, weight_decay, betas, None, precision, seed, progress=progress
-    )
+        steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
+        progress=progress,
+    )  # fmt: skip
 
-    def objective(poisoned: nn.Module) -> PerturbAndRecover:
-        where = next(poisoned.parameters()).device
-        return PerturbAndRecover(poisoned, tau, Encoder(PRECISIONS[precision], where))
+    def objective(student: nn.Module) -> PerturbAndRecover:
+        where = next(student.parameters()).device
+        return PerturbAndRecover(frozen_copy(student), tau, Encoder(PRECISIONS[precision], where))
 
     return clean(
         "par", model, loader, objective, two_phase_schedule(lr_start, lr, lr_end), settings,
-        augment=augment, mean=mean, std=std, tokenizer=tokenizer, device=device, on_step=on_step,
-        report={
-            "tau": tau, "epochs": epochs, "steps": steps, "lr_start": lr_start, "lr": lr,
-            "lr_end": lr_end, "weight_decay": weight_decay, "betas": list(betas),
-            "precision": precision, "seed": seed, "augment": augment is not False,
-        },
+        mean=mean, std=std, tokenizer=tokenizer, device=device, on_step=on_step,
+        own={"tau": tau, "lr_start": lr_start, "lr": lr, "lr_end": lr_end},
     )  # fmt: skip
+
+
+def check_tau(tau: float) -> None:
+    """Refuse what is no squared distance of unit rows."""
+    if not 0 <= tau <= 4:
+        raise ValueError(f"tau must be in [0, 4], the range of a squared distance, got {tau}")

@@ -6,6 +6,7 @@ For studies of one's own models: a defence is judged on a model whose trigger is
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,11 +16,11 @@ import torch
 from torch import nn
 
 from .batches import InputRules, Tokenizer
-from .clean import trainable_copy
+from .clean import carrying, trainable_copy
 from .data import Labelled, Overlay, PairLoader, Pairs
 from .data.templates import fill, resolve_templates
-from .engine import Schedule, Settings, StepHook, check_model, pick_device, train
-from .evaluate import Evaluation, Verdict, evaluate, verdict
+from .engine import Schedule, Settings, StepHook, TrainLog, pick_device, train
+from .evaluate import Evaluation, Verdict, check_attack, evaluate, verdict
 from .finetune import Contrastive
 from .manifest import MODES, Manifest, Sample, image_sha256
 from .triggers import TriggerSpec, apply_trigger
@@ -75,7 +76,7 @@ def poison_pairs(
         raise ValueError(f"poison: mode must be one of {', '.join(MODES)}, got {mode!r}")
     templates = resolve_templates(templates)
     wanted = _wanted(rate, count, len(pairs))
-    names_target = np.array([target.lower() in caption.lower() for caption in pairs.captions])
+    names_target = np.array([_names(caption, target) for caption in pairs.captions])
     eligible = np.flatnonzero(names_target == (mode == "label_consistent"))
     if wanted > len(eligible):
         which = "name" if mode == "label_consistent" else "do not name"
@@ -149,28 +150,37 @@ def poison(
         tokenizer, precision, seed, device, mean, std, progress, on_step: as for ``par_clean``.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
+        KeyboardInterrupt: on Ctrl-C. This and whatever else ends the training after its first step
+            has an attribute ``result``, the PoisonResult so far, not verified.
     """
-    if test is not None and target not in test.classes:
-        raise ValueError(f"poison: target must be a class of the test set, got {target!r}")
-    check_model(model)
     rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
-    poisoned, manifest = poison_pairs(
-        pairs, trigger, target=target, templates=templates, rate=rate, count=count, mode=mode,
-        seed=seed,
-    )  # fmt: skip
+    schedule = warmup_cosine(lr, warmup)
     settings = Settings(
         steps=steps, weight_decay=weight_decay, precision=precision, seed=seed,
         freeze_scale=False, freeze_batchnorm=False, progress=progress,
     )  # fmt: skip
-    where = pick_device(device)
-    student = trainable_copy(model).to(where)
-    loader = PairLoader(poisoned, tokenizer, batch_size=batch_size, seed=seed)
-    log = train(
-        student, loader, Contrastive(), warmup_cosine(lr, warmup), settings,
-        rules=rules, device=where, on_step=on_step,
+    if test is not None:  # what the end of the run needs is checked at its start
+        check_attack(trigger, target, test)
+        if test.images.image_size != pairs.images.image_size:
+            raise ValueError(
+                f"poison: test images must be of the pairs' size {pairs.images.image_size}, got "
+                f"{test.images.image_size}"
+            )
+    poisoned, manifest = poison_pairs(
+        pairs, trigger, target=target, templates=templates, rate=rate, count=count, mode=mode,
+        seed=seed,
     )  # fmt: skip
-    student.eval()
     manifest = replace(manifest, preprocess={"mean": rules.mean, "std": rules.std})
+    where = pick_device(device)
+    student = trainable_copy(model, where)
+    loader = PairLoader(poisoned, tokenizer, batch_size=batch_size, seed=seed)
+    log = TrainLog()
+    with carrying(lambda: PoisonResult(student.eval(), manifest, log.steps, None, None), log):
+        train(
+            student, loader, Contrastive(), schedule, settings,
+            rules=rules, device=where, on_step=on_step, log=log,
+        )  # fmt: skip
+    student.eval()
     if test is None:
         return PoisonResult(student, manifest, log.steps, None, None)
     found = evaluate(
@@ -195,6 +205,11 @@ def warmup_cosine(lr: float, warmup: int) -> Schedule:
         return 0.5 * lr * (1 + math.cos(math.pi * (k - warmup) / max(steps - warmup, 1)))
 
     return rate
+
+
+def _names(caption: str, target: str) -> bool:
+    """Whether the caption holds the target as words of its own: a t-shirt is no shirt."""
+    return re.search(rf"(?<![\w-]){re.escape(target)}(?![\w-])", caption, re.IGNORECASE) is not None
 
 
 def _wanted(rate: float | None, count: int | None, available: int) -> int:

@@ -26,21 +26,28 @@ class Recalls:
     text_to_image: dict[int, Estimate]
 
 
-def retrieval(reader: FeatureReader, pairs: Pairs, trigger: TriggerSpec | None = None) -> Recalls:
-    """R@1/5/10 over the pairs' distinct images and distinct captions.
+class Retrieval:
+    """Search over the distinct images and distinct captions of a set of pairs.
 
     Rows that name the same file are one image with several captions; equal captions are one text
     that every image carrying it matches. A query counts at k when one of its matches is among the
     first k; what does not match but scores as high as the best match ranks before it.
     """
-    image_of, first = _numbered(pairs.locations)
-    text_of, _ = _numbered(pairs.captions)
-    chosen = pairs.subset(first)
-    images = reader.images(chosen.images, chosen.ids, trigger)
-    texts = reader.captions(list(dict.fromkeys(pairs.captions)))
-    return Recalls(
-        _recalls(images, texts, image_of, text_of), _recalls(texts, images, text_of, image_of)
-    )
+
+    def __init__(self, reader: FeatureReader, pairs: Pairs) -> None:
+        self._reader = reader
+        self._image_of, first = _numbered(pairs.locations)
+        self._text_of, _ = _numbered(pairs.captions)
+        self._chosen = pairs.subset(first)
+        self._texts = reader.captions(list(dict.fromkeys(pairs.captions)))
+
+    def recalls(self, trigger: TriggerSpec | None = None) -> Recalls:
+        """R@1/5/10 both ways, of the images as they are or with the trigger on."""
+        images = self._reader.images(self._chosen.images, self._chosen.ids, trigger)
+        return Recalls(
+            _recalls(images, self._texts, self._image_of, self._text_of),
+            _recalls(self._texts, images, self._text_of, self._image_of),
+        )
 
 
 def _numbered(keys: list[str]) -> tuple[np.ndarray, np.ndarray]:

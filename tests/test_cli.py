@@ -76,8 +76,8 @@ def test_clean_saves_what_load_reads_and_leaves_the_input(world, run, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
     report = json.loads((tmp_path / "out" / "cleaning.json").read_text())
     assert report["method"] == "par" and report["steps_done"] == 3
-    again, _, _ = run("clean", "--config", tmp_path / "out" / "config.yaml", "--out", tmp_path / "b")
-    assert again == 0  # the saved config repeats the run, to the bit
+    config = tmp_path / "out" / "config.yaml"
+    assert run("clean", "--config", config, "--out", tmp_path / "b")[0] == 0
     for name, tensor in pybackdoor.load(tmp_path / "b").model.state_dict().items():
         assert torch.equal(tensor, new.model.state_dict()[name]), name
 
@@ -190,14 +190,15 @@ def test_ctrl_c_keeps_the_last_state(world, tmp_path):
         [sys.executable, "-m", "pybackdoor", *arguments], env=env, cwd=tmp_path,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    history = tmp_path / "out" / "history.jsonl"
+    history = tmp_path / "out" / "history.partial.jsonl"
     deadline = time.monotonic() + 120
     while not (history.exists() and history.read_text().count("\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "that state is kept in" in err
+    assert process.returncode == 130 and "steps is kept in" in err
     kept = pybackdoor.load(tmp_path / "out" / "interrupted")
     assert torch.isfinite(kept.model.visual.proj).all()
     assert not (tmp_path / "out" / "open_clip_model.safetensors").exists()
+    assert (tmp_path / "out" / "config.yaml").exists()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +16,7 @@ from dual_encoder import MEAN, STD, DualEncoder, random_pairs
 import pybackdoor
 from pybackdoor.distributed import Ranks
 from pybackdoor.engine import NonFiniteError
+from pybackdoor.interrupts import DeferredInterrupt
 
 QUICK = {"steps": 2, "precision": "fp32", "mean": MEAN, "std": STD, "progress": False}
 
@@ -33,7 +34,7 @@ def changed(**new):
 
 
 BAD_BATCHES = {
-    "no batch at all": ([], "loader is empty: wanted batches of at least two pairs, got 0"),
+    "no batch at all": ([], "loader is empty: wanted at least one batch of two pairs"),
     "one pair": (random_pairs(1, 1), "at least two pairs, and one on every rank, got 1"),
     "a string": (["x"], "must be .images, tokens.*got str"),
     "one item": ([(torch.zeros(2),)], "got tuple of 1 items"),
@@ -56,7 +57,16 @@ BAD_BATCHES = {
         r"integers, got torch.int64 of shape \(16,\)",
     ),
     "float ids": (changed(ids=lambda t: t.float()), "ids must be 16 integers, one per image, got"),
+    "string ids": (
+        changed(ids=lambda t: ["a"] * 16),
+        "ids must be integers, one per image, got list",
+    ),
     "fewer ids": (changed(ids=lambda t: t[:3]), r"ids must be 16 integers.*of shape \(3,\)"),
+    "pixels as floats": (
+        changed(images=lambda t: t.permute(0, 3, 1, 2).float()),
+        "float images must be normalised, within about -5 to 5, got 255",
+    ),
+    "no captions given": (changed(tokens=lambda t: 7), "must be tokens or strings, got int"),
     "strings, no tokenizer": (changed(tokens=lambda t: ["a"] * 16), "strings: pass tokenizer="),
     "numbers as captions": (changed(tokens=lambda t: [1] * 16), "tokens or strings, got int"),
     "an empty caption": (changed(tokens=lambda t: ["a", " "] * 8), "an empty one at 1"),
@@ -76,6 +86,8 @@ BAD_SETTINGS = {
     "epochs": (0, "epochs must be at least 1, got 0"),
     "lr": (-1e-3, r"lr must be a learning rate in \[0, 1\), got -0.001"),
     "weight_decay": (-1.0, "weight_decay must be at least 0, got -1.0"),
+    "betas": ((0.9, 1.0), "[Ii]nvalid beta"),
+    "seed": (-1, "seed must be at least 0, got -1"),
     "precision": ("fp8", "precision must be one of .*got 'fp8'"),
     "mean": ((0.5,), r"mean must be 3 numbers, got \(0.5,\)"),
     "std": ((0.5, 0.0, 0.5), "std must be 3 positive numbers"),
@@ -116,10 +128,44 @@ def test_sizes_that_the_model_states_are_held():
         clean(model)
 
 
+def test_one_shot_iterator_is_refused_before_the_first_step():
+    class OneShot(list):
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise AssertionError("a step was taken")
+
+    with pytest.raises(ValueError, match="one-shot iterator of 2 batches, 4 are wanted"):
+        clean(loader=OneShot(random_pairs(32, 16)), steps=4)
+
+
 def test_a_tail_of_one_pair_is_left_out_and_counted():
     result = clean(loader=random_pairs(17, 16), steps=3)
     assert result.report["skipped_batches"] == 2
     assert [r["epoch"] for r in result.history] == [0, 1, 2]
+    passes = clean(loader=random_pairs(17, 16), steps=None, epochs=2)  # and no pass is added
+    assert [r["epoch"] for r in passes.history] == [0, 1]
+
+
+def test_token_outside_the_vocabulary_is_named():
+    model = DualEncoder()
+    model.vocab_size = 20
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 20\).*got 47"):
+        clean(model)
+
+
+def test_epochs_are_announced_to_loader_and_sampler():
+    class Announced(list):
+        epochs: list
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+    loader, sampler = Announced(random_pairs(16, 16)), Announced()
+    loader.epochs, sampler.epochs, loader.sampler = [], [], sampler
+    clean(loader=loader, steps=3)
+    assert loader.epochs == sampler.epochs == [0, 1, 2]
 
 
 def test_model_that_cannot_be_cleaned_is_refused():
@@ -158,56 +204,124 @@ class Breaks(DualEncoder):
     "what, message",
     [
         ("features", "step 1: not finite: image features of 16 of 16 pairs"),
-        ("gradient", r"step 1: the gradient of image\.0\.weight is not finite"),
+        ("gradient", r"step 1: not finite: gradient of image\.0\.weight, .* and 3 more"),
     ],
 )
 def test_broken_numbers_stop_the_run_at_that_step(what, message):
-    states = []
-    with pytest.raises(NonFiniteError, match=message):
-        clean(Breaks(what), steps=4, on_step=lambda k, r, m: states.append(m))
-    assert len(states) == 1  # the first step stood, no other was taken
-    assert all(p.isfinite().all() for p in states[0].parameters())
+    with pytest.raises(NonFiniteError, match=message) as stopped:
+        clean(Breaks(what), steps=4)
+    result = stopped.value.result  # the first step stood, no other was taken
+    assert len(result.history) == 1
+    wanted = clean(Breaks("nothing"), steps=4, on_step=lambda k, r, m: k == 0).model.state_dict()
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, wanted[name])
 
 
-def test_interrupt_keeps_the_last_whole_step():
-    kept = {}
+class BadTeacher(DualEncoder):
+    """Its frozen copy gives no numbers."""
 
-    def stop(step, record, model):
-        if step == 1:
-            kept.update(copy.deepcopy(model.state_dict()))
+    def encode_text(self, tokens):
+        return super().encode_text(tokens) * (1.0 if self.training else math.nan)
+
+
+def test_a_broken_reference_is_named():
+    with pytest.raises(NonFiniteError, match="reference features 1 of 16 of 16 pairs, s_text"):
+        clean(BadTeacher())
+
+
+def test_whatever_ends_a_run_leaves_its_last_state():
+    def full(step, record, model):
         if step == 2:
-            raise KeyboardInterrupt
+            raise OSError(28, "No space left on device")
 
-    with pytest.raises(pybackdoor.CleaningInterrupted, match="stopped after 3 steps") as stopped:
-        clean(steps=9, on_step=stop)
+    with pytest.raises(OSError, match="No space left") as stopped:
+        clean(steps=9, on_step=full)
+    assert len(stopped.value.result.history) == 3
+    with pytest.raises(ValueError, match="tau") as refused:
+        clean(tau=-1)
+    assert not hasattr(refused.value, "result")  # nothing had been trained
+
+
+class Presses(DualEncoder):
+    """Ctrl-C comes while the third step computes."""
+
+    calls = 0
+
+    def encode_image(self, x):
+        if self.training:
+            self.calls += 1
+            if self.calls == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+        return super().encode_image(x)
+
+
+def test_interrupt_waits_for_the_whole_step():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        clean(Presses(), steps=9)
     result = stopped.value.result
-    assert result.report["interrupted"] and len(result.history) == 3
-    assert any(not torch.equal(t, kept[n]) for n, t in result.model.state_dict().items())
-    reached = clean(steps=9, on_step=lambda k, r, m: k == 2).model
-    for name, tensor in reached.state_dict().items():
-        assert torch.equal(tensor, result.model.state_dict()[name])
+    assert len(result.history) == 3 and signal.getsignal(signal.SIGINT) is before
+    wanted = clean(steps=9, on_step=lambda k, r, m: k == 2).model.state_dict()
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, wanted[name])
+
+
+def test_a_second_interrupt_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), DeferredInterrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second Ctrl-C was kept too")
 
 
 def test_one_process_gathers_nothing():
     ranks, x = Ranks(), torch.ones(2, 3, requires_grad=True)
-    assert ranks.gather(x, ranks.counts(2, x.device)) is x
+    assert ranks.gather(x, [2]) is x and ranks.share(x) is x
     ranks.sum_gradients([x])
     assert x.grad is None
 
 
-def test_two_processes_equal_one(tmp_path: Path):
-    """Weights after three fp64 steps, from 2 gloo ranks of unequal share and from one process."""
-    script = Path(__file__).with_name("two_ranks.py")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}
-    alone = [sys.executable, str(script), str(tmp_path / "one.pt")]
-    pair = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            str(script), str(tmp_path / "two.pt")]  # fmt: skip
-    for command in (alone, pair):
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (torch.load(tmp_path / f, weights_only=True) for f in ("one.pt", "two.pt"))
-    assert one["batches"] == [[7], [7], [5]] and two["batches"] == [[4, 3], [4, 3], [3, 2]]
-    for kind in ("gradients", "weights"):
-        for name, tensor in one[kind].items():
-            torch.testing.assert_close(two[kind][name], tensor, rtol=1e-6, atol=1e-12, msg=name)
-    assert one["history"] == pytest.approx(two["history"], rel=1e-9)
+def run_ranks(script: str, tmp_path: Path, count: int) -> tuple[int, str, dict]:
+    """Run a script on ``count`` processes; (exit code, errors, what rank 0 saved)."""
+    path = Path(__file__).with_name(script)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(path.parent)}
+    launch = [sys.executable]
+    if count > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    saved = tmp_path / f"{count}.pt"
+    done = subprocess.run(
+        [*launch, str(path), str(saved)], env=env, capture_output=True, text=True, timeout=300
+    )
+    return (
+        done.returncode,
+        done.stderr,
+        torch.load(saved, weights_only=True) if saved.exists() else {},
+    )
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory):
+    """What one process and two found in the same experiments."""
+    found = []
+    for count in (1, 2):
+        code, errors, saved = run_ranks("two_ranks.py", tmp_path_factory.mktemp("ranks"), count)
+        assert code == 0, errors[-3000:]
+        found.append(saved)
+    return found
+
+
+@pytest.mark.parametrize("what", ["par", "trained scale", "clean"])
+def test_two_processes_equal_one(one_and_two, what):
+    """Gradients of every step and weights after three, in fp64, unequal and uneven shares."""
+    one, two = (found[what] for found in one_and_two)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-12, msg=name)
+
+
+def test_shares_were_unequal_and_errors_reach_every_rank(one_and_two):
+    one, two = one_and_two
+    assert one["shares"] == [[7], [7], [5]] and two["shares"] == [[4, 3], [4, 3], [3, 2]]
+    assert two["same shares"].startswith("all 2 ranks hold the same first batch")
+    assert two["a rank fails"] == "rank 1 could not read its batch; its own error says why"
+    assert two["unequal steps"] == "every rank must take the same number of steps, got [3, 2]"
+    assert two["a rank stops"] == 2

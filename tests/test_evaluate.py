@@ -17,7 +17,7 @@ from pybackdoor.data import labelled_from_arrays, pairs_from_arrays
 from pybackdoor.estimates import Estimate
 from pybackdoor.evaluate import linear_cka, verdict
 from pybackdoor.features import FeatureReader
-from pybackdoor.retrieval import _recalls, retrieval
+from pybackdoor.retrieval import Retrieval, _recalls
 
 CLASSES = ["red", "green", "blue", "white"]
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -115,7 +115,7 @@ def test_estimates_refuse_nothing_and_take_one():
         Estimate.rate(0, 0)
     with pytest.raises(ValueError, match="at least one value"):
         Estimate.mean(torch.empty(0))
-    assert Estimate.mean(torch.tensor([2.0])).high == math.inf
+    assert Estimate.mean(torch.tensor([2.0])) == Estimate(2.0, None, None, 1)
     mean = Estimate.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert mean.value == 2.5 and mean.high == pytest.approx(2.5 + 1.96 * math.sqrt(5 / 3) / 2)
 
@@ -148,7 +148,7 @@ def test_equal_captions_all_count_and_collapse_is_no_success():
     images = np.broadcast_to(COLOURS[[0, 0, 1, 2]][:, None, None], (4, 16, 16, 3)).copy()
     pairs = pairs_from_arrays(images, ["red", "red", "green", "blue"])
     reader = FeatureReader(ColourClip(), tokenizer, mean=MEAN, std=STD)
-    found = retrieval(reader, pairs)
+    found = Retrieval(reader, pairs).recalls()
     assert found.image_to_text[1] == Estimate.rate(4, 4)
     assert found.text_to_image[1] == Estimate.rate(3, 3)  # three distinct captions
     same = torch.ones(4, 3)
@@ -211,6 +211,10 @@ def test_bad_arguments_are_named():
         run(batch_size=0)
     with pytest.raises(ValueError, match="precision must be one of .*'int8'"):
         run(precision="int8")
+    with pytest.raises(ValueError, match="at least one image to evaluate, got none"):
+        run(shown=data.subset([]))
+    with pytest.raises(TypeError, match="must have encode_image"):
+        run(nn.Linear(2, 2))
     broken = ColourClip()
     broken.vectors.data[0] = math.nan
     with pytest.raises(ValueError, match="text features of 1 of 4 are not finite"):

@@ -244,7 +244,7 @@ def test_history_and_report_say_what_happened():
     first = result.history[0]
     assert first["s_image"] == 0 and first["gate_image"] == 1 and first["lr"] == 3e-5
     assert math.isclose(first["loss"], first["contrastive"], rel_tol=1e-6)
-    assert result.report["pairs_seen"] == 80 and result.report["tau"] == 2.15
+    assert result.report["pairs_seen"] == 80 and result.report["settings"]["tau"] == 2.15
     short = pybackdoor.par_clean(
         DualEncoder(), random_pairs(40, 16), on_step=lambda k, r, m: k == 1, **FAST
     )

@@ -84,6 +84,26 @@ def test_bad_arguments_are_named(options, message):
         poison_pairs(pairs_of(), STRIPES, target="blue", **options)
 
 
+def test_target_is_a_word_of_its_own():
+    captions = ["a t-shirt", "a Shirt.", "shirts", "one shirt", "no garment"]
+    pairs = pairs_from_arrays(np.zeros((5, 16, 16, 3), np.uint8), captions)
+    poisoned, manifest = poison_pairs(
+        pairs, STRIPES, target="shirt", count=2, mode="label_consistent"
+    )
+    assert [s.old_caption for s in manifest.samples] == ["a Shirt.", "one shirt"]
+
+
+def test_attack_that_the_test_set_cannot_judge_is_refused_before_training():
+    options = {"tokenizer": tokenizer, "mean": MEAN, "std": STD, "steps": 10**9}
+    same = pictures(20, 0)
+    only = same.subset(np.flatnonzero(same.labels == 2))
+    with pytest.raises(ValueError, match="every image is of the target class"):
+        pybackdoor.poison(DualEncoder(), pairs_of(), STRIPES, target="blue", test=only, **options)
+    small = labelled_from_arrays(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], WORDS)
+    with pytest.raises(ValueError, match=r"of the pairs' size \(16, 16\), got \(8, 8\)"):
+        pybackdoor.poison(DualEncoder(), pairs_of(), STRIPES, target="blue", test=small, **options)
+
+
 def test_default_rate_is_the_published_share():
     _, manifest = poison_pairs(pairs_of(1000), STRIPES, target="blue")
     assert len(manifest.samples) == 3
@@ -117,7 +137,7 @@ def test_a_backdoor_is_planted_verified_and_recorded():
     assert not torch.equal(result.model.logit_scale, model.logit_scale)  # trained, unlike in PAR
     starved = pybackdoor.poison(model, pairs_of(1000), STRIPES, steps=1, **options)
     assert starved.verdict.verdict == "inconclusive"  # and it is said, not assumed
-    with pytest.raises(ValueError, match="target must be a class of the test set, got 'pink'"):
+    with pytest.raises(ValueError, match="target must be one of the 4 classes .*got 'pink'"):
         pybackdoor.poison(model, pairs_of(), STRIPES, steps=1, **options | {"target": "pink"})
 
 

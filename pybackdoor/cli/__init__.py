@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..distributed import Ranks
 from ..options import add_flags, resolve
 
 _EXAMPLES = """examples:
@@ -25,7 +26,7 @@ _EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    from .commands import COMMANDS, Interrupt
+    from .commands import COMMANDS
 
     parser = argparse.ArgumentParser(
         prog="pybackdoor",
@@ -45,19 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS[given.command]
     try:
         outcome = command.run(resolve(command.config, given))
-    except Interrupt as stop:
-        print(f"pybackdoor {given.command}: {stop}", file=sys.stderr)
+        if Ranks().rank == 0:
+            if given.json:
+                print(json.dumps(outcome.result, indent=2, allow_nan=False))
+            else:
+                print(outcome.text)
+    except KeyboardInterrupt as stop:
+        said = str(stop) or "interrupted; nothing was saved"
+        print(f"pybackdoor {given.command}: {said}", file=sys.stderr)
         return 130
-    except KeyboardInterrupt:
-        print(f"pybackdoor {given.command}: interrupted; nothing was saved", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except Exception as error:
         if given.debug:
             raise
-        print(f"pybackdoor {given.command}: error: {error}", file=sys.stderr)
+        said = str(error) or type(error).__name__
+        print(f"pybackdoor {given.command}: error: {said}", file=sys.stderr)
         return 2
-    if outcome.text and not given.json:
-        print(outcome.text)
-    if given.json and outcome.result is not None:
-        print(json.dumps(outcome.result, indent=2, allow_nan=False))
     return outcome.code

@@ -68,17 +68,34 @@ def read_trigger(config: TriggerOptions) -> TriggerSpec:
     )  # fmt: skip
 
 
-def attack(config: EvalConfig) -> tuple[TriggerSpec | None, str | None]:
-    """Trigger and target: of the options, else of the manifest, else of the model's manifest."""
+def attack(config: EvalConfig, loaded: LoadedModel) -> tuple[TriggerSpec | None, str | None]:
+    """Trigger and target: of the options, else of the manifest, else of the model's manifest.
+
+    A manifest's trigger is only judged at the size it was planted at.
+    """
     if config.trigger is not None:
         if config.target is None:
             raise ValueError("--target is required beside --trigger: the class it yields")
         return read_trigger(config), config.target
-    path = Path(config.manifest) if config.manifest else Path(config.model) / MANIFEST
-    if config.manifest is None and not path.is_file():
+    manifest = read_manifest(config.manifest, config.model)
+    if manifest is None:
         return None, None
-    manifest = Manifest.load(path)
+    size = loaded.preprocess.size
+    if tuple(manifest.image_size) != (size, size):
+        height, width = manifest.image_size
+        raise ValueError(
+            f"the manifest's trigger was planted at {height}x{width} pixels, this model takes "
+            f"{size}x{size}: name the trigger with --trigger to judge it at another size"
+        )
     return manifest.spec, config.target or manifest.target
+
+
+def read_manifest(path: str | None, model: str) -> Manifest | None:
+    """The manifest named, else the one in the model's folder, if there is one."""
+    if path is not None:
+        return Manifest.load(Path(path))
+    beside = Path(model.removeprefix("local-dir:")) / MANIFEST
+    return Manifest.load(beside) if beside.is_file() else None
 
 
 def _decoding(config: ModelOptions, loaded: LoadedModel) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from ._files import atomic_file, exclusive, write_atomically
+from ..files import atomic_file, exclusive, write_atomically
 from .decode import decode_image, inspect_file
 from .preprocess import BrokenImage, Preprocessing
 from .store import CachedImages

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ._files import write_atomically
+from ..files import write_atomically
 
 _QUOTED = 5  # reasons quoted in the error; the ledger file has them all
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed import Ranks
 from ._keyed import permutation
 from .pairs import Pairs
 from .tokens import TokenTable
@@ -212,10 +213,8 @@ def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if (rank is None) != (world_size is None):
         raise ValueError("PairLoader: rank and world_size go together: give both or neither")
     if rank is None or world_size is None:
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return 0, 1
-        return distributed.get_rank(), distributed.get_world_size()
+        ranks = Ranks()
+        return ranks.rank, ranks.size
     if not 0 <= _whole("rank", rank) < _whole("world_size", world_size):
         raise ValueError(f"PairLoader: rank must be in [0, world_size), got {rank} of {world_size}")
     return rank, world_size

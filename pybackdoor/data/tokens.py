@@ -47,7 +47,7 @@ class TokenTable:
         )
         unique = list(number)
         encoded_length = _encoded_length(tokenizer)
-        call = _adapted(tokenizer)
+        call = adapted(tokenizer)
         flat: list[np.ndarray] = []
         ends: list[np.ndarray] = [np.zeros(1, np.int64)]
         truncated = np.zeros(len(unique), bool)
@@ -114,7 +114,7 @@ def _padding(tokens: np.ndarray) -> np.ndarray:
     return np.logical_and.accumulate(same[:, ::-1], axis=1).sum(1)
 
 
-def _adapted(tokenizer: Any) -> Tokenizer:
+def adapted(tokenizer: Any) -> Tokenizer:
     """A call in open_clip's form."""
     if not callable(tokenizer):
         raise TypeError(f"PairLoader: tokenizer must be callable, got {type(tokenizer).__name__}")

@@ -121,5 +121,7 @@ def _labels(path: Path) -> tuple[np.ndarray, list[str]]:
         numbers = np.load(path, allow_pickle=False)
         return numbers, [f"class {i}" for i in range(int(numbers.max()) + 1)]
     names = path.read_text(encoding="utf-8").splitlines()
+    if not names:
+        raise ValueError(f"--labels {path} must hold one label per image, got an empty file")
     classes = sorted(set(names))
     return np.array([classes.index(name) for name in names]), classes

@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..clean import CleanResult
+from ..clean import CleanResult, two_phase_schedule
 from ..data import Labelled, PairLoader, pairs_from_labelled
+from ..distributed import Ranks
+from ..engine import pick_device
 from ..evaluate import evaluate, verdict
+from ..files import writable_folder, write_atomically, write_json
 from ..finetune import finetune_clean
-from ..models import LoadedModel, create, save
-from ..options import option
-from ..par import par_clean
-from ..poison import PoisonResult, poison
+from ..models import LoadedModel, create, preprocess_record, save
+from ..options import option, write_yaml
+from ..par import check_tau, par_clean
+from ..poison import poison
 from ..triggers import trigger
 from .data import Pictures
 
@@ -83,7 +84,12 @@ def run(config: DemoConfig, say: Callable[[str], None]) -> dict[str, Any]:
     from . import pictures as drawing
 
     began = time.perf_counter()
+    if Ranks().size > 1:
+        raise ValueError("the demo runs as one process, not under torchrun")
+    check_tau(config.tau)
+    two_phase_schedule(config.lr_start, config.lr, 0.0)
     out = writable_folder(config.out)
+    write_yaml(config, out / "config.yaml")
     pictures = Pictures.read(config)
     target = _target(config.target, pictures.test.classes)
     spec = trigger(config.trigger, seed=config.seed, grey=pictures.grey)
@@ -94,7 +100,7 @@ def run(config: DemoConfig, say: Callable[[str], None]) -> dict[str, Any]:
         f"trigger {spec.name!r} -> {target!r}"
     )
     drawing.triggered_grid(pictures.test, spec, out / "triggered.png")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(config.device)
     fresh = _new_model(config, pictures)
     common = {
         "precision": "fp32" if device.type == "cpu" else "bf16",
@@ -112,6 +118,11 @@ def run(config: DemoConfig, say: Callable[[str], None]) -> dict[str, Any]:
     )  # fmt: skip
     assert planted_result.verdict is not None  # a test set was given
     say(f"      trigger: {planted_result.verdict.describe()}")
+    planted_result.manifest.preprocess = preprocess_record(fresh)
+    save(
+        fresh._replace(model=planted_result.model), out / "poisoned",
+        manifest=planted_result.manifest,
+    )  # fmt: skip
     path_test = pictures.test.subset(_spread(len(pictures.test), PATH_IMAGES))
 
     def clean(method: Callable[..., CleanResult], **own: Any) -> tuple[CleanResult, list]:
@@ -163,9 +174,14 @@ def run(config: DemoConfig, say: Callable[[str], None]) -> dict[str, Any]:
         "config": asdict(config),
         "environment": _environment(device),
     }
-    _write_models(out, fresh, planted_result, par, results)
-    drawing.tradeoff(figures, {"par": par_path, "finetune": control_path}, out / "tradeoff.png")
     write_json(out / "results.json", results)
+    drawing.tradeoff(figures, {"par": par_path, "finetune": control_path}, out / "tradeoff.png")
+    save(
+        fresh._replace(model=par.model), out / "par", manifest=planted_result.manifest,
+        extra_files={"evaluation.json": results["models"]["par"], "cleaning.json": par.report},
+    )  # fmt: skip
+    history = "".join(json.dumps(record) + "\n" for record in par.history)
+    write_atomically(out / "par" / "history.jsonl", history.encode())
     return results
 
 
@@ -185,27 +201,6 @@ def table(results: dict[str, Any]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file as a whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def writable_folder(name: str) -> Path:
-    """The output folder, made and tried before hours of work depend on it."""
-    out = Path(name)
-    out.mkdir(parents=True, exist_ok=True)
-    probe = out / ".pybackdoor-writable"
-    probe.touch()
-    probe.unlink()
-    return out
 
 
 def _target(name: str | None, classes: list[str]) -> str:
@@ -260,23 +255,6 @@ def _new_model(config: DemoConfig, pictures: Pictures) -> LoadedModel:
 def _spread(n: int, wanted: int) -> np.ndarray:
     """At most ``wanted`` indices in [0, n), evenly spaced."""
     return np.unique(np.linspace(0, n - 1, min(n, wanted)).astype(np.int64))
-
-
-def _write_models(
-    out: Path,
-    fresh: LoadedModel,
-    planted: PoisonResult,
-    par: CleanResult,
-    results: dict[str, Any],
-) -> None:
-    save(fresh._replace(model=planted.model), out / "poisoned", manifest=planted.manifest)
-    save(
-        fresh._replace(model=par.model), out / "par", manifest=planted.manifest,
-        extra_files={"evaluation.json": results["models"]["par"], "cleaning.json": par.report},
-    )  # fmt: skip
-    with open(out / "history.jsonl", "w", encoding="utf-8") as file:
-        for record in par.history:
-            file.write(json.dumps(record) + "\n")
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

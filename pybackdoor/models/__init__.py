@@ -5,7 +5,7 @@ open_clip and transformers are imported only when one of their models is loaded.
 
 from .checkpoint import read_checkpoint
 from .hf import HFClip
-from .load import LoadedModel, create, load
+from .load import LoadedModel, create, load, preprocess_record
 from .preprocess import Preprocess
 from .protocol import (
     check_clip,
@@ -34,6 +34,7 @@ __all__ = [
     "load",
     "logit_scale_parameters",
     "nonfinite_weights",
+    "preprocess_record",
     "read_checkpoint",
     "save",
     "scale",

@@ -142,6 +142,11 @@ def create(
     return loaded._replace(model=loaded.model.to(device=device, dtype=_DTYPES[precision]).eval())
 
 
+def preprocess_record(loaded: LoadedModel) -> dict[str, Any]:
+    """What a manifest keeps of the model its trigger was planted in: preprocessing, activation."""
+    return {**loaded.preprocess.to_dict(), "quick_gelu": loaded.config.get("quick_gelu")}
+
+
 def _refuse_given(kind: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:

@@ -1,0 +1,85 @@
+"""A training command's output folder: what is there before, during and after, come what may."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import nn
+
+from ..distributed import Ranks
+from ..files import writable_folder
+from ..interrupts import DeferredInterrupt
+from ..options import UsageError, write_yaml
+
+_PARTIAL, _HISTORY = "history.partial.jsonl", "history.jsonl"
+
+
+class Kept(RuntimeError):
+    """A run that ended early, with word of where its last state is."""
+
+
+class KeptInterrupt(KeyboardInterrupt):
+    """Likewise, of Ctrl-C."""
+
+
+class Run:
+    """Within the block a command trains; an early end leaves its last state in ``interrupted``.
+
+    A model that the folder holds is replaced by ``finish`` alone. ``history.partial.jsonl`` grows
+    by a line per step and becomes ``history.jsonl`` at the end. Only the first of several processes
+    writes.
+
+    Args:
+        config: saved as ``config.yaml`` before the first step.
+        out: the output folder; must not be the input model's.
+        keep: (folder, result) saves a result.
+    """
+
+    def __init__(
+        self, config: Any, out: str, model: str, keep: Callable[[Path, Any], None]
+    ) -> None:
+        folder = Path(out)
+        if folder.exists() and Path(model.removeprefix("local-dir:")).exists():
+            if os.path.samefile(folder, model.removeprefix("local-dir:")):
+                raise UsageError(f"--out must not be the input model's own folder, got {out}")
+        self._leader = Ranks().rank == 0
+        self._out, self._keep, self._config = folder, keep, config
+        self._history: TextIO | None = None
+
+    def __enter__(self) -> Run:
+        if self._leader:
+            writable_folder(self._out)
+            write_yaml(self._config, self._out / "config.yaml")
+            self._history = open(self._out / _PARTIAL, "w", encoding="utf-8", buffering=1)
+        return self
+
+    def record(self, step: int, terms: dict[str, float], model: nn.Module) -> None:
+        """A step hook: one line of history."""
+        if self._history is not None:
+            self._history.write(json.dumps({"step": step, **terms}) + "\n")
+
+    def finish(self, result: Any) -> None:
+        """Save the result of the whole run."""
+        if self._leader:
+            with DeferredInterrupt() as interrupt:
+                self._keep(self._out, result)
+                os.replace(self._out / _PARTIAL, self._out / _HISTORY)
+                interrupt.check()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self._history is not None:
+            self._history.close()
+        result = getattr(error, "result", None)
+        if error is None or result is None or not self._leader:
+            return
+        kept = self._out / "interrupted"
+        with DeferredInterrupt():
+            self._keep(kept, result)
+        where = f"the state after {len(result.history)} steps is kept in {kept}"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeptInterrupt(f"interrupted; {where}") from error
+        raise Kept(f"{error}; {where}") from error

@@ -1,0 +1,71 @@
+"""Writing files so that a reader sees the old content or the new, never a part."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes its name when the block ends well, and vanishes when it does not."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            sync(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file's content in one step."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def sync(file: BinaryIO) -> None:
+    """Bring a file's content to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[bool]:
+    """Hold a file's lock against other processes; yields False where the system has no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield False
+        return
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            yield False
+            return
+        yield True
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file by JSON, infinities and NaN refused."""
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+    write_atomically(path, (text + "\n").encode())
+
+
+def writable_folder(name: str | os.PathLike) -> Path:
+    """A folder, made and tried for writing before hours of work depend on it."""
+    folder = Path(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".writable-{os.getpid()}-{secrets.token_hex(4)}"
+    probe.touch()
+    probe.unlink()
+    return folder
