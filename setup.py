@@ -55,7 +55,8 @@ class NinjaBuild(build_ext):
         gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
         gencode.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         label = f"{';'.join(archs)}+PTX" if nvcc else ""
-        print(f"pybackdoor: CUDA {label}" if nvcc else "pybackdoor: CPU only (no nvcc found)")
+        why = "PYBACKDOOR_CUDA=0" if os.environ.get("PYBACKDOOR_CUDA") == "0" else "no nvcc found"
+        print(f"pybackdoor: CUDA {label}" if nvcc else f"pybackdoor: CPU only ({why})")
 
         csrc = shlex.quote(str(ROOT / "csrc"))
         defines = f"""'-DPYBACKDOOR_VERSION="{self.distribution.get_version()}"'"""

@@ -14,6 +14,11 @@
 namespace py = pybind11;
 
 namespace pybackdoor {
+
+#ifndef PYBACKDOOR_CUDA
+std::string cuda_obstacle() { return "this build is CPU only"; }
+#endif
+
 namespace {
 
 #if defined(__clang__)
@@ -28,7 +33,6 @@ constexpr char kCompiler[] = "unknown";
 constexpr bool kWithCuda = true;
 #else
 constexpr bool kWithCuda = false;
-std::string cuda_obstacle() { return "this build has no CUDA (nvcc was not found)"; }
 #endif
 
 template <typename T>

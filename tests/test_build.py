@@ -190,6 +190,27 @@ def test_cuda_code_compiles_without_spills(arch, monkeypatch, tmp_path):
     assert len(registers) == 3 and max(registers) <= 80  # three blocks of 256 threads a core
 
 
+def test_a_cpu_only_build_works_and_says_so(tmp_path):
+    for name in ("setuptools", "pybind11", "ninja"):
+        pytest.importorskip(name, reason=f"building needs {name}")
+    build = [sys.executable, "setup.py", "-q", "build_ext"]
+    build += ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    # Unoptimised, and by a path with a space: this is about the build, not about speed.
+    environment = os.environ | {"PYBACKDOOR_CUDA": "0", "CXXFLAGS": "-O0"}
+    build[4:] = [part.replace(str(tmp_path), str(tmp_path / "a b")) for part in build[4:]]
+    result = subprocess.run(build, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "pybackdoor: CPU only (PYBACKDOOR_CUDA=0)" in result.stdout
+    assert "warning:" not in result.stderr.replace("SetuptoolsWarning:", "")
+    module = tmp_path / "a b" / "lib" / "pybackdoor"
+    code = (
+        f"import sys; sys.path.insert(0, {str(module)!r}); import _C\n"
+        "print(_C.built_with_cuda, repr(_C.cuda_archs), _C.cuda_obstacle(), _C.isas()[-1])"
+    )
+    result = run_python(code)
+    assert result.stdout.strip() == "False '' this build is CPU only portable", result.stderr
+
+
 def test_the_built_module_holds_the_stated_architectures():
     if not _native._C.built_with_cuda:
         pytest.skip("built without CUDA")

@@ -41,8 +41,8 @@ TEMPLATES = (
     "a catalogue image of a {}.",
     "a small photo of the {}.",
 )
-PATH_IMAGES = 1000  # test images for the path that the CA/ASR plot draws
-PATH_POINTS = 12
+PATH_IMAGES = 500  # test images for the path that the CA/ASR plot draws
+PATH_POINTS = 6
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class DemoConfig:
     train_steps: int = option(450, "steps of training with the backdoor planted")
     train_lr: float = option(2e-3, "its highest learning rate")
     clean_steps: int = option(300, "steps of cleaning, for PAR and for fine-tuning")
-    lr_start: float = option(5e-4, "cleaning: learning rate at the start")
+    lr_start: float = option(7e-4, "cleaning: learning rate at the start")
     lr: float = option(2e-4, "cleaning: learning rate after the first half")
     tau: float = option(2.15, "PAR: squared distance at which the perturbation stops")
     batch_size: int = option(256, "pairs per step")
