@@ -1,5 +1,7 @@
 """trigger_normalize against CPU torch and torchvision, bit for bit, and against the reference."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,19 +189,20 @@ def test_nothing_is_written_beside_the_outputs(layout, kind, shift, isa, monkeyp
         return tuple(outputs)
 
     monkeypatch.setattr(OP_MODULE, "_allocate", guarded)
-    for height, width in ((5, 7), (17, 33), (48, 32)):
-        for dtype in DTYPES:
-            guards.clear()
-            images = random_images(3, height, width)
-            options = {"layout": layout, "patch_size": 1 if layout == "patchified" else None}
-            options |= {"dtype": dtype, "augment": Augment(), "sample_id": torch.arange(3)}
-            got, _ = trigger_normalize(
-                images, **random_case(kind, 3, height, width), **NORM, **options, return_images=True
-            )
-            for before, (buffer, first, last) in zip(guards[::2], guards[1::2], strict=True):
-                assert torch.equal(torch.cat([buffer[:first], buffer[last:]]), before)
-                assert not (buffer[first:last] == 77).all()
-            assert got.isfinite().all()
+    plans = (None, Augment(noise_p=1.0), Augment(noise_p=0.0, erase_p=1.0))
+    for (height, width), dtype, augment in itertools.product(
+        ((5, 7), (17, 33), (48, 32)), DTYPES, plans
+    ):
+        guards.clear()
+        images = random_images(3, height, width)
+        case = random_case(kind, 3, height, width)
+        options = {"layout": layout, "patch_size": 1 if layout == "patchified" else None}
+        options |= {"dtype": dtype, "augment": augment, "sample_id": torch.arange(3)}
+        got, _ = trigger_normalize(images, **case, **NORM, **options, return_images=True)
+        for before, (buffer, first, last) in zip(guards[::2], guards[1::2], strict=True):
+            assert torch.equal(torch.cat([buffer[:first], buffer[last:]]), before)
+            assert not (buffer[first:last] == 77).all()
+        assert got.isfinite().all()
 
 
 @settings(max_examples=60, deadline=None)
