@@ -11,8 +11,8 @@ from PIL import Image
 
 import pybackdoor
 from pybackdoor.cli import main
+from pybackdoor.demo.config import DemoConfig
 from pybackdoor.demo.data import CLASSES, Pictures, fashion_mnist
-from pybackdoor.demo.story import DemoConfig
 
 QUICK = ("--train-steps", "6", "--clean-steps", "4", "--batch-size", "32", "--no-progress")
 

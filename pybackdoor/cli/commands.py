@@ -12,6 +12,7 @@ from .._native import build_info
 from ..clean import CleanResult
 from ..data import PairLoader
 from ..demo import story
+from ..demo.config import DemoConfig
 from ..engine import pick_device
 from ..evaluate import evaluate, verdict
 from ..files import writable_folder, write_json
@@ -52,7 +53,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def run_demo(config: story.DemoConfig) -> Outcome:
+def run_demo(config: DemoConfig) -> Outcome:
     results = story.run(config, say)
     fired = results["verdict"]["verdict"] == "fires"
     text = story.table(results)
@@ -168,7 +169,7 @@ def run_info(config: InfoConfig) -> Outcome:
 COMMANDS = {
     "demo": Command(
         "Plant a backdoor in a small CLIP model, see it fire, clean it, read the numbers.",
-        story.DemoConfig,
+        DemoConfig,
         run_demo,
     ),
     "poison": Command(PoisonConfig.__doc__ or "", PoisonConfig, run_poison),

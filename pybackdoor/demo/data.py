@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..data import Labelled, labelled_from_arrays, labelled_from_csv, labelled_from_folder
-
-if TYPE_CHECKING:
-    from .story import DemoConfig
+from .config import DemoConfig
 
 SIDE = 28  # pixels of a Fashion-MNIST image
 BORDER = 2  # of background around it: 32 px, what the demo's image tower takes
