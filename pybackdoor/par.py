@@ -91,7 +91,7 @@ def par_clean(
             here) or normalised floats ([n, 3, H, W]; erased, and given noise when mean and std are
             known). Tokens are [n, L] integers, or strings with ``tokenizer``.
         tau: distance at which a tower is no longer pushed; in [0, 4], dimensionless.
-        epochs: passes over the loader.
+        epochs: passes over the loader, from epoch 0 on; a position that it holds is not resumed.
         steps: optimiser steps, instead of epochs.
         lr_start, lr, lr_end: linear lr_start -> lr over the first half, then cosine to lr_end.
         weight_decay: not for biases, norms and scalars.

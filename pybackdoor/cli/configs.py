@@ -43,7 +43,7 @@ class PairOptions(ColumnOptions):
 @dataclass(frozen=True)
 class PromptOptions:
     templates: tuple[str, ...] = option(
-        ("simple",), "prompts with {} for the class name, or one name: simple, demo, openai80"
+        ("simple",), "prompts with {} for the class name, or one name: simple, product, openai80"
     )
     classes: tuple[str, ...] | None = option(
         None, "class names in order, when the labels are numbers or folders need renaming"

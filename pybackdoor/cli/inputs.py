@@ -27,8 +27,7 @@ def read_pairs(config: PairOptions | EvalConfig, loaded: LoadedModel) -> data.Pa
     """Pairs at the model's size: a csv or tsv, or a folder of class folders with prompts."""
     path = Path(config.pairs)
     common = _decoding(config, loaded)
-    if config.max_bad is not None:
-        common["max_bad"] = config.max_bad
+    common["max_bad"] = config.max_bad or 0.0  # unless told otherwise, evaluation drops nothing
     if path.is_dir():
         return data.pairs_from_folder(
             path, templates=templates(config), classes=config.classes, **common
