@@ -121,6 +121,9 @@ def compare(images, case, device, names, expected, **options):
     """Op against reference: same bits, strides and dtype. names: what ran."""
     got = trigger_normalize(images.to(device), **case, **NORM, return_images=True, **options)
     assert not names or names[-1] == (expected if device == "cpu" else "cuda")
+    # Without the poisoned images a whole blend takes a path of its own.
+    alone = trigger_normalize(images.to(device), **case, **NORM, **options)
+    assert torch.equal(alone, got[0]) and alone.stride() == got[0].stride()
     plain = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     if "triggers" in case:
         plain["triggers"] = case["triggers"].to("cpu")
