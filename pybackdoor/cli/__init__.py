@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_flags(sub, command.config)
     given = parser.parse_args(arguments)
     command = COMMANDS[given.command]
+    outcome = None
     try:
         outcome = command.run(resolve(command.config, given))
         if Ranks().rank == 0:
@@ -51,14 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(json.dumps(outcome.result, indent=2, allow_nan=False))
             else:
                 print(outcome.text)
+            sys.stdout.flush()
     except KeyboardInterrupt as stop:
         said = str(stop) or "interrupted; nothing was saved"
         print(f"pybackdoor {given.command}: {said}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of the output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if given.debug:
             raise
         said = str(error) or type(error).__name__
         print(f"pybackdoor {given.command}: error: {said}", file=sys.stderr)
         return 2
-    return outcome.code
+    return 0 if outcome is None else outcome.code
