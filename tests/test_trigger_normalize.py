@@ -96,7 +96,7 @@ def test_level_values_are_true_divisions():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_warp_equals_grid_sample(device, isa):  # noqa: F811
-    """Same bits on the CPU. Elsewhere the rounding may differ: then at most one level, rarely."""
+    """torch may contract to FMA: at most one level off, in at most 1e-4 of the elements."""
     images = random_images(2, 33, 47)
     grid = random_case("warp", 2, 33, 47)["triggers"].grid
     grid[:, :3] = grid[:, :3].clamp(-1, 1)  # exactly the edges too
@@ -128,9 +128,11 @@ def compare(images, case, device, names, expected, **options):
     if "triggers" in case:
         plain["triggers"] = case["triggers"].to("cpu")
     want = reference.trigger_normalize(images, **plain, **NORM, return_images=True, **options)
-    if "triggers" in case and case["triggers"].mode == "warp" and device != "cpu":
-        assert (got[1].cpu().int() - want[1].int()).abs().max() <= 1
-        return
+    if "triggers" in case and case["triggers"].mode == "warp":
+        # grid_sample may contract to FMA: one level, rarely. From there on all is exact.
+        difference = (got[1].cpu().int() - want[1].int()).abs()
+        assert difference.sum() <= 1 + 1e-4 * difference.numel()
+        want = reference.trigger_normalize(got[1].cpu(), **NORM, return_images=True, **options)
     assert torch.equal(got[1].cpu(), want[1])
     assert got[0].dtype == want[0].dtype
     assert torch.equal(got[0].cpu(), want[0])

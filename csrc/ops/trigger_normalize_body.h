@@ -65,35 +65,41 @@ struct Corners {
   float weight[4];  // nw, ne, sw, se; 0 outside the image
 };
 
-PB_HD Corners warp_corners(float gx, float gy, int64_t height, int64_t width) {
+// Free of branches, so that the CPU's loops vectorise.
+PB_HD Corners warp_corners(float gx, float gy, int32_t height, int32_t width) {
   // Beyond one pixel outside nothing is seen: the clamp keeps the conversion to int defined.
   const float half_x = mul_rn(static_cast<float>(width - 1), 0.5f);
   const float half_y = mul_rn(static_cast<float>(height - 1), 0.5f);
   const float x = clamp(mul_rn(add_rn(gx, 1.f), half_x), -2.f, static_cast<float>(width + 1));
   const float y = clamp(mul_rn(add_rn(gy, 1.f), half_y), -2.f, static_cast<float>(height + 1));
-  const float west = std::floor(x), north = std::floor(y);
-  const float w = add_rn(x, -west), e = add_rn(1.f, -w);
-  const float n = add_rn(y, -north), s = add_rn(1.f, -n);
-  Corners c;
-  c.x = static_cast<int32_t>(west);
-  c.y = static_cast<int32_t>(north);
-  const bool x0 = c.x >= 0 && c.x < width, x1 = c.x >= -1 && c.x + 1 < width;
-  const bool y0 = c.y >= 0 && c.y < height, y1 = c.y >= -1 && c.y + 1 < height;
-  c.weight[0] = x0 && y0 ? mul_rn(s, e) : 0.f;
-  c.weight[1] = x1 && y0 ? mul_rn(s, w) : 0.f;
-  c.weight[2] = x0 && y1 ? mul_rn(n, e) : 0.f;
-  c.weight[3] = x1 && y1 ? mul_rn(n, w) : 0.f;
+  const int32_t cut_x = static_cast<int32_t>(x), cut_y = static_cast<int32_t>(y);
+  Corners c;  // rounded down: cut, less 1 where cutting rounded up
+  c.x = cut_x - (static_cast<float>(cut_x) > x ? 1 : 0);
+  c.y = cut_y - (static_cast<float>(cut_y) > y ? 1 : 0);
+  const float w = add_rn(x, -static_cast<float>(c.x)), e = add_rn(1.f, -w);
+  const float n = add_rn(y, -static_cast<float>(c.y)), s = add_rn(1.f, -n);
+  // An outside row or column has the weight 0, as all products with it then have.
+  const float e0 = (c.x >= 0) & (c.x < width) ? e : 0.f;
+  const float w1 = (c.x >= -1) & (c.x < width - 1) ? w : 0.f;
+  const float s0 = (c.y >= 0) & (c.y < height) ? s : 0.f;
+  const float n1 = (c.y >= -1) & (c.y < height - 1) ? n : 0.f;
+  c.weight[0] = mul_rn(s0, e0);
+  c.weight[1] = mul_rn(s0, w1);
+  c.weight[2] = mul_rn(n1, e0);
+  c.weight[3] = mul_rn(n1, w1);
   return c;
 }
 
 // Into [0, size).
 PB_HD int32_t clamp_index(int32_t i, int32_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
-PB_HD float warp_mix(const uint8_t v[4], const float weight[4]) {
-  float sum = mul_rn(level_value(v[0]), weight[0]);
-  sum = add_rn(sum, mul_rn(level_value(v[1]), weight[1]));
-  sum = add_rn(sum, mul_rn(level_value(v[2]), weight[2]));
-  return add_rn(sum, mul_rn(level_value(v[3]), weight[3]));
+// Levels nw, ne, sw, se and their weights -> value.
+PB_HD float warp_mix(uint8_t v0, uint8_t v1, uint8_t v2, uint8_t v3, float w0, float w1, float w2,
+                     float w3) {
+  float sum = mul_rn(level_value(v0), w0);
+  sum = add_rn(sum, mul_rn(level_value(v1), w1));
+  sum = add_rn(sum, mul_rn(level_value(v2), w2));
+  return add_rn(sum, mul_rn(level_value(v3), w3));
 }
 
 // ln(u) for normal u in (0, 1]; Cephes logf, relative error below 2e-7.
@@ -310,17 +316,19 @@ PB_HD uint32_t warp_pixel(const TriggerNormalizeArgs& args, const uint8_t* image
   const int32_t step = nhwc ? 3 : 1;
   const int64_t channel = nhwc ? 1 : args.height * args.width;
   const int32_t width = static_cast<int32_t>(args.width);
-  const Corners at = warp_corners(grid[0], grid[1], args.height, args.width);
+  const int32_t height = static_cast<int32_t>(args.height);
+  const Corners at = warp_corners(grid[0], grid[1], height, width);
   // Indices are clamped into the image: where that moves them the weight is 0.
   const int32_t x0 = clamp_index(at.x, width) * step, x1 = clamp_index(at.x + 1, width) * step;
-  const int32_t rows = static_cast<int32_t>(args.height), pitch = width * step;
-  const int32_t y0 = clamp_index(at.y, rows) * pitch, y1 = clamp_index(at.y + 1, rows) * pitch;
+  const int32_t pitch = width * step;
+  const int32_t y0 = clamp_index(at.y, height) * pitch, y1 = clamp_index(at.y + 1, height) * pitch;
   uint32_t levels = 0;
   PB_UNROLL
   for (int c = 0; c < 3; ++c) {
     const uint8_t* p = image + c * channel;
-    const uint8_t v[4] = {p[y0 + x0], p[y0 + x1], p[y1 + x0], p[y1 + x1]};
-    levels |= static_cast<uint32_t>(quantize(warp_mix(v, at.weight), args.clip)) << (8 * c);
+    const float value = warp_mix(p[y0 + x0], p[y0 + x1], p[y1 + x0], p[y1 + x1], at.weight[0],
+                                 at.weight[1], at.weight[2], at.weight[3]);
+    levels |= static_cast<uint32_t>(quantize(value, args.clip)) << (8 * c);
   }
   return levels;
 }

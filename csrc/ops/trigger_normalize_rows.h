@@ -95,35 +95,46 @@ static inline void blend_row(const float* t, const float* m, uint8_t* __restrict
 
 static inline void warp_rows(const WarpRow& row, uint8_t* const planes[3], int64_t n) {
   constexpr int kBlock = 64;
-  int32_t at[4][kBlock];
-  float weight[4][kBlock];
+  int32_t at0[kBlock], at1[kBlock], at2[kBlock], at3[kBlock];  // nw, ne, sw, se
+  float w0[kBlock], w1[kBlock], w2[kBlock], w3[kBlock];
+  uint8_t v0[kBlock], v1[kBlock], v2[kBlock], v3[kBlock], q[kBlock];
+  float gx[kBlock] = {}, gy[kBlock] = {};
   const int32_t width = static_cast<int32_t>(row.width), height = static_cast<int32_t>(row.height);
+  const int32_t step = static_cast<int32_t>(row.step);
+  const bool clip = row.clip;
   for (int64_t first = 0; first < n; first += kBlock) {
+    // All blocks are computed whole: beyond `count` at the last points given, which are valid.
     const int count = static_cast<int>(min_of(kBlock, n - first));
-    const float* grid = row.grid + 2 * first;
     for (int i = 0; i < count; ++i) {
-      const Corners c = warp_corners(grid[2 * i], grid[2 * i + 1], height, width);
+      gx[i] = row.grid[2 * (first + i)];
+      gy[i] = row.grid[2 * (first + i) + 1];
+    }
+    for (int i = 0; i < kBlock; ++i) {
+      const Corners c = warp_corners(gx[i], gy[i], height, width);
       // Clamped into the image: where that moves an index its weight is 0.
       const int32_t x0 = clamp_index(c.x, width), x1 = clamp_index(c.x + 1, width);
       const int32_t y0 = clamp_index(c.y, height), y1 = clamp_index(c.y + 1, height);
-      at[0][i] = y0 * width + x0;
-      at[1][i] = y0 * width + x1;
-      at[2][i] = y1 * width + x0;
-      at[3][i] = y1 * width + x1;
-      for (int k = 0; k < 4; ++k) weight[k][i] = c.weight[k];
+      at0[i] = (y0 * width + x0) * step;
+      at1[i] = (y0 * width + x1) * step;
+      at2[i] = (y1 * width + x0) * step;
+      at3[i] = (y1 * width + x1) * step;
+      w0[i] = c.weight[0];
+      w1[i] = c.weight[1];
+      w2[i] = c.weight[2];
+      w3[i] = c.weight[3];
     }
     for (int c = 0; c < 3; ++c) {
       const uint8_t* p = row.image + c * row.channel;
-      uint8_t v[4][kBlock];
-      for (int k = 0; k < 4; ++k) {
-        for (int i = 0; i < count; ++i) v[k][i] = p[at[k][i] * row.step];
+      for (int i = 0; i < kBlock; ++i) {
+        v0[i] = p[at0[i]];
+        v1[i] = p[at1[i]];
+        v2[i] = p[at2[i]];
+        v3[i] = p[at3[i]];
       }
-      uint8_t* __restrict q = planes[c] + first;
-      for (int i = 0; i < count; ++i) {
-        const uint8_t corner[4] = {v[0][i], v[1][i], v[2][i], v[3][i]};
-        const float w[4] = {weight[0][i], weight[1][i], weight[2][i], weight[3][i]};
-        q[i] = quantize(warp_mix(corner, w), row.clip);
+      for (int i = 0; i < kBlock; ++i) {
+        q[i] = quantize(warp_mix(v0[i], v1[i], v2[i], v3[i], w0[i], w1[i], w2[i], w3[i]), clip);
       }
+      std::memcpy(planes[c] + first, q, count);
     }
   }
 }
