@@ -190,7 +190,7 @@ def train(
                 seed=settings.seed,
                 view=item.epoch,
             )
-            tokens = item.batch.tokens.to(device, non_blocking=True)
+            tokens = item.batch.tokens.to(device)
             image = ranks.gather(encode.image(model, x), item.counts)
             text = ranks.gather(encode.text(model, tokens), item.counts)
             constants = tuple(ranks.gather(f, item.counts) for f in objective.reference(x, tokens))
