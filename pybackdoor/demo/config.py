@@ -25,7 +25,7 @@ class DemoConfig:
     train_lr: float = option(2e-3, "its highest learning rate")
     clean_steps: int = option(300, "steps of cleaning, for PAR and for fine-tuning")
     lr_start: float = option(7e-4, "cleaning: learning rate at the start")
-    lr: float = option(2e-4, "cleaning: learning rate after the first half")
+    lr: float = option(5e-5, "cleaning: learning rate after the first half")
     tau: float = option(2.15, "PAR: squared distance at which the perturbation stops")
     batch_size: int = option(256, "pairs per step")
     seed: int = option(0, "of everything random")
