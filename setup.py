@@ -18,7 +18,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {  # these files run only on a CPU that reports the feature
     "avx2": "-mavx2 -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mf16c"
-    " -Wno-maybe-uninitialized",  # GCC 12 warns of its own _mm512_undefined_ps
+    " -Wno-uninitialized",  # GCC 12 warns of its own _mm512_undefined_ps
 }
 
 

@@ -79,10 +79,10 @@ PB_HD Corners warp_corners(float gx, float gy, int32_t height, int32_t width) {
   const float w = add_rn(x, -static_cast<float>(c.x)), e = add_rn(1.f, -w);
   const float n = add_rn(y, -static_cast<float>(c.y)), s = add_rn(1.f, -n);
   // An outside row or column has the weight 0, as all products with it then have.
-  const float e0 = (c.x >= 0) & (c.x < width) ? e : 0.f;
-  const float w1 = (c.x >= -1) & (c.x < width - 1) ? w : 0.f;
-  const float s0 = (c.y >= 0) & (c.y < height) ? s : 0.f;
-  const float n1 = (c.y >= -1) & (c.y < height - 1) ? n : 0.f;
+  const float e0 = ((c.x >= 0) & (c.x < width)) ? e : 0.f;
+  const float w1 = ((c.x >= -1) & (c.x < width - 1)) ? w : 0.f;
+  const float s0 = ((c.y >= 0) & (c.y < height)) ? s : 0.f;
+  const float n1 = ((c.y >= -1) & (c.y < height - 1)) ? n : 0.f;
   c.weight[0] = mul_rn(s0, e0);
   c.weight[1] = mul_rn(s0, w1);
   c.weight[2] = mul_rn(n1, e0);
@@ -169,6 +169,11 @@ PB_HD SamplePlan sample_plan(const TriggerNormalizeArgs& args, int64_t b) {
     plan.triggered = plan.trigger >= 0 && plan.trigger < args.num_triggers;
     plan.y = args.position ? args.position[2 * b] : 0;
     plan.x = args.position ? args.position[2 * b + 1] : 0;
+    // A window that misses the image: positions beyond it would overflow later on.
+    if (args.mode != Mode::kWarp) {
+      plan.triggered &= plan.y > -args.window_height && plan.y < args.height &&
+                        plan.x > -args.window_width && plan.x < args.width;
+    }
     plan.rule = blend_rule(args, args.strength ? args.strength[b] : args.strength_value);
   }
   if (!args.augment) return plan;
@@ -429,8 +434,9 @@ PB_HD void window_chunk(const TriggerNormalizeArgs& args, const SamplePlan& plan
   const uint32_t inside = pixels_inside(args, chunk, plan.y, plan.x, h, w);
   if (!inside) return;
   const int64_t area = args.window_height * args.window_width;
-  const float* t = args.pattern + plan.trigger * 3 * area;
-  const float* m = args.mask ? args.mask + plan.trigger * args.mask_channels * area : nullptr;
+  const float* t = args.pattern + int64_t{plan.trigger} * 3 * area;
+  const float* m =
+      args.mask ? args.mask + int64_t{plan.trigger} * args.mask_channels * area : nullptr;
   PB_ROLLED
   for (int c = 0; c < 3; ++c) {
     window_channel(args, plan, chunk, inside, t, m, q);

@@ -7,6 +7,7 @@
 #include "ops/trigger_normalize_rows.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -55,7 +56,12 @@ namespace {
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+// __builtin_cpu_supports knows "f16c" from GCC 11 and clang 18 only.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && has_f16c(); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -174,7 +180,7 @@ class Worker {
     const int64_t plane = args_.height * args_.width, size = dtype_size(args_.dtype);
     for (int c = 0; c < 3; ++c) {
       char* p = static_cast<char*>(args_.out) + ((b * 3 + c) * plane + first) * size;
-      const float* t = args_.pattern + (plan.trigger * 3 + c) * plane + first;
+      const float* t = args_.pattern + (int64_t{plan.trigger} * 3 + c) * plane + first;
       const bool aligned = (reinterpret_cast<uintptr_t>(p) & 63) == 0;
       ops_.blend_lookup(t, levels_[c], n, plan.rule, table_, c, args_.dtype, p, stream_ && aligned);
     }
@@ -182,9 +188,9 @@ class Worker {
 
   void window(const SamplePlan& plan, int64_t first, int64_t n) {
     const int64_t area = args_.window_height * args_.window_width;
-    const float* pattern = args_.pattern + plan.trigger * 3 * area;
+    const float* pattern = args_.pattern + int64_t{plan.trigger} * 3 * area;
     const float* mask =
-        args_.mask ? args_.mask + plan.trigger * args_.mask_channels * area : nullptr;
+        args_.mask ? args_.mask + int64_t{plan.trigger} * args_.mask_channels * area : nullptr;
     const auto apply = [&](int64_t at, int64_t pixel, int64_t count) {
       for (int c = 0; c < 3; ++c) {
         const float* t = pattern + c * area + at;
