@@ -1,9 +1,10 @@
 #include "core/buffer_pool.h"
 
+#include <cstddef>
 #include <cstdlib>
-#include <map>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -12,10 +13,23 @@
 namespace pybackdoor {
 namespace {
 
+struct Block {
+  void* data;
+  size_t capacity;
+};
+
 struct Pool {
   std::mutex mutex;
-  std::multimap<size_t, void*> blocks;  // free, by size
+  std::vector<Block> blocks;  // free, oldest first
   size_t bytes = 0;
+
+  // Removes and returns block i.
+  Block take(size_t i) {
+    const Block block = blocks[i];
+    blocks.erase(blocks.begin() + static_cast<std::ptrdiff_t>(i));
+    bytes -= block.capacity;
+    return block;
+  }
 };
 
 Pool& pool() {
@@ -37,27 +51,37 @@ void* allocate(size_t capacity) {
 Buffer::Buffer(size_t bytes)
     : data_(nullptr), size_(bytes), capacity_((bytes + kHugePage - 1) / kHugePage * kHugePage) {
   {
-    const std::lock_guard<std::mutex> lock(pool().mutex);
-    const auto found = pool().blocks.find(capacity_);
-    if (found != pool().blocks.end()) {
-      data_ = found->second;
-      pool().bytes -= capacity_;
-      pool().blocks.erase(found);
+    Pool& p = pool();
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    size_t best = p.blocks.size();
+    for (size_t i = 0; i < p.blocks.size(); ++i) {
+      const size_t have = p.blocks[i].capacity;
+      if (have < capacity_ || have - capacity_ > capacity_ / 4) continue;
+      if (best == p.blocks.size() || have <= p.blocks[best].capacity) best = i;
+    }
+    if (best < p.blocks.size()) {
+      const Block block = p.take(best);
+      data_ = block.data;
+      capacity_ = block.capacity;
     }
   }
   if (!data_) data_ = allocate(capacity_);
 }
 
 Buffer::~Buffer() {
+  std::vector<Block> evicted;
   {
-    const std::lock_guard<std::mutex> lock(pool().mutex);
-    if (pool().bytes + capacity_ <= kPoolBytes) {
-      pool().blocks.emplace(capacity_, data_);
-      pool().bytes += capacity_;
-      return;
+    Pool& p = pool();
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    if (capacity_ > kPoolBytes) {
+      evicted.push_back({data_, capacity_});
+    } else {
+      while (p.bytes + capacity_ > kPoolBytes) evicted.push_back(p.take(0));
+      p.blocks.push_back({data_, capacity_});
+      p.bytes += capacity_;
     }
   }
-  std::free(data_);
+  for (const Block& block : evicted) std::free(block.data);
 }
 
 size_t pooled_bytes() {
@@ -67,7 +91,7 @@ size_t pooled_bytes() {
 
 void empty_pool() {
   const std::lock_guard<std::mutex> lock(pool().mutex);
-  for (const auto& [size, data] : pool().blocks) std::free(data);
+  for (const Block& block : pool().blocks) std::free(block.data);
   pool().blocks.clear();
   pool().bytes = 0;
 }

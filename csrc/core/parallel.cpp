@@ -33,22 +33,29 @@ int collect(dl_phdr_info* info, size_t, void* data) {
 }
 #endif
 
-Runtime find_runtime() {
-  Runtime runtime;
 #ifdef __linux__
-  std::vector<std::string> paths;
-  dl_iterate_phdr(collect, &paths);
-  for (const std::string& path : paths) {
-    void* handle = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-    void* symbol = handle ? dlsym(handle, "GOMP_parallel") : nullptr;
-    if (symbol) {
-      runtime.parallel = reinterpret_cast<GompParallel>(symbol);
-      runtime.path = path;
-      break;
-    }
+// GOMP_parallel as the library `name`, already loaded, or one that it needs defines it.
+Runtime runtime_of(const char* name) {
+  void* handle = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
+  void* symbol = handle ? dlsym(handle, "GOMP_parallel") : nullptr;
+  if (!symbol) return {};
+  Dl_info info = {};
+  const bool known = dladdr(symbol, &info) && info.dli_fname;
+  return {reinterpret_cast<GompParallel>(symbol), known ? info.dli_fname : name};
+}
+#endif
+
+Runtime find_runtime() {
+#ifdef __linux__
+  // Another package may have brought a runtime of its own, so torch is asked first.
+  std::vector<std::string> names = {"libtorch_cpu.so"};
+  dl_iterate_phdr(collect, &names);
+  for (const std::string& name : names) {
+    Runtime found = runtime_of(name.c_str());
+    if (found.parallel) return found;
   }
 #endif
-  return runtime;
+  return {};
 }
 
 const Runtime& runtime() {
@@ -92,7 +99,12 @@ void parallel_for(int64_t size, int64_t grain, int threads,
     runtime().parallel(enter, &job, static_cast<unsigned>(parts), 0);
   } else {
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < parts; ++i) others.emplace_back([&job] { job.work(); });
+    others.reserve(static_cast<size_t>(parts));
+    try {
+      for (int64_t i = 1; i < parts; ++i) others.emplace_back([&job] { job.work(); });
+    } catch (const std::exception&) {
+      // The system grants no more threads: those started, and this one, do all parts.
+    }
     job.work();
     for (std::thread& other : others) other.join();
   }

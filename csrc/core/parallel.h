@@ -2,8 +2,8 @@
 //
 // Two OpenMP runtimes in one process mean two thread pools that spin against each other, and the
 // wheels of torch ship theirs under several names (libgomp.so.1, libgomp-<hash>.so.1, libiomp5).
-// So this module links none. When the first parallel call comes, the runtime is looked up among
-// the libraries already in the process and entered through GOMP_parallel, which all of them export.
+// So this module links none. When the first parallel call comes, the runtime that libtorch_cpu
+// uses, else any in the process, is looked up and entered through GOMP_parallel, which all export.
 // Without one (no torch, not Linux) plain threads do the work.
 #pragma once
 
