@@ -126,6 +126,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("empty_pool", &empty_pool);
   m.def("isas", [] { return py::tuple(py::cast(cpu_isas())); });
   m.def("cuda_obstacle", [] { return cuda_obstacle(); });
+#ifdef PYBACKDOOR_CUDA
+  m.def("cuda_capability", &cuda_capability, py::arg("device"));
+#endif
   m.def("parallel_runtime", [] { return parallel_runtime(); });
   m.def(
       "philox",

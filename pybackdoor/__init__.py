@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import data, models, ops, triggers
-from ._native import build_info
+from ._build_info import build_info
 from .clean import CleanResult
 from .engine import NonFiniteError
 from .estimates import Estimate

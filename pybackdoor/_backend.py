@@ -25,19 +25,21 @@ class Choice(NamedTuple):
     reason: str
 
 
-def _obstacle(name: str, device_type: str, op: str) -> str | None:
-    """Why backend `name` cannot run `op` on that kind of device; None if it can."""
+def _obstacle(name: str, device: torch.device, op: str) -> str | None:
+    """Why backend `name` cannot run `op` on that device; None if it can."""
     if name == "reference":
         return None
     if name == "cpu":
-        if device_type != "cpu":
-            return f"the tensor is on {device_type}"
+        if device.type != "cpu":
+            return f"the tensor is on {device.type}"
         return None if op in NATIVE_CPU else f"{op} has no native CPU kernel"
-    if device_type != "cuda":
-        return f"the tensor is on {device_type}"
+    if device.type != "cuda":
+        return f"the tensor is on {device.type}"
     if name == "triton":
         return None if op in TRITON else f"{op} has no Triton kernel"
-    return cuda_status() if op in NATIVE_CUDA else f"{op} has no native CUDA kernel"
+    if op not in NATIVE_CUDA:
+        return f"{op} has no native CUDA kernel"
+    return cuda_status(device.index or 0)
 
 
 @cache
@@ -48,8 +50,9 @@ def _warn_once(message: str) -> None:
 def choose(x: torch.Tensor | torch.device, op: str, *, warn: bool = True) -> Choice:
     """The backend that `op` takes for tensor (or device) x, with the reason.
 
-    CUDA: native CUDA if built and the driver answers, else Triton if the op has a twin, else the
-    reference, with one warning unless warn is off. CPU: native CPU. PYBACKDOOR_BACKEND forces one.
+    CUDA: native CUDA if the driver answers and the build has code for that device ("cuda": the
+    first), else Triton if the op has a twin, else the reference, with one warning unless warn is
+    off. CPU: native CPU. PYBACKDOOR_BACKEND forces one.
 
     Raises:
         RuntimeError: PYBACKDOOR_BACKEND names a backend that cannot run this call.
@@ -62,13 +65,13 @@ def choose(x: torch.Tensor | torch.device, op: str, *, warn: bool = True) -> Cho
             raise ValueError(
                 f"{op}: PYBACKDOOR_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}"
             )
-        obstacle = _obstacle(forced, device.type, op)
+        obstacle = _obstacle(forced, device, op)
         if obstacle:
             raise RuntimeError(f"{op}: PYBACKDOOR_BACKEND={forced} cannot be used: {obstacle}")
         return Choice(forced, "forced by PYBACKDOOR_BACKEND")
     reasons = []
     for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
-        obstacle = _obstacle(name, device.type, op)
+        obstacle = _obstacle(name, device, op)
         if obstacle is None:
             text = "; ".join([*reasons, f"native {name}" if name != "triton" else "Triton"])
             return Choice(name, text)

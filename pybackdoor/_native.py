@@ -1,9 +1,8 @@
-"""Loads the native module, or says what to run; and tells what was built."""
+"""Loads the native module, or says what to run."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from functools import cache
 
@@ -18,8 +17,7 @@ except ImportError as error:
         "(or `python setup.py build_ext --inplace`) there first; else reinstall pybackdoor."
     ) from error
 
-__all__ = ["_C", "build_info", "cuda_status", "empty"]
-
+__all__ = ["_C", "cuda_status", "empty"]
 
 POOL_FROM = 4 << 20  # bytes; below, malloc keeps freed memory by itself
 
@@ -37,45 +35,24 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, tuple(shape))
 
 
-@cache
-def cuda_status() -> str | None:
-    """Why the native CUDA kernels cannot run here; None if they can."""
-    obstacle = _C.cuda_obstacle()
-    return f"not available, because {obstacle}" if obstacle else None
+def has_code_for(archs: str, capability: int) -> bool:
+    """Whether a build for `archs` ("80;90+PTX") runs on a device of a capability (89 for 8.9).
 
-
-def build_info() -> dict:
-    """What was built, what this machine can run, and the backend each op takes.
-
-    Returns:
-        version, compiler; isa_built, isa_usable, isa (the CPU instruction sets compiled in, those
-        that run here, the one taken); openmp (the runtime shared with torch); built_with_cuda,
-        cuda_archs, cuda (None, or why it is not available); ops: {op: {device type: {backend,
-        reason}}}.
-    Example:
-        >>> build_info()["ops"]["trigger_normalize"]["cpu"]["backend"]
-        'cpu'
+    A binary runs on later minor revisions of its major one, the last one's PTX on all later ones.
     """
-    from pybackdoor import _backend
+    built = [int(arch) for arch in archs.removesuffix("+PTX").split(";")]
+    if capability >= built[-1]:
+        return True
+    return any(a // 10 == capability // 10 and a <= capability for a in built)
 
-    ops = {}
-    for op in sorted(_backend.NATIVE_CPU | _backend.NATIVE_CUDA | _backend.TRITON):
-        ops[op] = {}
-        for device in ("cpu", "cuda"):
-            try:
-                choice = _backend.choose(torch.device(device), op, warn=False)
-            except (RuntimeError, ValueError) as error:
-                choice = _backend.Choice("none", str(error))
-            ops[op][device] = {"backend": choice.name, "reason": choice.reason}
-    return {
-        "version": _C.version,
-        "compiler": _C.compiler,
-        "isa_built": list(_C.isas_built),
-        "isa_usable": list(_C.isas()),
-        "isa": os.environ.get("PYBACKDOOR_CPU_ISA") or _C.isas()[0],
-        "openmp": _C.parallel_runtime() or "none: plain threads",
-        "built_with_cuda": _C.built_with_cuda,
-        "cuda_archs": _C.cuda_archs,
-        "cuda": cuda_status(),
-        "ops": ops,
-    }
+
+@cache
+def cuda_status(index: int = 0) -> str | None:
+    """Why the native CUDA kernels cannot run on CUDA device `index`; None if they can."""
+    obstacle = _C.cuda_obstacle()
+    if not obstacle:
+        capability = _C.cuda_capability(index)
+        if not has_code_for(_C.cuda_archs, capability):
+            archs = _C.cuda_archs.removesuffix("+PTX")
+            obstacle = f"it is built for sm_{archs}, this device is sm_{capability}"
+    return f"not available, because {obstacle}" if obstacle else None

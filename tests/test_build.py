@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pybackdoor import _backend, _native
+from pybackdoor import _backend, _build_info, _native
 from pybackdoor.ops import trigger_normalize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,7 @@ def run_python(code, **environment):
 
 def test_build_info_tells_the_whole_story(monkeypatch):
     monkeypatch.delenv("PYBACKDOOR_BACKEND", raising=False)
-    info = _native.build_info()
+    info = _build_info.build_info()
     assert info["version"] == "0.1.0" and info["compiler"]
     assert info["isa_usable"] == [i for i in info["isa_built"] if i in info["isa_usable"]]
     assert info["isa"] == info["isa_usable"][0] and info["isa_usable"][-1] == "portable"
@@ -81,7 +81,7 @@ def test_one_openmp_runtime_shared_with_torch():
         "x = torch.zeros(64, 64, 64, 3, dtype=torch.uint8)\n"
         "trigger_normalize(x, mean=(0.5,) * 3, std=(0.5,) * 3)\n"
         "maps = {l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split('/')[-1]}\n"
-        "from pybackdoor._native import build_info\n"
+        "from pybackdoor import build_info\n"
         "print(sorted(maps) == [build_info()['openmp']], maps)"
     )
     if not sys.platform.startswith("linux"):
@@ -104,7 +104,7 @@ def test_forced_backends(monkeypatch):
         )
         with pytest.raises(RuntimeError, match=message):
             trigger_normalize(IMAGES, **NORM)
-        assert _native.build_info()["ops"]["trigger_normalize"]["cpu"]["backend"] == "none"
+        assert _build_info.build_info()["ops"]["trigger_normalize"]["cpu"]["backend"] == "none"
     monkeypatch.setenv("PYBACKDOOR_BACKEND", "cpu")
     with pytest.raises(RuntimeError, match="the tensor is on cuda"):
         _backend.choose(torch.device("cuda"), "trigger_normalize")
@@ -120,9 +120,9 @@ def test_choice_follows_what_is_available(monkeypatch):
     """The order on CUDA: native, Triton, the reference with one warning that says why."""
     monkeypatch.delenv("PYBACKDOOR_BACKEND", raising=False)
     cuda = torch.device("cuda")
-    monkeypatch.setattr(_backend, "cuda_status", lambda: None)
+    monkeypatch.setattr(_backend, "cuda_status", lambda index: None)
     assert _backend.choose(cuda, "trigger_normalize") == ("cuda", "native cuda")
-    monkeypatch.setattr(_backend, "cuda_status", lambda: "not available, because it rains")
+    monkeypatch.setattr(_backend, "cuda_status", lambda index: "not available, because it rains")
     _backend._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="slow reference on cuda .*because it rains"):
         assert _backend.choose(cuda, "trigger_normalize").name == "reference"
@@ -130,6 +130,80 @@ def test_choice_follows_what_is_available(monkeypatch):
     monkeypatch.setattr(_backend, "TRITON", frozenset({"trigger_normalize"}))
     choice = _backend.choose(cuda, "trigger_normalize")
     assert choice.name == "triton" and "because it rains" in choice.reason
+
+
+def test_a_device_that_the_build_has_no_code_for_is_not_chosen(monkeypatch):
+    """Device 0 is old, device 1 is not: each tensor goes where its own device leads."""
+    for archs, good, bad in (
+        ("80;90+PTX", (80, 86, 89, 90, 100, 120), (70, 75)),
+        ("75;90+PTX", (75, 90, 121), (70, 80, 89)),
+        ("86+PTX", (86, 89, 90), (80, 75)),
+    ):
+        assert all(_native.has_code_for(archs, c) for c in good)
+        assert not any(_native.has_code_for(archs, c) for c in bad)
+
+    class Driver:
+        cuda_archs = "80;90+PTX"
+        cuda_obstacle = staticmethod(lambda: "")
+        cuda_capability = staticmethod(lambda index: (75, 89)[index])
+
+    monkeypatch.delenv("PYBACKDOOR_BACKEND", raising=False)
+    monkeypatch.setattr(_native, "_C", Driver)
+    _native.cuda_status.cache_clear()
+    try:
+        old = _backend.choose(torch.device("cuda", 0), "trigger_normalize", warn=False)
+        new = _backend.choose(torch.device("cuda", 1), "trigger_normalize")
+        assert new == ("cuda", "native cuda") and old.name == "reference"
+        assert "because it is built for sm_80;90, this device is sm_75" in old.reason
+    finally:
+        _native.cuda_status.cache_clear()
+
+
+@pytest.mark.gpu
+def test_the_devices_capability_is_read():
+    if not _native._C.built_with_cuda:
+        pytest.skip("built without CUDA")
+    major, minor = torch.cuda.get_device_capability(0)
+    assert _native._C.cuda_capability(0) == 10 * major + minor
+
+
+THREADS = """
+import ctypes, importlib.util, resource, sys, threading
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+batch, size = 32, 64
+images = (ctypes.c_uint8 * (batch * size * size * 3))(*([7, 50, 255] * (batch * size * size)))
+def run(threads):
+    out = (ctypes.c_float * len(images))()
+    _C.trigger_normalize(
+        images=ctypes.addressof(images), out=ctypes.addressof(out), poisoned=0, pattern=0, mask=0,
+        grid=0, trigger_id=0, position=0, strength=0, sample_id=0, image_size=(batch, size, size),
+        table_size=(0, 0, 0, 0), mode=0, flags=[False] * 3, strength_value=1.0, augment=False,
+        augment_values=[0.0] * 5, half_noise=True, seed=0, view=0, input_layout=0, layout=0,
+        patch_size=0, dtype=0, mean=(0.5,) * 3, std=(0.5,) * 3, device=-1, stream=0, isa="auto",
+        threads=threads)
+    return bytes(out)
+alone = run(1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 20), -1))  # no room for a thread's stack
+try:
+    threading.Thread(target=int).start()
+    sys.exit("a thread could start")
+except RuntimeError:
+    same = [run(4) == alone]
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+same.append(run(4) == alone)
+print(same, repr(_C.parallel_runtime()))
+"""
+
+
+def test_plain_threads_without_torch_and_when_none_can_start():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    command = [sys.executable, "-S", "-c", THREADS, _native._C.__file__]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/")
+    assert result.stdout == "[True, True] ''\n", result.stderr
 
 
 def load_setup(monkeypatch):

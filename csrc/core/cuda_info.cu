@@ -1,5 +1,6 @@
 #include <cuda_runtime_api.h>
 
+#include "core/cuda_check.h"
 #include "core/cuda_info.h"
 
 namespace pybackdoor {
@@ -19,6 +20,13 @@ std::string cuda_obstacle() {
   if (driver == 0) return "there is no CUDA driver";
   return "the driver supports CUDA " + text(driver) + ", older than the " + text(runtime) +
          " of this build";
+}
+
+int cuda_capability(int device) {
+  int major = 0, minor = 0;
+  PB_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  PB_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return major * 10 + minor;
 }
 
 }  // namespace pybackdoor

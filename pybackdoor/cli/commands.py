@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .._native import build_info
+from .._build_info import build_info
 from ..clean import CleanResult
 from ..data import PairLoader
 from ..demo import story
