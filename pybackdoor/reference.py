@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pybackdoor.ops.trigger_normalize import Augment, TriggerTable
+    from pybackdoor.ops._trigger_table import Augment, TriggerTable
 
 STREAM_DECISIONS, STREAM_NOISE = 0, 1
 _LOW = 0xFFFFFFFF
@@ -123,15 +123,15 @@ def add_noise(images: Tensor, augment: Augment, seed: int, view: int, sample_id:
     return (images + noise).clamp(0, 1)
 
 
-def _erase(images: Tensor, square: Tensor) -> Tensor:
-    """Zeroes each sample's square (y, x, side) in [B, 3, H, W]."""
+def _erase_(images: Tensor, square: Tensor) -> Tensor:
+    """Zeroes each sample's square (y, x, side) in [B, 3, H, W], in place."""
     rows = torch.arange(images.shape[-2], device=images.device)
     cols = torch.arange(images.shape[-1], device=images.device)
     y, x, side = square[:, :, None].unbind(1)
     inside_rows = (rows >= y) & (rows < y + side)
     inside_cols = (cols >= x) & (cols < x + side)
     inside = inside_rows[:, None, :, None] & inside_cols[:, None, None, :]
-    return images.masked_fill(inside, 0)
+    return images.masked_fill_(inside, 0)
 
 
 def augment_normalized(
@@ -183,7 +183,7 @@ def augment_normalized(
             pixels = images[i : i + 1].float() * std_c + mean_c
             pixels = add_noise(pixels, augment, seed, view, sample_id[i : i + 1])
             out[i] = ((pixels - mean_c) / std_c).to(images.dtype)[0]
-    return _erase(out, square)
+    return _erase_(out, square)
 
 
 def levels(device: torch.device | str = "cpu") -> Tensor:
@@ -204,11 +204,11 @@ def quantize(values: Tensor, clip: bool = False) -> Tensor:
         values: fp32 of any shape; infinities and NaN give 0.
         clip: clip to [0, 1] first.
     Returns:
-        int64 in [0, 256), same shape.
+        uint8, same shape.
     """
     scaled = (values.clamp(0, 1) if clip else values) * 255
     # From 2^31 on every fp32 number is a multiple of 256.
-    return torch.where(scaled.abs() < 2.0**31, scaled, 0).to(torch.int64) & 255
+    return (torch.where(scaled.abs() < 2.0**31, scaled, 0).to(torch.int32) & 255).to(torch.uint8)
 
 
 def _apply_triggers(
@@ -218,19 +218,19 @@ def _apply_triggers(
     position: Tensor | None,  # [B, 2]
     strength: Tensor | float | None,  # [B]
 ) -> Tensor:
-    """The poisoned images, [B, H, W, 3] int64 levels."""
+    """The poisoned images, [B, H, W, 3] uint8; a window is cropped at the image's edge."""
     batch, height, width = images.shape[:3]
     device = images.device
-    out = images.to(torch.int64)
     if trigger_id is None:
         trigger_id = torch.zeros(batch, dtype=torch.int64, device=device)
     source = triggers.grid if triggers.mode == "warp" else triggers.pattern
     chosen = ((trigger_id >= 0) & (trigger_id < len(source))).nonzero().flatten()
     which = trigger_id[chosen].to(torch.int64)
     if len(chosen) == 0:
-        return out
+        return images
     if triggers.mode == "warp":
-        pixels = levels(device)[out[chosen]].permute(0, 3, 1, 2)
+        out = images.clone()
+        pixels = levels(device)[images[chosen].int()].permute(0, 3, 1, 2)
         moved = F.grid_sample(pixels, source[which], padding_mode="zeros", align_corners=True)
         out[chosen] = quantize(moved.permute(0, 2, 3, 1), triggers.clip)
         return out
@@ -240,11 +240,15 @@ def _apply_triggers(
         corner = position.to(torch.int64)
     rows = corner[chosen, :1] + torch.arange(h, device=device)
     cols = corner[chosen, 1:] + torch.arange(w, device=device)
+    # What lies outside goes to a row and a column more, which are cut off in the end.
+    out = F.pad(images, (0, 0, 0, 1, 0, 1))
+    rows = torch.where((rows >= 0) & (rows < height), rows, height)
+    cols = torch.where((cols >= 0) & (cols < width), cols, width)
     index = (chosen[:, None, None], rows[:, :, None], cols[:, None, :])
     t = source[which].permute(0, 2, 3, 1)
     if triggers.mode == "patch":
         out[index] = quantize(t, triggers.clip)
-        return out
+        return out[:, :height, :width]
     if not isinstance(strength, Tensor):
         value = 1.0 if strength is None else float(strength)
         strength = torch.full((batch,), value, dtype=torch.float64, device=device)
@@ -253,10 +257,10 @@ def _apply_triggers(
         a = a * triggers.mask[which].permute(0, 2, 3, 1).to(torch.float64)
     b = torch.ones_like(a) if triggers.additive else 1 - a
     window = out[index]
-    mixed = a.to(torch.float32) * t + b.to(torch.float32) * levels(device)[window]
+    mixed = a.to(torch.float32) * t + b.to(torch.float32) * levels(device)[window.int()]
     mixed = quantize(mixed, triggers.clip)
     out[index] = torch.where(t != 0, mixed, window) if triggers.nonzero_only else mixed
-    return out
+    return out[:, :height, :width]
 
 
 def trigger_normalize(
@@ -285,29 +289,32 @@ def trigger_normalize(
     poisoned = images if input_layout == "nhwc" else images.permute(0, 2, 3, 1)
     if triggers is not None:
         poisoned = _apply_triggers(poisoned, triggers, trigger_id, position, strength)
-    chosen = poisoned.to(torch.int64)
-    table = normalize_table(mean, std).to(images.device)
-    out = torch.stack([table[c][chosen[..., c]] for c in range(3)], dim=1)
+    batch, height, width = poisoned.shape[:3]
+    if layout == "channels_last":
+        out = torch.empty(batch, height, width, 3, dtype=dtype, device=images.device)
+        out = out.permute(0, 3, 1, 2)
+    else:
+        out = torch.empty(batch, 3, height, width, dtype=dtype, device=images.device)
+    table = normalize_table(mean, std).to(dtype).to(images.device)
+    for c in range(3):
+        out[:, c] = table[c][poisoned[..., c].int()]
     if augment is not None:
-        size = (chosen.shape[1], chosen.shape[2])
+        size = (height, width)
         noisy, square = augment_decisions(augment, seed, view, sample_id, size)
         mean_c = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
         std_c = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
         for i in noisy.nonzero().flatten().tolist():
-            pixels = levels(images.device)[chosen[i : i + 1]].permute(0, 3, 1, 2)
+            pixels = levels(images.device)[poisoned[i : i + 1].int()].permute(0, 3, 1, 2)
             pixels = add_noise(pixels, augment, seed, view, sample_id[i : i + 1])
             out[i] = ((pixels - mean_c) / std_c)[0]
-        out = _erase(out, square)
-    out = out.to(dtype)
-    if layout == "channels_last":
-        out = out.contiguous(memory_format=torch.channels_last)
-    elif layout == "patchified":
-        p, (b, c, h, w) = patch_size, out.shape
-        out = out.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
-        out = out.reshape(b, (h // p) * (w // p), c * p * p)
+        _erase_(out, square)
+    if layout == "patchified":
+        p = patch_size
+        rows, cols = height // p, width // p
+        out = out.view(batch, 3, rows, p, cols, p).permute(0, 2, 4, 1, 3, 5)
+        out = out.reshape(batch, rows * cols, 3 * p * p)
     if not return_images:
         return out
-    poisoned = poisoned.to(torch.uint8)
     if input_layout == "nchw":
         poisoned = poisoned.permute(0, 3, 1, 2)
     return out, poisoned.clone(memory_format=torch.contiguous_format)

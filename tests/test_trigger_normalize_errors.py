@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from trigger_normalize_cases import MEAN, STD, random_images
+from trigger_normalize_cases import DEVICES, MEAN, STD, random_images
 
 from pybackdoor._native import _C
 from pybackdoor.ops import Augment, TriggerTable, trigger_normalize
@@ -154,6 +154,23 @@ def test_bad_table(bad, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         TriggerTable(**bad)
     assert str(caught.value).startswith("TriggerTable: ")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tables_are_checked_once_on_any_device(device, monkeypatch):
+    with pytest.raises(ValueError, match="pattern must be finite"):
+        TriggerTable("patch", pattern=torch.full((1, 3, 2, 2), NAN, device=device))
+    table = TriggerTable("blend", pattern=P, mask=P, additive=True, clip=True)
+
+    def fail(*_):
+        raise AssertionError("checked again")
+
+    monkeypatch.setattr(TriggerTable, "__post_init__", fail)
+    moved = table.to(device)
+    assert type(moved) is TriggerTable and moved.source.device.type == device
+    for name, value in vars(table).items():
+        got = getattr(moved, name)
+        assert torch.equal(got.cpu(), value) if isinstance(value, torch.Tensor) else got == value
 
 
 BAD_PLANS = [

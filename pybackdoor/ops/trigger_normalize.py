@@ -22,7 +22,7 @@ from pybackdoor.ops._trigger_normalize_check import (
     check,
     check_values,
 )
-from pybackdoor.ops._trigger_table import MODES, Augment, TriggerTable
+from pybackdoor.ops._trigger_table import MODES, Augment, TriggerTable, unchecked_table
 
 __all__ = ["Augment", "TriggerTable", "trigger_normalize"]
 
@@ -156,8 +156,8 @@ def trigger_normalize_fwd(
         t if t is None else t.to(images.device, non_blocking=True)
         for t in (trigger_id, position, strength, sample_id)
     )
-    outputs = _allocate(images, input_layout, layout, patch_size, dtype, return_images)
     if _backend.choose(images, OP).name != "reference":
+        outputs = _allocate(images, input_layout, layout, patch_size, dtype, return_images)
         _launch(
             *(images, (pattern, mask, grid), trigger_id, position, strength, sample_id),
             *(outputs, input_layout, layout, mode, augment, noise),
@@ -172,7 +172,16 @@ def trigger_normalize_fwd(
         return outputs
     table = plan = None
     if mode != "none":
-        table = TriggerTable(mode, pattern, mask, grid, *flags)
+        nonzero_only, additive, clip = flags
+        table = unchecked_table(
+            mode=mode,
+            pattern=pattern,
+            mask=mask,
+            grid=grid,
+            nonzero_only=nonzero_only,
+            additive=additive,
+            clip=clip,
+        )
     if augment:
         noise_p, noise_std, erase_p, *area = augment
         plan = Augment(noise_p, noise_std, noise, erase_p, tuple(area))
@@ -192,12 +201,9 @@ def trigger_normalize_fwd(
         layout=layout,
         patch_size=patch_size,
         dtype=dtype,
-        return_images=True,
+        return_images=return_images,
     )
-    outputs[0].copy_(results[0])
-    if return_images:
-        outputs[1].copy_(results[1])
-    return outputs
+    return results if return_images else (results, images.new_empty(0))
 
 
 @trigger_normalize_fwd.register_fake
