@@ -16,7 +16,7 @@ from pybackdoor.triggers.spec import TriggerSpec
 
 Images = TypeVar("Images", np.ndarray, Tensor)
 
-_CHUNK_ELEMENTS = 1 << 24  # apply_trigger: images at a time, 64 MiB as fp32
+_CHUNK_ELEMENTS = 1 << 24  # apply_trigger: images at a time, 32 MiB as bfloat16
 
 
 def sample_id_list(sample_ids: Iterable[int] | np.ndarray | Tensor, name: str) -> list[int]:
@@ -237,6 +237,7 @@ def apply_trigger(
             part,
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),
+            dtype=torch.bfloat16,  # the model's input is thrown away
             return_images=True,
             **bound.arguments(ids[start : start + step]),
         )
