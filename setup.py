@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -38,6 +39,59 @@ def find_nvcc() -> str | None:
     return None if mode == "0" else found
 
 
+def cuda_archs() -> list[str]:
+    """The numbers in PYBACKDOOR_CUDA_ARCHS, ascending: the last one's PTX is kept too."""
+    text = os.environ.get("PYBACKDOOR_CUDA_ARCHS") or "80;90"
+    archs = [a for a in text.split(";") if a]
+    if not archs or not all(re.fullmatch("[1-9][0-9]{1,2}", a) for a in archs):
+        sys.exit(f"error: PYBACKDOOR_CUDA_ARCHS must be numbers like 80;90, got {text!r}")
+    return sorted(set(archs), key=int)
+
+
+def host_compiler() -> list[str]:
+    """nvcc's option for the compiler in $CXX, behind a cache or alone; empty without $CXX."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    named = [w for w in words if Path(w).name not in ("ccache", "sccache")]
+    return ["-ccbin", named[0]] if named else []
+
+
+def nvcc_obstacle(command: list[str], folder: Path) -> str | None:
+    """Why nvcc cannot compile an empty file; None if it can, or could when last asked so."""
+    stamp, source = folder / "nvcc_works", folder / "empty.cu"
+    if stamp.exists() and stamp.read_text() == shlex.join(command):
+        return None
+    source.write_text("")
+    command_line = [*command, "-c", str(source), "-o", str(folder / "empty.o")]
+    result = subprocess.run(command_line, capture_output=True, text=True)
+    if result.returncode == 0:
+        stamp.write_text(shlex.join(command))
+        return None
+    lines = [s.strip() for s in (result.stderr + result.stdout).splitlines() if s.strip()]
+    telling = [s for s in lines if "error" in s or "fatal" in s]
+    return (telling or lines or [f"exit status {result.returncode}"])[0]
+
+
+def choose_cuda(folder: Path) -> tuple[list[str], str]:
+    """The nvcc command with its architectures (empty for a CPU-only build), and the label.
+
+    The label is that of the architectures, or the reason why there are none.
+    """
+    nvcc = find_nvcc()
+    if not nvcc:
+        off = os.environ.get("PYBACKDOOR_CUDA") == "0"
+        return [], "PYBACKDOOR_CUDA=0" if off else "no nvcc found"
+    archs = cuda_archs()
+    targets = [f"arch=compute_{a},code=sm_{a}" for a in archs]
+    targets.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    command = [nvcc, *host_compiler()]
+    for target in targets:
+        command += ["-gencode", target]
+    obstacle = nvcc_obstacle(command, folder)
+    if obstacle and os.environ.get("PYBACKDOOR_CUDA") == "1":
+        sys.exit(f"error: PYBACKDOOR_CUDA=1, but nvcc cannot compile: {obstacle}")
+    return ([], f"nvcc cannot compile: {obstacle}") if obstacle else (command, ";".join(archs))
+
+
 def escape(path: Path) -> str:
     """A path as ninja's build lines want it."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -50,12 +104,10 @@ class NinjaBuild(build_ext):
         import ninja
         import pybind11
 
-        nvcc = find_nvcc()
-        archs = [a for a in os.environ.get("PYBACKDOOR_CUDA_ARCHS", "80;90").split(";") if a]
-        gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
-        gencode.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        label = f"{';'.join(archs)}+PTX" if nvcc else ""
-        why = "PYBACKDOOR_CUDA=0" if os.environ.get("PYBACKDOOR_CUDA") == "0" else "no nvcc found"
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        command, why = choose_cuda(folder)
+        nvcc, label = shlex.join(command), f"{why}+PTX" if command else ""
         print(f"pybackdoor: CUDA {label}" if nvcc else f"pybackdoor: CPU only ({why})")
 
         csrc = shlex.quote(str(ROOT / "csrc"))
@@ -66,10 +118,10 @@ class NinjaBuild(build_ext):
         host = "-fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
         cxxflags = f"-std=c++17 -O3 -Wall -Wextra {host} -I{csrc} {python} {defines}"
         cxxflags += " " + os.environ.get("CXXFLAGS", "")
-        nvflags = f"-std=c++17 -O3 {' '.join(gencode)} -Xcompiler {host.replace(' ', ',')}"
+        nvflags = f"-std=c++17 -O3 -Xcompiler {host.replace(' ', ',')}"
         nvflags += f" -I{csrc} {defines}"
         cxx = os.environ.get("CXX", "c++")
-        link = f"{nvcc} -shared -cudart static {' '.join(gencode)}" if nvcc else f"{cxx} -shared"
+        link = f"{nvcc} -shared -cudart static" if nvcc else f"{cxx} -shared"
         ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
         if nvcc:  # which passes on only what it is told to
             ldflags = [
@@ -95,8 +147,6 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         lines.append(f"build {escape(target)}: link {' '.join(objects)}")
-        folder = Path(self.build_temp).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         program = Path(ninja.BIN_DIR, "ninja")
         subprocess.run([program, "-C", folder, *(["-v"] if self.verbose > 1 else [])], check=True)

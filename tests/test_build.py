@@ -246,6 +246,55 @@ def test_the_rule_that_finds_nvcc(monkeypatch, tmp_path):
     assert rule.find_nvcc() is None
 
 
+def fake_nvcc(folder, monkeypatch, script):
+    """Makes `nvcc` a shell script that notes its arguments in the file calls."""
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n{script}\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    for name in ("CXX", "PYBACKDOOR_CUDA", "PYBACKDOOR_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    return str(nvcc)
+
+
+def test_nvcc_gets_the_architectures_and_the_host_compiler(monkeypatch, tmp_path):
+    rule = load_setup(monkeypatch)
+    nvcc = fake_nvcc(tmp_path, monkeypatch, "exit 0")
+    default = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90"
+    default = [nvcc, *default.split(), "-gencode", "arch=compute_90,code=compute_90"]
+    assert rule.choose_cuda(tmp_path) == (default, "80;90")
+    monkeypatch.setenv("PYBACKDOOR_CUDA_ARCHS", "")
+    assert rule.choose_cuda(tmp_path) == (default, "80;90")
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1  # not asked twice
+    monkeypatch.setenv("CXX", "ccache g++-11 -m64")
+    monkeypatch.setenv("PYBACKDOOR_CUDA_ARCHS", "100;86")
+    command, label = rule.choose_cuda(tmp_path)
+    assert command[1:3] == ["-ccbin", "g++-11"] and label == "86;100"
+    assert command[-1] == "arch=compute_100,code=compute_100"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 2 and calls[1].startswith("-ccbin g++-11 -gencode arch=compute_86")
+    for bad in ("8.0", "native", "80,90", ";"):
+        monkeypatch.setenv("PYBACKDOOR_CUDA_ARCHS", bad)
+        message = f"PYBACKDOOR_CUDA_ARCHS must be numbers like 80;90, got {bad!r}"
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            rule.choose_cuda(tmp_path)
+    monkeypatch.setenv("PYBACKDOOR_CUDA", "0")  # then nobody looks at them
+    assert rule.choose_cuda(tmp_path) == ([], "PYBACKDOOR_CUDA=0")
+
+
+def test_an_nvcc_that_cannot_compile_leaves_the_cpu(monkeypatch, tmp_path):
+    rule = load_setup(monkeypatch)
+    script = "echo 'In file included from x:'; echo 'nvcc fatal : no g++' >&2; exit 1"
+    fake_nvcc(tmp_path, monkeypatch, script)
+    assert rule.choose_cuda(tmp_path) == ([], "nvcc cannot compile: nvcc fatal : no g++")
+    monkeypatch.setenv("PYBACKDOOR_CUDA", "1")
+    message = "^error: PYBACKDOOR_CUDA=1, but nvcc cannot compile: nvcc fatal : no g\\+\\+$"
+    with pytest.raises(SystemExit, match=message):
+        rule.choose_cuda(tmp_path)
+    fake_nvcc(tmp_path, monkeypatch, "exit 3")
+    assert rule.choose_cuda(tmp_path) == ([], "nvcc cannot compile: exit status 3")
+
+
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_cuda_code_compiles_without_spills(arch, monkeypatch, tmp_path):
     monkeypatch.setenv("PYBACKDOOR_CUDA", "auto")
