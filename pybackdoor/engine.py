@@ -98,7 +98,10 @@ class Settings:
 
 @dataclass
 class TrainLog:
-    """What a run did: one dict per step, and how many batches it could not use."""
+    """What a run did: one dict per step, how many batches it could not use, and how long it took.
+
+    ``seconds`` leaves out the time spent in a step hook.
+    """
 
     steps: list[dict[str, float]] = field(default_factory=list)
     pairs: int = 0
@@ -211,8 +214,11 @@ def train(
             log.seconds = time.perf_counter() - started
             log.steps.append({"step": k, "epoch": item.epoch, **record})
             bar.advance(record, log.pairs / log.seconds)
-            if on_step is not None and on_step(k, record, model) is True:
-                feed.stop()
+            if on_step is not None:
+                paused = time.perf_counter()
+                if on_step(k, record, model) is True:
+                    feed.stop()
+                started += time.perf_counter() - paused  # the hook's time is its own
             log.skipped_batches = feed.skipped
             interrupt.check()
     return log

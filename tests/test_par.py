@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 
 import pytest
 import torch
@@ -245,6 +246,10 @@ def test_history_and_report_say_what_happened():
     assert first["s_image"] == 0 and first["gate_image"] == 1 and first["lr"] == 3e-5
     assert math.isclose(first["loss"], first["contrastive"], rel_tol=1e-6)
     assert result.report["pairs_seen"] == 80 and result.report["settings"]["tau"] == 2.15
+    slow = pybackdoor.par_clean(
+        DualEncoder(), random_pairs(40, 16), on_step=lambda k, r, m: time.sleep(1), **FAST
+    )
+    assert slow.report["seconds"] < 3  # three hooks of a second each are not the method's cost
     short = pybackdoor.par_clean(
         DualEncoder(), random_pairs(40, 16), on_step=lambda k, r, m: k == 1, **FAST
     )
