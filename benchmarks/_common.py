@@ -10,7 +10,9 @@ import ctypes
 import datetime
 import gc
 import json
+import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -34,10 +36,23 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return (difference / want.double().abs().max()).item()
 
 
+def check_errors(errors: dict[str, float], tolerance: float) -> None:
+    """Refuses to go on to the timing where a provider's numbers are wrong.
+
+    Raises:
+        ValueError: an error of {provider: relative error} is beyond the tolerance, or NaN.
+    """
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    if wrong:
+        raise ValueError(f"relative errors must be <= {tolerance:g}, got {wrong}")
+
+
 def interleave(
     variants: dict[str, Callable[[], object]], device: str, *, repeats: int, warmup: int = 2
 ) -> dict[str, tuple[float, float, float]]:
     """Times all variants in turn, so that a change of load meets all alike.
+
+    The order is drawn anew for each turn: a variant finds in the caches what the one before left.
 
     Returns:
         {name: (median, 20th, 80th percentile)} in ms; on CUDA from event pairs.
@@ -46,8 +61,10 @@ def interleave(
         for _ in range(warmup):
             run()
     times: dict[str, list[float]] = {name: [] for name in variants}
+    order, generator = list(variants.items()), random.Random(0)
     for _ in range(repeats):
-        for name, run in variants.items():
+        generator.shuffle(order)
+        for name, run in order:
             if device == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 torch.cuda.synchronize()
@@ -118,14 +135,28 @@ def print_rows(rows: Iterable[dict]) -> None:
         print(f"{ratio:8.1f}x{r['rel_error']:11.1e}")
 
 
-def write_json(path: Path, rows: list[dict], notes: list[str]) -> None:
-    """Rows with the machine that gave them."""
+BUSY = 1.5  # load average; ours is at most 1 before the first run
+
+
+def load_at_start(notes: list[str]) -> tuple[float, float, float]:
+    """The load averages over 1, 5 and 15 minutes; a busy machine is noted."""
+    load = os.getloadavg()
+    if load[0] > BUSY:
+        notes.append(f"note: the machine was busy at the start, load average {load[0]:.2f}")
+    return load
+
+
+def write_json(
+    path: Path, rows: list[dict], notes: list[str], load: tuple[float, float, float]
+) -> None:
+    """Rows with the machine that gave them, and its load at the start."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     document = {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "cpu": cpu_name(),
         "gpu": gpu,
+        "load_average": load,
         "notes": notes,
         "rows": rows,
     }
