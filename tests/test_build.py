@@ -91,6 +91,20 @@ def test_one_openmp_runtime_shared_with_torch():
     assert result.stdout.startswith("True"), result.stdout
 
 
+def test_torchs_runtime_is_taken_even_when_another_came_first(tmp_path):
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs cc on Linux")
+    other, source = tmp_path / "libgomp-other.so", tmp_path / "other.c"
+    source.write_text("void GOMP_parallel(void (*f)(void*), void* p) { f(p); }\n")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", other, source], check=True)
+    ask = "import torch\nfrom pybackdoor import build_info\nprint(build_info()['openmp'])"
+    want = run_python(ask).stdout
+    result = run_python(f"import ctypes; ctypes.CDLL({str(other)!r})\n{ask}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == want and want.startswith("/") and want.strip() != str(other)
+
+
 def test_forced_backends(monkeypatch):
     want = trigger_normalize(IMAGES, **NORM)
     for name in ("cpu", "reference"):
