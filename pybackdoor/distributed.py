@@ -36,6 +36,13 @@ class Ranks:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return Ranks()
 
+    @staticmethod
+    def finish() -> None:
+        """Leave the process group together; a rank that goes early can abort the others."""
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
     def agree(self, values: Sequence[float], device: torch.device) -> list[list[float]]:
         """The numbers that each rank gives, in rank order; fp64."""
         if self.size == 1:

@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcome = None
     try:
         outcome = command.run(resolve(command.config, given))
-        if Ranks().rank == 0:
+        leader = Ranks().rank == 0
+        Ranks.finish()
+        if leader:
             if given.json:
                 print(json.dumps(outcome.result, indent=2, allow_nan=False))
             else:
