@@ -177,7 +177,7 @@ def test_finished_cache_needs_no_writing(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", forbidden)
-    monkeypatch.setattr("pybackdoor.data._files.os.replace", forbidden)
+    monkeypatch.setattr("pybackdoor.files.os.replace", forbidden)
     assert len(read(table, tmp_path / "cache", max_bad=0.5)) == 2
 
 
@@ -237,7 +237,7 @@ def test_disk_that_fills_up_while_writing(tmp_path):
     table = image_table(tmp_path, 4)
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(table), str(tmp_path / "cache")],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
     assert "could not be built: File too large. Choose another folder" in done.stdout
     left = {path.suffix for path in (tmp_path / "cache").iterdir()}

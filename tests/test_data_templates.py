@@ -136,12 +136,13 @@ def test_class_file_that_is_no_text(tmp_path):
         read_classes(path)
 
 
-def test_lean_import():
+def test_lean_import(tmp_path):
     # torch itself loads tqdm, so what counts is what comes after it.
     code = (
         "import sys, torch; before = set(sys.modules); import pybackdoor.data;"
         "new = {name.split('.')[0] for name in set(sys.modules) - before};"
         "print(sorted(new & {'PIL', 'tqdm', 'open_clip', 'torchvision', 'transformers'}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]  # elsewhere: the source tree would hide an install
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]"

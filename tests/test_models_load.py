@@ -170,8 +170,9 @@ def test_offline_is_told_in_one_sentence(tmp_path):
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
-    )
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True,
+        cwd=tmp_path,  # the source tree would hide an install
+    )  # fmt: skip
     lines = done.stdout.strip().splitlines()
     assert [line.split()[1] for line in lines] == [
         "a/b", "a/b", "timm/vit_base_patch32_clip_224.openai"

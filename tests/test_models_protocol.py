@@ -193,5 +193,6 @@ def test_importing_models_is_lean(tmp_path):
         "heavy = {'open_clip', 'transformers', 'PIL', 'safetensors', 'huggingface_hub', 'timm', "
         "'torchvision', 'matplotlib', 'yaml'}; print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]  # elsewhere: the source tree would hide an install
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.split() == ["w", "[]"]
