@@ -19,7 +19,8 @@ void check_trigger_normalize_backward(const TriggerNormalizeBackwardArgs& args) 
   PB_CHECK(args.slices > 0, "trigger_normalize_backward: slices must be > 0");
   PB_CHECK(f.batch == 0 || f.num_triggers == 1 || (args.order && args.begin),
            "trigger_normalize_backward: order and begin are required with several triggers");
-  PB_CHECK(!args.order == !args.begin, "trigger_normalize_backward: order and begin go together");
+  PB_CHECK(f.batch == 0 || !args.order == !args.begin,
+           "trigger_normalize_backward: order and begin go together");
   PB_CHECK(args.pattern_grad || args.mask_grad,
            "trigger_normalize_backward: pattern_grad or mask_grad is required");
   PB_CHECK(!args.mask_grad || f.mask, "trigger_normalize_backward: mask_grad needs a mask");
