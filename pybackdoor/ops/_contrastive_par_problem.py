@@ -1,4 +1,4 @@
-"""What the stages of contrastive_par share."""
+"""What the stages of contrastive_par share, whatever the backend."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+__all__ = ["SUSPECT", "VALID", "Problem"]
+
 VALID, SUSPECT = 1, 2  # bits of an image
 
 
 class Problem(NamedTuple):
-    """M text rows, N images of this rank, A of all ranks (A = N in one process), D features.
+    """What all stages share; contiguous tensors on one device.
 
-    Contiguous tensors on one device; "acc" is fp64 for fp64 inputs, else fp32. This rank's images
-    are [offset, offset + N) of all.
+    M text rows, N images of this rank, A images of all ranks (A = N in one process), of which
+    this rank's are [offset, offset + N); D features. "acc" is fp64 for fp64 inputs, else fp32.
     """
 
     text: Tensor  # [M, D] dtype
