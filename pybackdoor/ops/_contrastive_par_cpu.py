@@ -35,7 +35,9 @@ def exponentials(
     rows = _block_rows(p)
     starts = range(0, len(that), rows)
     row_partial = that.new_empty(1, len(that))
-    col_partial = that.new_empty(len(starts), len(ihat))
+    col_partial = that.new_empty(max(1, len(starts)), len(ihat))
+    if not starts:
+        col_partial.zero_()
     for k, first in enumerate(starts):
         scores = matmul_nt(that[first : first + rows], ihat)
         native.exp_block(p, scores, first, row_partial, col_partial[k : k + 1])
