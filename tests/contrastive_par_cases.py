@@ -26,11 +26,14 @@ def random_problem(
     normalize=True,
     refs=True,
     far=False,
+    stretch=1.0,
     device="cpu",
 ):
-    """Mixed weights, invalid and suspect images, a row without length; `around`: other ranks' images.
+    """Mixed weights, invalid and suspect images, a row without length.
 
+    around: numbers of other ranks' images, before and after this rank's.
     far: all features alike but for the sign of text and image, so that all cosines are near -1.
+    stretch: length of the rows without normalize; above 1, E overflows.
     """
     g = torch.Generator().manual_seed(seed)
     acc, columns = acc_of(dtype), around[0] + images + around[1]
@@ -55,7 +58,9 @@ def random_problem(
         text[rows // 2] = 0
         image[-1] = 0
     if not normalize:
-        text, image = (x / x.norm(dim=1, keepdim=True).clamp_min(1e-6) for x in (text, image))
+        text, image = (
+            stretch * x / x.norm(dim=1, keepdim=True).clamp_min(1e-6) for x in (text, image)
+        )
     unit = [torch.nn.functional.normalize(x + 0.3 * normal(*x.shape), dim=1) for x in (text, image)]
 
     bits = (uniform(columns) > 0.1) * oracle.VALID | (uniform(columns) < 0.2) * oracle.SUSPECT
@@ -118,14 +123,14 @@ def all_images(p, ihat, seed=1):
     """Unit rows of all ranks' images [A, D], of which ihat are this rank's."""
     g = torch.Generator().manual_seed(seed)
     full = torch.randn(len(p.bits), ihat.shape[1], generator=g, dtype=torch.float64)
-    full = torch.nn.functional.normalize(full + 2 * ihat.double().mean(0), dim=1)
+    full = torch.nn.functional.normalize(full + 2 * ihat.double().nanmean(0), dim=1)
     full[p.offset : p.offset + len(ihat)] = ihat.double()
     return full.to(ihat.dtype)
 
 
 def oracle_state(p, *, distance_weight=0.5, tau=2.15, grad=0.7):
     """All stages of the oracle in fp64, in turn: a dictionary of every tensor."""
-    p = double(p)
+    acc, p = p.scale.dtype, double(p)
     s = blank(p, torch.float64, shapes(p, torch.float64))
     m, n, a = len(p.text), len(p.image), len(p.bits)
     own = slice(p.offset, p.offset + n)
@@ -141,6 +146,7 @@ def oracle_state(p, *, distance_weight=0.5, tau=2.15, grad=0.7):
     oracle.sums(
         *(p, s["row_partial"], s["col_partial"], s["target"], s["r"], s["c"], s["log_p"][own])
     )
+    s["r"], s["c"] = s["r"].to(acc).double(), s["c"].to(acc).double()  # inf beyond its range
     oracle.lse(p, s["that"], s["all_ihat"], s["r"], s["c"], s["row_lse"], s["col_lse"])
     oracle.finalise(
         *(p, s["target"], s["r"], s["c"], s["log_p"], s["row_lse"], s["col_lse"]),
@@ -149,8 +155,6 @@ def oracle_state(p, *, distance_weight=0.5, tau=2.15, grad=0.7):
     )
     oracle.totals(p, s["loss_row"], s["loss_col"], s["dist_text"], s["dist_image"], s["total"])
     oracle.close(s["total"], distance_weight, tau, s["stats"])
-    oracle.gradients(
-        p, s["that"], s["all_ihat"], s["alpha"], s["beta"], s["g_text"], s["g_image"]
-    )
+    oracle.gradients(p, s["that"], s["all_ihat"], s["alpha"], s["beta"], s["g_text"], s["g_image"])
     s["grad"] = torch.tensor(grad, dtype=torch.float64)
     return s
