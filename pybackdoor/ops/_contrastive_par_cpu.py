@@ -11,13 +11,18 @@ from pybackdoor.ops._matmul import matmul_nt
 
 # Elements of one block: it stays in a core's share of the cache between product and pass, and
 # below the 32 MiB from which malloc would return its pages to the system after each block.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 21
 BUDGET = 256 << 20  # bytes of E kept for the backward pass, unless the caller says otherwise
 
 
 def matrix_dtype(acc: torch.dtype, precision: str) -> torch.dtype:
     """fp32 and fp64 are computed as such: no CPU keeps fp32 sums of bf16 products to itself."""
     return acc
+
+
+def e_columns(a: int) -> int:
+    """Columns of the memory for E [M, a]."""
+    return a
 
 
 def _block_rows(p: Problem) -> int:
