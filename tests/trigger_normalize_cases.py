@@ -15,6 +15,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # lanes1 and lanes32 run the body shared with CUDA on the host, as one lane and as a warp.
 ISAS = ["avx512", "avx2", "portable", "lanes1", "lanes32"]
 OP_MODULE = sys.modules["pybackdoor.ops.trigger_normalize"]
+GRADIENT_MODULE = sys.modules["pybackdoor.ops._trigger_normalize_gradient"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -47,7 +48,12 @@ def ran(monkeypatch):
             names.append(_native._C.trigger_normalize(**arguments))
             return names[-1]
 
-    monkeypatch.setattr(OP_MODULE, "_C", Spy())
+        def trigger_normalize_backward(self, **arguments):
+            names.append(_native._C.trigger_normalize_backward(**arguments))
+            return names[-1]
+
+    for module in (OP_MODULE, GRADIENT_MODULE):
+        monkeypatch.setattr(module, "_C", Spy())
     return names
 
 

@@ -34,23 +34,31 @@ PB_HD uint16_t to_float16(float v) {  // v not NaN
 #endif
 }
 
+PB_HD float from_bfloat16(uint16_t v) { return bits_float(static_cast<uint32_t>(v) << 16); }
+
+PB_HD float from_float16(uint16_t v) {
+#ifdef __CUDA_ARCH__
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(v));
+  return value;
+#else
+  const uint32_t sign = static_cast<uint32_t>(v & 0x8000u) << 16, magnitude = v & 0x7FFFu;
+  if (magnitude >= 0x7C00u) return bits_float(sign | 0x7F800000u | magnitude << 13);
+  // The exponent's bias grows by 112: a product with a power of two, exact for subnormals too.
+  return bits_float(sign | float_bits(bits_float(magnitude << 13) * 0x1p112f));
+#endif
+}
+
+template <DType dtype>
+PB_HD float from_bits(const void* values, int64_t i) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(values)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(values)[i];
+  return dtype == DType::kFloat16 ? from_float16(bits) : from_bfloat16(bits);
+}
+
 template <DType dtype>
 PB_HD uint16_t to_half_bits(float v) {
   return dtype == DType::kFloat16 ? to_float16(v) : to_bfloat16(v);
-}
-
-PB_HD float from_bfloat16(uint16_t half) { return bits_float(static_cast<uint32_t>(half) << 16); }
-
-PB_HD float from_float16(uint16_t half) {
-#ifdef __CUDA_ARCH__
-  float v;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(half));
-  return v;
-#else
-  const uint32_t sign = (half & 0x8000u) << 16, magnitude = (half & 0x7FFFu) << 13;
-  const uint32_t finite = float_bits(bits_float(magnitude) * 0x1p112f);  // subnormals too
-  return bits_float(sign | (magnitude >= 0x0F800000u ? magnitude | 0x7F800000u : finite));
-#endif
 }
 
 // Elements of a tensor whose dtype is a template argument.

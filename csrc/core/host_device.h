@@ -108,6 +108,34 @@ struct alignas(16) Vec16 {
 
 PB_HD bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
+struct alignas(8) Vec8 {
+  uint32_t w[2];
+};
+
+PB_HD bool aligned8(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 7) == 0; }
+PB_HD bool aligned4(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 3) == 0; }
+
+PB_HD Vec8 load8(const void* p) {  // p 8 B aligned
+#ifdef __CUDA_ARCH__
+  const uint2 v = __ldg(static_cast<const uint2*>(p));
+  return Vec8{{v.x, v.y}};
+#else
+  Vec8 v;
+  std::memcpy(&v, p, 8);
+  return v;
+#endif
+}
+
+PB_HD uint32_t load4(const void* p) {  // p 4 B aligned
+#ifdef __CUDA_ARCH__
+  return __ldg(static_cast<const unsigned*>(p));
+#else
+  uint32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+#endif
+}
+
 PB_HD Vec16 load16(const void* p) {  // p 16 B aligned
 #ifdef __CUDA_ARCH__
   const uint4 v = __ldg(static_cast<const uint4*>(p));

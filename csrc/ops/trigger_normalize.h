@@ -36,6 +36,7 @@ struct TriggerNormalizeArgs {
   int32_t mask_channels;                // 1 or 3
   Mode mode;
   bool nonzero_only, additive, clip;
+  bool quantize;  // else patch and blend keep their float values; then no noise, no poisoned
   bool augment, half_noise;
   double strength_value;
   double noise_p, erase_p;       // in [0, 1]

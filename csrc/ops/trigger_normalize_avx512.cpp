@@ -294,8 +294,20 @@ void blend_lookup(const float* t, uint8_t* q, int64_t n, const BlendRule& rule,
 }  // namespace
 
 const RowOps& avx512_rows() {
-  static constexpr RowOps ops = {"avx512",  split,  join,      patch_row,       blend,
-                                 warp_rows, lookup, noise_row, interleave_rows, blend_lookup};
+  static constexpr RowOps ops = {"avx512",
+                                 split,
+                                 join,
+                                 patch_row,
+                                 blend,
+                                 warp_rows,
+                                 lookup,
+                                 noise_row,
+                                 interleave_rows,
+                                 blend_lookup,
+                                 window_float_row,
+                                 widen_row,
+                                 widen_planes_rows,
+                                 accumulate_row};
   return ops;
 }
 

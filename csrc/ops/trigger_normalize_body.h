@@ -47,16 +47,37 @@ PB_HD BlendRule blend_rule(const TriggerNormalizeArgs& args, double strength) {
                    args.clip};
 }
 
+// The weights of the pattern and of the image where the mask is m.
+PB_HD void masked_weights(float m, const BlendRule& rule, float* a, float* b) {
+  const double weight = mul_rn(rule.strength, static_cast<double>(m));
+  *a = static_cast<float>(weight);
+  *b = rule.additive ? 1.f : static_cast<float>(add_rn(1.0, -weight));
+}
+
+PB_HD float mixed_value(uint8_t x, float t, float a, float b) {
+  return add_rn(mul_rn(a, t), mul_rn(b, level_value(x)));
+}
+
 PB_HD uint8_t blend_weighted(uint8_t x, float t, float a, float b, const BlendRule& rule) {
-  const float mixed = add_rn(mul_rn(a, t), mul_rn(b, level_value(x)));
-  const uint8_t q = quantize(mixed, rule.clip);
+  const uint8_t q = quantize(mixed_value(x, t, a, b), rule.clip);
   return rule.nonzero_only && t == 0.f ? x : q;
 }
 
 PB_HD uint8_t blend_masked(uint8_t x, float t, float m, const BlendRule& rule) {
-  const double weight = mul_rn(rule.strength, static_cast<double>(m));
-  const float b = rule.additive ? 1.f : static_cast<float>(add_rn(1.0, -weight));
-  return blend_weighted(x, t, static_cast<float>(weight), b, rule);
+  float a, b;
+  masked_weights(m, rule, &a, &b);
+  return blend_weighted(x, t, a, b, rule);
+}
+
+// What a patch or blend gives before it is quantised; m null: no mask.
+PB_HD float window_value(Mode mode, uint8_t x, float t, const float* m, const BlendRule& rule) {
+  float value = t;
+  if (mode == Mode::kBlend) {
+    float a = rule.a, b = rule.b;
+    if (m) masked_weights(*m, rule, &a, &b);
+    value = rule.nonzero_only && t == 0.f ? level_value(x) : mixed_value(x, t, a, b);
+  }
+  return rule.clip ? clamp(value, 0.f, 1.f) : value;
 }
 
 // Bilinear weights of one grid point, as grid_sample(align_corners=True, padding "zeros").
@@ -581,8 +602,58 @@ PB_HD void store_chunk(const TriggerNormalizeArgs& args, const SamplePlan& plan,
   }
 }
 
-// All chunks of image b that belong to `lane`; table: [3, 256] normalised values of the levels.
+// The same without quantisation: within the window the values are float, and the rest levels.
 template <DType dtype>
+PB_HD void store_float_chunk(const TriggerNormalizeArgs& args, const SamplePlan& plan,
+                             const Chunk& chunk, const float* table, Levels q) {
+  const int32_t h = static_cast<int32_t>(args.window_height);
+  const int32_t w = static_cast<int32_t>(args.window_width);
+  const uint32_t erased = plan.erase_side ? pixels_inside(args, chunk, plan.erase_y, plan.erase_x,
+                                                          plan.erase_side, plan.erase_side)
+                                          : 0;
+  const uint32_t inside =
+      plan.triggered ? pixels_inside(args, chunk, plan.y, plan.x, h, w) & ~erased : 0;
+  const int64_t area = args.window_height * args.window_width;
+  const float* t = args.pattern + int64_t{plan.trigger} * 3 * area;
+  const float* m =
+      args.mask ? args.mask + int64_t{plan.trigger} * args.mask_channels * area : nullptr;
+  constexpr int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  PB_ROLLED
+  for (int c = 0; c < 3; ++c) {
+    float v[16];
+    int32_t row = chunk.y - plan.y, col = chunk.x - plan.x;
+    PB_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      const uint8_t x = static_cast<uint8_t>(byte_of(q.w[i / 4], i % 4));
+      v[i] = erased >> i & 1 ? 0.f : table[c * 256 + x];
+      if (inside >> i & 1) {
+        const int32_t at = row * w + col;
+        const float value = window_value(args.mode, x, t[at], m ? m + at : nullptr, plan.rule);
+        v[i] = normalize_value(value, args.mean[c], args.std[c]);
+      }
+      if (++col == static_cast<int32_t>(args.width) - plan.x) {
+        col = -plan.x;
+        ++row;
+      }
+    }
+    const int64_t first = out_offset(args, chunk, c, 0);
+    if (chunk.count == 16 && args.layout == Layout::kNchw &&
+        aligned16(static_cast<char*>(args.out) + first * size)) {
+      store_run<dtype>(args.out, first, v);
+    } else {
+      PB_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        if (i < chunk.count) store_one<dtype>(args.out, out_offset(args, chunk, c, i), v[i]);
+      }
+    }
+    rotate(&q);
+    t += area;
+    if (m && args.mask_channels == 3) m += area;
+  }
+}
+
+// All chunks of image b that belong to `lane`; table: [3, 256] normalised values of the levels.
+template <DType dtype, bool quantized>
 PB_HD void trigger_normalize_body(const TriggerNormalizeArgs& args, const SamplePlan& plan,
                                   const float* table, int64_t b, int32_t lane, int32_t lanes) {
   const int32_t pixels = static_cast<int32_t>(args.height * args.width);  // < 2^29
@@ -594,6 +665,10 @@ PB_HD void trigger_normalize_body(const TriggerNormalizeArgs& args, const Sample
     chunk.y = chunk.pixel / width;
     chunk.x = chunk.pixel - chunk.y * width;
     chunk.count = static_cast<int32_t>(min_of(kChunk, pixels - pixel));
+    if (!quantized) {
+      store_float_chunk<dtype>(args, plan, chunk, table, load_chunk(args, chunk));
+      continue;
+    }
     const bool warp = plan.triggered && args.mode == Mode::kWarp;
     Levels q = warp ? warp_chunk(args, plan, chunk) : load_chunk(args, chunk);
     if (plan.triggered && !warp) window_chunk(args, plan, chunk, &q);

@@ -31,10 +31,13 @@ void check_trigger_normalize(const TriggerNormalizeArgs& a) {
            "trigger_normalize: patch_size must divide height and width");
   PB_CHECK(!a.augment || a.batch == 0 || a.sample_id,
            "trigger_normalize: sample_id is required with augment");
+  PB_CHECK(a.quantize || (!a.poisoned && !(a.augment && a.noise_p > 0)),
+           "trigger_normalize: without quantisation there are no poisoned images and no noise");
   if (a.mode == Mode::kNone) return;
   PB_CHECK(a.num_triggers > 0, "trigger_normalize: num_triggers must be > 0");
   if (a.mode == Mode::kWarp) {
     PB_CHECK(a.grid, "trigger_normalize: grid is required in mode warp");
+    PB_CHECK(a.quantize, "trigger_normalize: mode warp always quantises");
     return;
   }
   PB_CHECK(a.pattern, "trigger_normalize: pattern is required in modes patch and blend");
@@ -117,7 +120,7 @@ class Worker {
         for (int c = 0; c < 3; ++c) std::memcpy(q[c], image + c * plane + first, n);
       }
       if (fused(plan, first, n)) return blend_and_write(plan, b, first, n);
-      if (plan.triggered) window(plan, first, n);
+      if (plan.triggered && args_.quantize) window(plan, first, n);
     }
     if (args_.poisoned) {
       uint8_t* poisoned = args_.poisoned + b * 3 * plane;
@@ -143,6 +146,17 @@ class Worker {
     }
   }
 
+  // Applies f(index in the window, pixel, count) to the window's part of the run.
+  template <typename F>
+  void for_window(const SamplePlan& plan, int64_t first, int64_t n, F f) {
+    if (whole(plan)) return f(first, first, n);
+    for_rows(first, n, plan.y, plan.x, args_.window_height, args_.window_width,
+             [&](int64_t row, int64_t x0, int64_t x1) {
+               const int64_t at = (row - plan.y) * args_.window_width + x0 - plan.x;
+               f(at, row * args_.width + x0, x1 - x0);
+             });
+  }
+
   bool erases(const SamplePlan& plan, int64_t first, int64_t n) {
     bool erase = false;
     for_rows(first, n, plan.erase_y, plan.erase_x, plan.erase_side, plan.erase_side,
@@ -158,8 +172,8 @@ class Worker {
   // The commonest case, where no step needs the blended levels but the lookup.
   bool fused(const SamplePlan& plan, int64_t first, int64_t n) {
     return ops_.blend_lookup && plan.triggered && args_.mode == Mode::kBlend && !args_.mask &&
-           !args_.nonzero_only && !args_.poisoned && !plan.noisy && args_.layout == Layout::kNchw &&
-           whole(plan) && !erases(plan, first, n);
+           args_.quantize && !args_.nonzero_only && !args_.poisoned && !plan.noisy &&
+           args_.layout == Layout::kNchw && whole(plan) && !erases(plan, first, n);
   }
 
   void blend_and_write(const SamplePlan& plan, int64_t b, int64_t first, int64_t n) {
@@ -177,7 +191,7 @@ class Worker {
     const float* pattern = args_.pattern + int64_t{plan.trigger} * 3 * area;
     const float* mask =
         args_.mask ? args_.mask + int64_t{plan.trigger} * args_.mask_channels * area : nullptr;
-    const auto apply = [&](int64_t at, int64_t pixel, int64_t count) {
+    for_window(plan, first, n, [&](int64_t at, int64_t pixel, int64_t count) {
       for (int c = 0; c < 3; ++c) {
         const float* t = pattern + c * area + at;
         uint8_t* q = levels_[c] + (pixel - first);
@@ -188,13 +202,21 @@ class Worker {
           ops_.blend(t, mask ? mask + channel * area + at : nullptr, q, count, plan.rule);
         }
       }
-    };
-    if (whole(plan)) return apply(first, first, n);
-    for_rows(first, n, plan.y, plan.x, args_.window_height, args_.window_width,
-             [&](int64_t row, int64_t x0, int64_t x1) {
-               const int64_t at = (row - plan.y) * args_.window_width + x0 - plan.x;
-               apply(at, row * args_.width + x0, x1 - x0);
-             });
+    });
+  }
+
+  // The unquantised, normalised values of channel c over what `write` has put into `values`.
+  void window_floats(const SamplePlan& plan, int64_t first, int64_t n, int c, char* values) {
+    const int64_t area = args_.window_height * args_.window_width, size = dtype_size(args_.dtype);
+    const float* t = args_.pattern + (int64_t{plan.trigger} * 3 + c) * area;
+    const int64_t channel =
+        int64_t{plan.trigger} * args_.mask_channels + (args_.mask_channels == 3 ? c : 0);
+    const float* m = args_.mask ? args_.mask + channel * area : nullptr;
+    for_window(plan, first, n, [&](int64_t at, int64_t pixel, int64_t count) {
+      const FloatRow row = {args_.mode,    t + at,       m ? m + at : nullptr, plan.rule,
+                            args_.mean[c], args_.std[c], args_.dtype};
+      ops_.window_floats(row, levels_[c] + (pixel - first), values + (pixel - first) * size, count);
+    });
   }
 
   void write(const SamplePlan& plan, int64_t b, int64_t first, int64_t n) {
@@ -213,7 +235,12 @@ class Worker {
             levels_[c], p, n);
       } else {
         const bool aligned = (reinterpret_cast<uintptr_t>(p) & 63) == 0;
-        ops_.lookup(table_, c, args_.dtype, levels_[c], p, n, direct && stream_ && aligned);
+        const bool floats = plan.triggered && !args_.quantize;
+        if (!floats || !whole(plan)) {
+          const bool past = direct && stream_ && aligned && !floats;
+          ops_.lookup(table_, c, args_.dtype, levels_[c], p, n, past);
+        }
+        if (floats) window_floats(plan, first, n, c, p);
       }
     }
     if (direct) return;
@@ -262,7 +289,11 @@ void run_lanes(const TriggerNormalizeArgs& args, const float* table, int lanes) 
   for (int64_t b = 0; b < args.batch; ++b) {
     const SamplePlan plan = sample_plan(args, b);
     for (int lane = 0; lane < lanes; ++lane) {
-      trigger_normalize_body<dtype>(args, plan, table, b, lane, lanes);
+      if (args.quantize) {
+        trigger_normalize_body<dtype, true>(args, plan, table, b, lane, lanes);
+      } else {
+        trigger_normalize_body<dtype, false>(args, plan, table, b, lane, lanes);
+      }
     }
   }
 }
@@ -275,6 +306,14 @@ void run_lanes(const TriggerNormalizeArgs& args, const float* table, int lanes) 
 
 }  // namespace
 
+const RowOps& find_rows(const std::string& isa) {
+  for (const RowOps* rows : usable_rows()) {
+    if (isa == "auto" || isa == rows->name) return *rows;
+  }
+  throw std::invalid_argument("trigger_normalize: instruction set " + isa +
+                              " is not usable on this machine");
+}
+
 std::string trigger_normalize_cpu(const TriggerNormalizeArgs& args, const std::string& isa,
                                   int threads) {
   check_trigger_normalize(args);
@@ -285,11 +324,7 @@ std::string trigger_normalize_cpu(const TriggerNormalizeArgs& args, const std::s
     run_lanes(args, table.value[0], lanes);
     return isa;
   }
-  const RowOps* ops = nullptr;
-  for (const RowOps* rows : usable_rows()) {
-    if (!ops && (isa == "auto" || isa == rows->name)) ops = rows;
-  }
-  PB_CHECK(ops, "trigger_normalize: instruction set " + isa + " is not usable on this machine");
+  const RowOps* ops = &find_rows(isa);
   const int64_t pixels = args.height * args.width, runs = (pixels + kRun - 1) / kRun;
   const bool stream = args.batch * 3 * pixels * dtype_size(args.dtype) > kStreamBytes;
   constexpr int64_t kGrain = 8;  // runs, 16k pixels: some 10 us, a few times a fork

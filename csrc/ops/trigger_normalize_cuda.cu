@@ -7,11 +7,12 @@ namespace pybackdoor {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr int kBlocksPerSm = 3;      // at most 80 registers: 24 warps of 32 * 48 B in flight
+constexpr int kBlocksPerSm = 3;  // at most 80 registers: 24 warps of 32 * 48 B in flight
+constexpr int kFloatBlocksPerSm = 2;
 constexpr int kChunksPerThread = 2;  // spreads the block's 768 table entries over 32 pixels
 
-template <DType dtype>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm)
+template <DType dtype, bool quantized>
+__global__ void __launch_bounds__(kMaxThreads, quantized ? kBlocksPerSm : kFloatBlocksPerSm)
     trigger_normalize_kernel(const __grid_constant__ TriggerNormalizeArgs args, int32_t tiles) {
   __shared__ float table[3 * 256];
   __shared__ SamplePlan shared_plan;
@@ -22,21 +23,27 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm)
   if (threadIdx.x == 0) shared_plan = sample_plan(args, b);
   __syncthreads();
   const SamplePlan plan = shared_plan;
-  trigger_normalize_body<dtype>(args, plan, table, b, tile * blockDim.x + threadIdx.x,
-                                tiles * blockDim.x);
+  trigger_normalize_body<dtype, quantized>(args, plan, table, b, tile * blockDim.x + threadIdx.x,
+                                           tiles * blockDim.x);
 }
 
-template <DType dtype>
+template <DType dtype, bool quantized>
 void launch(const TriggerNormalizeArgs& args, cudaStream_t stream) {
   const int64_t chunks = (args.height * args.width + kChunk - 1) / kChunk;
   const int64_t threads = min_of(kMaxThreads, (chunks + 31) / 32 * 32);
   const int64_t per_tile = threads * kChunksPerThread;
   const int64_t tiles = (chunks + per_tile - 1) / per_tile;
   PB_CHECK(args.batch * tiles < int64_t{1} << 31, "trigger_normalize: the batch is too large");
-  trigger_normalize_kernel<dtype>
+  trigger_normalize_kernel<dtype, quantized>
       <<<static_cast<unsigned>(args.batch * tiles), static_cast<unsigned>(threads), 0, stream>>>(
           args, static_cast<int32_t>(tiles));
   PB_CUDA_LAUNCHED();
+}
+
+template <DType dtype>
+void launch(const TriggerNormalizeArgs& args, cudaStream_t stream) {
+  if (args.quantize) return launch<dtype, true>(args, stream);
+  launch<dtype, false>(args, stream);
 }
 
 }  // namespace

@@ -37,6 +37,27 @@ struct WarpRow {
   bool clip;
 };
 
+// Unquantised values of one channel of a window, normalised.
+struct FloatRow {
+  Mode mode;
+  const float *t, *m;  // m may be null
+  BlendRule rule;
+  float mean, std;
+  DType dtype;
+};
+
+// What one sample adds to the batch sums of one channel of a window; see
+// trigger_normalize_backward.h.
+struct GradRow {
+  const float* grad;  // of the output
+  const uint8_t* q;
+  float strength;
+  float *sum, *moment;  // moment may be null
+  const float *t, *m;   // with clip; m may be null
+  BlendRule rule;
+  bool clip;
+};
+
 struct RowOps {
   const char* name;
   // [n, 3] interleaved -> three planes, and back.
@@ -56,6 +77,11 @@ struct RowOps {
   // turn.
   void (*blend_lookup)(const float* t, uint8_t* q, int64_t n, const BlendRule& rule,
                        const LevelTable& table, int c, DType dtype, void* out, bool stream);
+  void (*window_floats)(const FloatRow& row, const uint8_t* q, void* out, int64_t n);
+  // n elements of a dtype to floats; [n, 3] of a dtype to three planes of floats.
+  void (*widen)(const void* values, DType dtype, float* out, int64_t n);
+  void (*widen_planes)(const void* values, DType dtype, float* const planes[3], int64_t n);
+  void (*accumulate)(const GradRow& row, int64_t n);
 };
 
 static inline void split_rows(const uint8_t* pixels, uint8_t* const planes[3], int64_t n) {
@@ -220,9 +246,127 @@ static inline void interleave_rows(const void* const planes[3], void* out, int64
   interleave_as<uint16_t>(planes, out, n);
 }
 
-#define PB_GENERIC_ROWS(name)                                    \
-  {name,      split_rows, join_rows, patch_row,       blend_row, \
-   warp_rows, lookup_row, noise_row, interleave_rows, nullptr}
+static inline void window_float_row(const FloatRow& row, const uint8_t* q, void* out, int64_t n) {
+  constexpr int kBlock = 256;
+  const FloatRow r = row;
+  float value[kBlock];
+  const int64_t size = dtype_size(r.dtype);
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int count = static_cast<int>(min_of(kBlock, n - first));
+    const float* t = r.t + first;
+    const float* m = r.m ? r.m + first : nullptr;
+    const uint8_t* x = q + first;
+    if (r.mode == Mode::kPatch) {
+      for (int i = 0; i < count; ++i) {
+        value[i] = window_value(Mode::kPatch, x[i], t[i], nullptr, r.rule);
+      }
+    } else if (m) {
+      for (int i = 0; i < count; ++i) {
+        value[i] = window_value(Mode::kBlend, x[i], t[i], m + i, r.rule);
+      }
+    } else {
+      for (int i = 0; i < count; ++i) {
+        value[i] = window_value(Mode::kBlend, x[i], t[i], nullptr, r.rule);
+      }
+    }
+    for (int i = 0; i < count; ++i) value[i] = normalize_value(value[i], r.mean, r.std);
+    convert_row(value, r.dtype, static_cast<char*>(out) + first * size, count);
+  }
+}
+
+static inline void widen_row(const void* values, DType dtype, float* __restrict out, int64_t n) {
+  if (dtype == DType::kFloat32) {
+    std::memcpy(out, values, static_cast<size_t>(n) * 4);
+    return;
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(values);
+  if (dtype == DType::kBFloat16) {
+    for (int64_t i = 0; i < n; ++i) out[i] = from_bfloat16(p[i]);
+    return;
+  }
+  int64_t i = 0;
+#ifdef __F16C__
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
+  }
+#endif
+  for (; i < n; ++i) out[i] = from_float16(p[i]);
+}
+
+static inline void widen_planes_rows(const void* values, DType dtype, float* const planes[3],
+                                     int64_t n) {
+  constexpr int kBlock = 128;
+  float* __restrict r = planes[0];
+  float* __restrict g = planes[1];
+  float* __restrict b = planes[2];
+  float block[3 * kBlock];
+  const char* p = static_cast<const char*>(values);
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int count = static_cast<int>(min_of(kBlock, n - first));
+    widen_row(p + 3 * first * dtype_size(dtype), dtype, block, 3 * count);
+    for (int i = 0; i < count; ++i) {
+      r[first + i] = block[3 * i];
+      g[first + i] = block[3 * i + 1];
+      b[first + i] = block[3 * i + 2];
+    }
+  }
+}
+
+template <bool moment, bool clip, bool masked>
+static inline void accumulate_as(const GradRow& row, int64_t n) {
+  const GradRow r = row;
+  const float* g = r.grad;
+  const uint8_t* q = r.q;
+  const float *t = r.t, *m = r.m;
+  float* __restrict sum = r.sum;
+  float* __restrict product = r.moment;
+  for (int64_t i = 0; i < n; ++i) {
+    float term = mul_rn(g[i], r.strength);
+    if (clip) {
+      float a = r.rule.a, b = r.rule.b;
+      if (masked) masked_weights(m[i], r.rule, &a, &b);
+      const float value = mixed_value(q[i], t[i], a, b);
+      term = (value >= 0.f) & (value <= 1.f) ? term : 0.f;
+    }
+    sum[i] = add_rn(sum[i], term);
+    if (moment) {
+      const float level = static_cast<float>(static_cast<int32_t>(q[i]));
+      product[i] = add_rn(product[i], mul_rn(term, level));
+    }
+  }
+}
+
+template <bool moment>
+static inline void accumulate_moment(const GradRow& row, int64_t n) {
+  if (!row.clip) return accumulate_as<moment, false, false>(row, n);
+  if (row.m) return accumulate_as<moment, true, true>(row, n);
+  accumulate_as<moment, true, false>(row, n);
+}
+
+static inline void accumulate_row(const GradRow& row, int64_t n) {
+  if (row.moment) return accumulate_moment<true>(row, n);
+  accumulate_moment<false>(row, n);
+}
+
+#define PB_GENERIC_ROWS(name) \
+  {name,                      \
+   split_rows,                \
+   join_rows,                 \
+   patch_row,                 \
+   blend_row,                 \
+   warp_rows,                 \
+   lookup_row,                \
+   noise_row,                 \
+   interleave_rows,           \
+   nullptr,                   \
+   window_float_row,          \
+   widen_row,                 \
+   widen_planes_rows,         \
+   accumulate_row}
+
+// The rows for an instruction set, "auto" the best; throws std::invalid_argument.
+const RowOps& find_rows(const std::string& isa);
 
 const RowOps& portable_rows();
 #if defined(__x86_64__)

@@ -162,6 +162,41 @@ def check(
     need(ok, ValueError, f"{OP}: seed must fit into 64 bits, got {seed!r}")
 
 
+def check_gradient(
+    triggers: TriggerTable | None,
+    strength: Tensor | float | None,
+    augment: Augment | None,
+    return_images: bool,
+    quantize: bool,
+) -> None:
+    """That what is asked to be differentiated, or left unquantised, can be."""
+    noise_p = 0 if augment is None else augment.noise_p
+    mode = None if triggers is None else triggers.mode
+    if not quantize:
+        message = f"{OP}: quantize=False goes without"
+        need(mode != "warp", ValueError, f"{message} warps, got triggers of mode warp")
+        need(noise_p == 0, ValueError, f"{message} noise, got augment.noise_p={noise_p!r}")
+        need(not return_images, ValueError, f"{message} return_images, got return_images=True")
+    if not torch.is_grad_enabled():
+        return
+    ok = not (isinstance(strength, Tensor) and strength.requires_grad)
+    message = "strength is a constant, got a tensor that requires grad (use strength.detach())"
+    need(ok, ValueError, f"{OP}: {message}")
+    if triggers is None:
+        return
+    ok = mode != "warp" or not triggers.grid.requires_grad
+    need(ok, ValueError, f"{OP}: triggers of mode warp have no gradient, got a grid that needs one")
+    ok = noise_p == 0 or not any(
+        t is not None and t.requires_grad for t in (triggers.pattern, triggers.mask)
+    )
+    need(
+        ok,
+        ValueError,
+        f"{OP}: triggers that require grad go with augment.noise_p=0 (noise has no gradient), "
+        f"got {noise_p!r}",
+    )
+
+
 def check_values(
     source: Tensor | None,
     warp: bool,

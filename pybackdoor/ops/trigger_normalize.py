@@ -6,7 +6,6 @@ ToTensor -> Normalize of CPU torch (in fp32, where neither warp nor noise takes 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -14,15 +13,18 @@ from torch import Tensor
 
 from pybackdoor import _backend, reference
 from pybackdoor._native import _C, empty
-from pybackdoor.ops._trigger_normalize_check import (
-    DTYPES,
-    INPUT_LAYOUTS,
-    LAYOUTS,
-    OP,
-    check,
-    check_values,
+from pybackdoor.ops import _trigger_normalize_gradient as gradient
+from pybackdoor.ops._trigger_normalize_arguments import (
+    Inputs,
+    Plain,
+    augment_of,
+    contiguous_inputs,
+    native_arguments,
+    on_device,
+    table_of,
 )
-from pybackdoor.ops._trigger_table import MODES, Augment, TriggerTable, unchecked_table
+from pybackdoor.ops._trigger_normalize_check import OP, check, check_gradient, check_values
+from pybackdoor.ops._trigger_table import Augment, TriggerTable
 
 __all__ = ["Augment", "TriggerTable", "trigger_normalize"]
 
@@ -53,68 +55,36 @@ def _allocate(
     return out, make(shape, dtype=torch.uint8, device=device)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _launch(
-    images: Tensor,
-    tables: tuple[Tensor | None, ...],  # pattern, mask, grid
-    trigger_id: Tensor | None,
-    position: Tensor | None,
-    strength: Tensor | None,
-    sample_id: Tensor | None,
+    inputs: Inputs,
+    grid: Tensor | None,
     outputs: tuple[Tensor, Tensor],
-    input_layout: str,
-    layout: str,
-    mode: str,
-    augment: list[float],
-    noise: str,
-    **plain: object,
+    kernel: str,
+    half_noise: bool,
+    quantize: bool,
+    plain: Plain,
+    mean: list[float],
 ) -> str:
-    """Calls the native kernel of the images' device; returns what ran ("cuda", "avx512", ...)."""
-    nhwc = input_layout == "nhwc"
-    images = images.contiguous()
-    pattern, mask, grid = (t if t is None else t.contiguous() for t in tables)
-    # Saturating keeps an integer that does not fit into 32 bits outside every range.
-    trigger_id, position = (
-        t if t is None else t.clamp(-(1 << 31), (1 << 31) - 1).to(torch.int32).contiguous()
-        for t in (trigger_id, position)
-    )
-    strength = None if strength is None else strength.to(torch.float64).contiguous()
-    sample_id = None if sample_id is None else sample_id.contiguous()
-    source = grid if mode == "warp" else pattern
-    window = (0, 0) if mode in ("none", "warp") else tuple(pattern.shape[2:])
-    on_gpu = images.device.type == "cuda"
+    """Calls the kernel of the images' device; returns what ran ("cuda", "avx512", ...)."""
+    out, poisoned = outputs
+    grid = grid if grid is None else grid.contiguous()
+    if kernel == "triton":
+        from pybackdoor.kernels import trigger_normalize as twin
+
+        poisoned = poisoned if poisoned.ndim == 4 else None
+        twin.forward(inputs, grid, out, poisoned, half_noise, quantize, plain, mean)
+        return "triton"
+    arguments = native_arguments(inputs, plain, out.dtype)
+    if plain.mode == "warp":
+        arguments["table_size"] = (len(grid), 0, 0, 0)
     return _C.trigger_normalize(
-        images=_address(images),
-        out=_address(outputs[0]),
-        poisoned=_address(outputs[1]) if outputs[1].ndim == 4 else 0,
-        pattern=_address(pattern),
-        mask=_address(mask),
-        grid=_address(grid),
-        trigger_id=_address(trigger_id),
-        position=_address(position),
-        strength=_address(strength),
-        sample_id=_address(sample_id),
-        image_size=(len(images), *(images.shape[1:3] if nhwc else images.shape[2:])),
-        table_size=(
-            0 if source is None else len(source),
-            0 if mask is None else mask.shape[1],
-            *window,
-        ),
-        mode=MODES.index(mode),
-        augment=bool(augment),
-        augment_values=augment or [0.0] * 5,
-        half_noise=noise == "half",
-        input_layout=INPUT_LAYOUTS.index(input_layout),
-        layout=LAYOUTS.index(layout),
-        dtype=DTYPES.index(outputs[0].dtype),
-        device=images.device.index if on_gpu else -1,
-        stream=torch.cuda.current_stream(images.device).cuda_stream if on_gpu else 0,
-        isa=os.environ.get("PYBACKDOOR_CPU_ISA") or "auto",
-        threads=torch.get_num_threads(),
-        **plain,
+        **arguments,
+        out=out.data_ptr(),
+        poisoned=poisoned.data_ptr() if poisoned.ndim == 4 else 0,
+        grid=0 if grid is None else grid.data_ptr(),
+        half_noise=half_noise,
+        quantize=quantize,
+        mean=mean,
     )
 
 
@@ -142,6 +112,7 @@ def trigger_normalize_fwd(
     patch_size: int,
     dtype: torch.dtype,
     return_images: bool,
+    quantize: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The registered op behind `trigger_normalize`; flat arguments.
 
@@ -152,39 +123,20 @@ def trigger_normalize_fwd(
     size = tuple(images.shape[1:3] if input_layout == "nhwc" else images.shape[2:])
     source = grid if warp else pattern
     check_values(source, warp, trigger_id, position, strength, size)
-    trigger_id, position, strength, sample_id = (
-        t if t is None else t.to(images.device, non_blocking=True)
-        for t in (trigger_id, position, strength, sample_id)
+    index = (trigger_id, position, strength, sample_id)
+    plain = Plain(
+        *(mode, flags, strength_value, augment, seed, view),
+        *(input_layout, layout, patch_size, std),
     )
-    if _backend.choose(images, OP).name != "reference":
+    kernel = _backend.choose(images, OP).name
+    if kernel != "reference":
         outputs = _allocate(images, input_layout, layout, patch_size, dtype, return_images)
-        _launch(
-            *(images, (pattern, mask, grid), trigger_id, position, strength, sample_id),
-            *(outputs, input_layout, layout, mode, augment, noise),
-            flags=flags,
-            strength_value=strength_value,
-            seed=seed,
-            view=view,
-            patch_size=patch_size,
-            mean=mean,
-            std=std,
-        )
+        inputs = contiguous_inputs(images, pattern, mask, *index)
+        _launch(inputs, grid, outputs, kernel, noise == "half", quantize, plain, mean)
         return outputs
-    table = plan = None
-    if mode != "none":
-        nonzero_only, additive, clip = flags
-        table = unchecked_table(
-            mode=mode,
-            pattern=pattern,
-            mask=mask,
-            grid=grid,
-            nonzero_only=nonzero_only,
-            additive=additive,
-            clip=clip,
-        )
-    if augment:
-        noise_p, noise_std, erase_p, *area = augment
-        plan = Augment(noise_p, noise_std, noise, erase_p, tuple(area))
+    trigger_id, position, strength, sample_id = on_device(images, *index)
+    table = None if mode == "none" else table_of(mode, flags, pattern, mask, grid)
+    plan = augment_of(augment, noise)
     results = reference.trigger_normalize(
         images,
         mean=mean,
@@ -202,6 +154,7 @@ def trigger_normalize_fwd(
         patch_size=patch_size,
         dtype=dtype,
         return_images=return_images,
+        quantize=quantize,
     )
     return results if return_images else (results, images.new_empty(0))
 
@@ -230,8 +183,12 @@ def _(
     patch_size,
     dtype,
     return_images,
+    quantize=True,
 ):
     return _allocate(images, input_layout, layout, patch_size, dtype, return_images, fake=True)
+
+
+trigger_normalize_fwd.register_autograd(gradient.backward, setup_context=gradient.setup_context)
 
 
 def trigger_normalize(
@@ -252,6 +209,7 @@ def trigger_normalize(
     patch_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     return_images: bool = False,
+    quantize: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Applies triggers to uint8 images, quantises, augments and normalises them in one pass.
 
@@ -260,6 +218,13 @@ def trigger_normalize(
     and sum is rounded by itself, so y equals CPU torch's chain bit for bit in fp32; fp16 and bf16
     round it once more. Noise is added to q / 255 before, a square erased (set to 0) after the
     normalisation; both depend on (seed, view, sample id) alone, through Philox4x32-10.
+
+    A pattern or mask that requires grad gets its gradient, summed over the batch: that of
+    y = (x' - mean) / std with x' = a * pattern + (1 - a) * x and a = strength * mask, zero where
+    the clip holds x' and where a square is erased. quantize=False computes exactly that y. With
+    quantize=True the gradient is the same, passed straight through the quantisation (and the
+    modulo 256, where the table does not clip). The gradients are deterministic, in fp32; there is
+    none for strength, warps, noise, nor a second one.
 
     Args:
         images: [B, H, W, 3] or [B, 3, H, W] uint8, as input_layout says; any strides.
@@ -278,6 +243,8 @@ def trigger_normalize(
         patch_size: p, with layout "patchified"; divides H and W.
         dtype: of the result; float32, float16 or bfloat16.
         return_images: also return the poisoned images before noise and erasing.
+        quantize: round the poisoned images to 8 bits, as saving them would; False leaves patch and
+            blend as they are, for optimising triggers: not with warps, noise or return_images.
     Returns:
         The images for the model, in `dtype`; with return_images also the poisoned uint8 images,
         contiguous in the input's layout. Both are empty for B = 0.
@@ -297,6 +264,7 @@ def trigger_normalize(
         *(images, mean, std, triggers, trigger_id, position, strength, augment, seed, view),
         *(sample_id, input_layout, layout, patch_size, dtype),
     )
+    check_gradient(triggers, strength, augment, return_images, quantize)
     table = triggers
     per_image = isinstance(strength, Tensor)
     plan = []
@@ -325,5 +293,6 @@ def trigger_normalize(
         patch_size or 0,
         dtype,
         return_images,
+        quantize,
     )
     return (out, poisoned) if return_images else out

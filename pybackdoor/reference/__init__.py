@@ -10,6 +10,7 @@ from .trigger_normalize import (
     quantize,
     trigger_normalize,
 )
+from .trigger_normalize_backward import trigger_normalize_backward
 
 __all__ = [
     "augment_decisions",
@@ -20,4 +21,5 @@ __all__ = [
     "philox_uint32",
     "quantize",
     "trigger_normalize",
+    "trigger_normalize_backward",
 ]

@@ -7,7 +7,7 @@ torch, except where noise is drawn or an image is warped.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -186,9 +186,9 @@ def augment_normalized(
     return _erase_(out, square)
 
 
-def levels(device: torch.device | str = "cpu") -> Tensor:
-    """[256] fp32: x / 255 by true division, computed on the CPU."""
-    return (torch.arange(256, dtype=torch.float32) / 255).to(device)
+def levels(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """[256] fp32 or fp64: x / 255 by true division, computed on the CPU."""
+    return (torch.arange(256, dtype=dtype) / 255).to(device)
 
 
 def normalize_table(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -211,55 +211,100 @@ def quantize(values: Tensor, clip: bool = False) -> Tensor:
     return (torch.where(scaled.abs() < 2.0**31, scaled, 0).to(torch.int32) & 255).to(torch.uint8)
 
 
+class _Windows(NamedTuple):
+    """Which images get a trigger, and where."""
+
+    chosen: Tensor  # [n] image
+    which: Tensor  # [n] its trigger
+    index: tuple[Tensor, Tensor, Tensor]  # [n, h, w]; a pixel outside has the row or column H, W
+
+
+def _windows(
+    images: Tensor,  # [B, H, W, 3] uint8
+    triggers: TriggerTable,
+    trigger_id: Tensor | None,  # [B]
+    position: Tensor | None,  # [B, 2]
+) -> _Windows:
+    (batch, height, width), device = images.shape[:3], images.device
+    if trigger_id is None:
+        trigger_id = torch.zeros(batch, dtype=torch.int64, device=device)
+    chosen = ((trigger_id >= 0) & (trigger_id < len(triggers.source))).nonzero().flatten()
+    which = trigger_id[chosen].to(torch.int64)
+    h, w = (1, 1) if triggers.mode == "warp" else triggers.pattern.shape[-2:]
+    corner = torch.zeros(batch, 2, dtype=torch.int64, device=device)
+    if position is not None:
+        corner = position.to(torch.int64)
+    rows = corner[chosen, :1] + torch.arange(h, device=device)
+    cols = corner[chosen, 1:] + torch.arange(w, device=device)
+    rows = torch.where((rows >= 0) & (rows < height), rows, height)
+    cols = torch.where((cols >= 0) & (cols < width), cols, width)
+    return _Windows(chosen, which, (chosen[:, None, None], rows[:, :, None], cols[:, None, :]))
+
+
+def _strengths(strength: Tensor | float | None, like: Tensor) -> Tensor:
+    """[B, 1, 1, 1] fp64 of the images `like`."""
+    if not isinstance(strength, Tensor):
+        value = 1.0 if strength is None else float(strength)
+        strength = torch.full((len(like),), value, dtype=torch.float64, device=like.device)
+    return strength.to(torch.float64).view(-1, 1, 1, 1)
+
+
+def _mix(
+    x: Tensor,  # [n, h, w, 3] levels / 255 under each window, in the pattern's dtype
+    triggers: TriggerTable,
+    which: Tensor,  # [n]
+    strength: Tensor,  # [n, 1, 1, 1] fp64
+) -> Tensor:
+    """What a patch or a blend gives, [n, h, w, 3], before it is clipped and quantised."""
+    t = triggers.pattern[which].permute(0, 2, 3, 1)
+    if triggers.mode == "patch":
+        return t
+    a = strength
+    if triggers.mask is not None:
+        a = a * triggers.mask[which].permute(0, 2, 3, 1).to(torch.float64)
+    b = torch.ones_like(a) if triggers.additive else 1 - a
+    return a.to(t.dtype) * t + b.to(t.dtype) * x
+
+
 def _apply_triggers(
     images: Tensor,  # [B, H, W, 3] uint8
     triggers: TriggerTable,
     trigger_id: Tensor | None,  # [B]
     position: Tensor | None,  # [B, 2]
     strength: Tensor | float | None,  # [B]
+    quantized: bool,
 ) -> Tensor:
-    """The poisoned images, [B, H, W, 3] uint8; a window is cropped at the image's edge."""
-    batch, height, width = images.shape[:3]
+    """The poisoned images, [B, H, W, 3] uint8; a window is cropped at the image's edge.
+
+    Not quantized: their values in [0, 1] pixels, in the pattern's dtype, differentiable in pattern
+    and mask.
+    """
+    height, width = images.shape[1:3]
     device = images.device
-    if trigger_id is None:
-        trigger_id = torch.zeros(batch, dtype=torch.int64, device=device)
-    source = triggers.grid if triggers.mode == "warp" else triggers.pattern
-    chosen = ((trigger_id >= 0) & (trigger_id < len(source))).nonzero().flatten()
-    which = trigger_id[chosen].to(torch.int64)
-    if len(chosen) == 0:
+    chosen, which, index = _windows(images, triggers, trigger_id, position)
+    if len(chosen) == 0 and quantized:
         return images
     if triggers.mode == "warp":
         out = images.clone()
         pixels = levels(device)[images[chosen].int()].permute(0, 3, 1, 2)
-        moved = F.grid_sample(pixels, source[which], padding_mode="zeros", align_corners=True)
+        grid = triggers.grid[which]
+        moved = F.grid_sample(pixels, grid, padding_mode="zeros", align_corners=True)
         out[chosen] = quantize(moved.permute(0, 2, 3, 1), triggers.clip)
         return out
-    h, w = source.shape[-2:]
-    corner = torch.zeros(batch, 2, dtype=torch.int64, device=device)
-    if position is not None:
-        corner = position.to(torch.int64)
-    rows = corner[chosen, :1] + torch.arange(h, device=device)
-    cols = corner[chosen, 1:] + torch.arange(w, device=device)
     # What lies outside goes to a row and a column more, which are cut off in the end.
     out = F.pad(images, (0, 0, 0, 1, 0, 1))
-    rows = torch.where((rows >= 0) & (rows < height), rows, height)
-    cols = torch.where((cols >= 0) & (cols < width), cols, width)
-    index = (chosen[:, None, None], rows[:, :, None], cols[:, None, :])
-    t = source[which].permute(0, 2, 3, 1)
-    if triggers.mode == "patch":
-        out[index] = quantize(t, triggers.clip)
-        return out[:, :height, :width]
-    if not isinstance(strength, Tensor):
-        value = 1.0 if strength is None else float(strength)
-        strength = torch.full((batch,), value, dtype=torch.float64, device=device)
-    a = strength.to(torch.float64)[chosen].view(-1, 1, 1, 1)
-    if triggers.mask is not None:
-        a = a * triggers.mask[which].permute(0, 2, 3, 1).to(torch.float64)
-    b = torch.ones_like(a) if triggers.additive else 1 - a
-    window = out[index]
-    mixed = a.to(torch.float32) * t + b.to(torch.float32) * levels(device)[window.int()]
-    mixed = quantize(mixed, triggers.clip)
-    out[index] = torch.where(t != 0, mixed, window) if triggers.nonzero_only else mixed
+    dtype = triggers.pattern.dtype
+    scale = levels(device, dtype)
+    mixed = _mix(scale[out[index].int()], triggers, which, _strengths(strength, images)[chosen])
+    if quantized:
+        mixed = quantize(mixed, triggers.clip)
+    else:
+        out = scale[out.int()]
+        mixed = mixed.clamp(0, 1) if triggers.clip else mixed
+    if triggers.nonzero_only:
+        t = triggers.pattern[which].permute(0, 2, 3, 1)
+        mixed = torch.where(t != 0, mixed, out[index])
+    out[index] = mixed
     return out[:, :height, :width]
 
 
@@ -281,23 +326,29 @@ def trigger_normalize(
     patch_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     return_images: bool = False,
+    quantize: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`pybackdoor.ops.trigger_normalize` in plain PyTorch; the same arguments and meaning.
 
-    Arguments are taken as valid (the op checks them), and tensors must be on one device.
+    Arguments are taken as valid (the op checks them), and tensors must be on one device. With
+    quantize=False autograd can differentiate it in pattern and mask, in fp64 too.
     """
     poisoned = images if input_layout == "nhwc" else images.permute(0, 2, 3, 1)
     if triggers is not None:
-        poisoned = _apply_triggers(poisoned, triggers, trigger_id, position, strength)
+        poisoned = _apply_triggers(poisoned, triggers, trigger_id, position, strength, quantize)
     batch, height, width = poisoned.shape[:3]
     if layout == "channels_last":
         out = torch.empty(batch, height, width, 3, dtype=dtype, device=images.device)
         out = out.permute(0, 3, 1, 2)
     else:
         out = torch.empty(batch, 3, height, width, dtype=dtype, device=images.device)
-    table = normalize_table(mean, std).to(dtype).to(images.device)
-    for c in range(3):
-        out[:, c] = table[c][poisoned[..., c].int()]
+    if poisoned.dtype == torch.uint8:
+        table = normalize_table(mean, std).to(dtype).to(images.device)
+        for c in range(3):
+            out[:, c] = table[c][poisoned[..., c].int()]
+    else:
+        constants = torch.tensor((mean, std), dtype=torch.float32).to(poisoned)
+        out.copy_(((poisoned - constants[0]) / constants[1]).permute(0, 3, 1, 2))
     if augment is not None:
         size = (height, width)
         noisy, square = augment_decisions(augment, seed, view, sample_id, size)
