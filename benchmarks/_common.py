@@ -4,7 +4,8 @@ A row says what ran (kernel, provider, mode, case, shape, dtype, precision, devi
 long it took (ms_median, ms_p20, ms_p80), how wrong it was (rel_error, against fp64), what it
 needed (peak_bytes) and what that is of the machine (gbps, tflops and their % of the ceilings
 measured in the same run). What was not measured is null, and `note` says why; a run that did not
-fit into memory took "inf" ms. `case` tells apart settings of one kernel that share a mode.
+fit into memory took "inf" ms. `case` tells apart settings of one kernel that share a mode; `run`
+names the process, where one file holds rows of several: ratios are taken within one.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from _memory import release_memory as release_memory
 from _timing import interleave as interleave
 from _timing import quantiles as quantiles
 
-SETTING = ("kernel", "mode", "case", "shape", "dtype", "device", "threads")
+SETTING = ("kernel", "mode", "case", "shape", "dtype", "device", "threads", "run")
 FIELDS = ("kernel", "provider", "mode", "case", "shape", "dtype", "precision", "device", "threads")
 FIELDS += ("ms_median", "ms_p20", "ms_p80", "rel_error", "peak_bytes", "launches")
-FIELDS += ("gbps", "gbps_pct", "tflops", "tflops_pct", "note")
+FIELDS += ("gbps", "gbps_pct", "tflops", "tflops_pct", "note", "run")
 OURS = "pybackdoor"
 OUT_OF_MEMORY = "out of memory"
+RUN = "PYBACKDOOR_BENCH_RUN"  # environment variable that sets the field run
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -83,7 +85,7 @@ def make_row(
     row |= {"kernel": kernel, "provider": provider, "mode": mode, "device": device}
     row["shape"] = shape if isinstance(shape, str) else "x".join(map(str, shape))
     row["dtype"] = dtype if isinstance(dtype, str) else dtype_name(dtype)
-    row["threads"] = torch.get_num_threads()
+    row |= {"threads": torch.get_num_threads(), "run": os.environ.get(RUN)}
     row |= fields
     if times is None:
         return row
@@ -135,6 +137,9 @@ class Report:
     def __init__(self, options: argparse.Namespace):
         self.options, self.rows, self.notes = options, [], []
         self.load = load_at_start(self.notes)
+        path = options.rows
+        if path and not (path.exists() and '{"machine": ' in path.read_text()):
+            append_line(path, {"machine": machine() | {"load_average": self.load}})
 
     def add(self, *rows: dict) -> None:
         """Keeps the rows and appends them to --rows."""

@@ -27,6 +27,7 @@ NOISE = 1.0  # of the references, relative to the features
 DISTANCE_WEIGHT, TAU = 0.5, 2.15
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 ARGUMENT = {torch.float32: "ieee", torch.bfloat16: "bf16"}  # the op's name for it
+GRAPH_ROWS = 4096  # beyond, launches take no part in the time
 
 Leaves = tuple[Tensor, Tensor, Tensor]  # text [N, D], image [N, D], log of the scale []
 Loss = Callable[..., Tensor]
@@ -118,6 +119,8 @@ class Setting:
             if name == "compile_graph":
                 if self.device != "cuda":
                     raise Unfit("needs a CUDA device")
+                if self.shape[0] > GRAPH_ROWS:
+                    raise Unfit(f"is for N <= {GRAPH_ROWS}")
                 mode = "reduce-overhead"
             run = torch.compile(self.around(two_products, True), backend=backend, mode=mode,
                                 dynamic=False)  # fmt: skip

@@ -36,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from _ceilings import ceilings
 from _common import OURS, OUT_OF_MEMORY, Report, dtype_name, make_row, parser
-from _contrastive_setting import EAGER, Loss, Setting, full, gradients
+from _contrastive_setting import EAGER, GRAPH_ROWS, Loss, Setting, full, gradients
 from _memory import available_bytes, in_fresh_process, peak_growth, release_memory
 from _peers import PEERS, Unfit
 from _timing import captured, cold_sets, count_launches, interleave, span_ms
@@ -44,7 +44,6 @@ from _timing import captured, cold_sets, count_launches, interleave, span_ms
 KERNEL = "contrastive_par"
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 EAGER_BYTES = 28  # of eager's peak, per logit
-GRAPH_ROWS = 4096  # beyond, launches take no part in the time
 LAUNCH_ROWS = 2048
 SECONDS = 20  # of timing per shape and mode, about
 
@@ -93,7 +92,7 @@ class Measurement:
             errors = self.exact.errors(value, grads)
             if not max(errors.values()) <= self.tolerance:
                 text = ", ".join(f"{k} {e:.1e}" for k, e in errors.items())
-                self.fail(name, f"wrong numbers, not timed: {text}", max(errors.values()))
+                self.fail(name, f"failed: wrong numbers: {text}", max(errors.values()))
                 return
             del value, grads
             # A graph of Inductor's keeps its memory, so that its peak would not show.
