@@ -1,5 +1,6 @@
 """The ops: each checks its arguments once, chooses a backend and launches it."""
 
+from pybackdoor.ops.contrastive_par import ContrastivePar, contrastive_par
 from pybackdoor.ops.trigger_normalize import Augment, TriggerTable, trigger_normalize
 
-__all__ = ["Augment", "TriggerTable", "trigger_normalize"]
+__all__ = ["Augment", "ContrastivePar", "TriggerTable", "contrastive_par", "trigger_normalize"]
