@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from _ceilings import onednn_linear
 from torch import Tensor
 
-ORACLE_ROWS = 1024  # rows of the fp64 logits that exist at a time
+# Elements of the fp64 logits that exist at a time; on a CPU, few enough for malloc to keep them.
+BLOCK = {"cpu": 1 << 21, "cuda": 1 << 26}
 SAMPLE = 512  # rows of each feature gradient that are compared where N is larger than FULL
 FULL = 4096
 
@@ -96,9 +97,10 @@ def exact(
     text, image, s = text.detach().double(), image.detach().double(), scale.detach().double()
     that, ihat = F.normalize(text, dim=1), F.normalize(image, dim=1)
     n = len(that)
+    height = max(1, BLOCK[that.device.type] // n)
     r, r_s, c, c_s = (torch.zeros(n, dtype=torch.float64, device=that.device) for _ in range(4))
-    for first in range(0, n, ORACLE_ROWS):
-        block = slice(first, first + ORACLE_ROWS)
+    for first in range(0, n, height):
+        block = slice(first, first + height)
         logits = s * that[block] @ ihat.T
         e = (logits - s).exp()
         r[block], c = e.sum(1), c + e.sum(0)
@@ -113,7 +115,7 @@ def exact(
 
     def gradient(raw, own, other, sums, other_sums, ref) -> Tensor:
         parts = []
-        for chunk in rows.split(ORACLE_ROWS):
+        for chunk in rows.split(height):
             e = (s * own[chunk] @ other.T - s).exp()
             ds = e * (1 / sums[chunk, None] + 1 / other_sums)
             g = s * (ds @ other - 2 * other[chunk]) / (2 * n)

@@ -65,7 +65,9 @@ def load_all(folder: Path) -> list[Document]:
 def _row(row: dict) -> dict:
     row = {k: float(v) if v in ("inf", "nan") else v for k, v in row.items()}
     if row["kernel"] == "trigger_normalize" and row["mode"] in K1_CASES:
-        row |= {"case": row["mode"], "mode": "forward"}  # as files of schema 1 have it
+        # Files of schema 1 have the case as mode, and GB/s under another name.
+        row |= {"case": row["mode"], "mode": "forward"}
+        row.setdefault("gbps", row.pop("gb_per_s", None))
     return row
 
 

@@ -31,7 +31,7 @@ def trigger_normalize_runs(device: str) -> None:
     for mode, table in tables.items():
         arguments = {} if table is None else {"triggers": table.to(device)}
         if mode == "patch":
-            arguments["position"] = torch.tensor([[30, 28], [0, 0], [3, 1]]).to(device)
+            arguments["position"] = torch.tensor([[30, 26], [0, 0], [3, 1]]).to(device)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for layout in ("nchw", "channels_last"):
                 trigger_normalize(images, **NORM, **arguments, layout=layout, dtype=dtype)

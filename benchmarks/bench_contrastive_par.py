@@ -42,8 +42,9 @@ from _peers import PEERS, Unfit
 from _timing import captured, cold_sets, count_launches, interleave, span_ms
 
 KERNEL = "contrastive_par"
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-EAGER_BYTES = 28  # of eager's peak, per logit
+# Eager's own gradient of the scale, a sum of N^2 terms, is 1.5e-4 off at N = 16,384 in fp32.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+EAGER_BYTES = 20  # of eager's peak, per logit: about 17 were measured
 LAUNCH_ROWS = 2048
 SECONDS = 20  # of timing per shape and mode, about
 
@@ -288,7 +289,7 @@ def main() -> None:
         settings = list(CUDA_QUICK if cuda else CPU_QUICK)
         if not options.quick:
             settings += CUDA_FULL if cuda else CPU_FULL
-    if options.shapes and not options.tiny:
+    if options.shapes:
         settings = [s for s in settings if s[0] in options.shapes]
         if not settings:
             sys.exit("error: --shapes: none of the benchmark's shapes is among them")

@@ -101,7 +101,7 @@ def cpu_stages() -> list[Stage]:
         bench("ceilings", 30, "bench_ceilings.py", *tiny),
         bench("k1", 60, "bench_trigger_normalize.py", *tiny),
         bench("k2", 60, K2, *tiny, "--providers", "pybackdoor", "eager", "eager_shared", "compile"),
-        bench("peers", 60, K2, *tiny, "--providers", *PEERS),
+        bench("peers", 60, K2, *tiny, "--shapes", "33x64", "--providers", *PEERS),
         bench("dispatch", 30, "bench_dispatch.py", *tiny),
         bench("step", 60, "bench_step.py", *tiny),
         bench("k3", 60, "bench_adamw_ema.py", *tiny),
