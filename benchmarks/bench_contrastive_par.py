@@ -17,13 +17,13 @@ towers to fixed references.
 
 Modes: forward (with gradients to come), backward, full (both). rel_error is the largest normwise
 error of what the mode gives, against fp64 at the same inputs; beyond N = 4096 of the gradients of
-512 rows. tflops counts 6 N^2 D whatever a provider does. Peak memory on the CPU: what the resident
-pages of a fresh process grow by in one forward and backward.
+512 rows; that of the scale's gradient stands in the note where it is large. tflops counts 6 N^2 D
+whatever a provider does. Peak memory on the CPU: what the resident pages of a fresh process grow by
+in one forward and backward.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 from collections.abc import Callable
@@ -42,11 +42,16 @@ from _peers import PEERS, Unfit
 from _timing import captured, cold_sets, count_launches, interleave, span_ms
 
 KERNEL = "contrastive_par"
-# Eager's own gradient of the scale, a sum of N^2 terms, is 1.5e-4 off at N = 16,384 in fp32.
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 EAGER_BYTES = 20  # of eager's peak, per logit: about 17 were measured
 LAUNCH_ROWS = 2048
 SECONDS = 20  # of timing per shape and mode, about
+
+
+def worst(errors: dict[str, float]) -> float:
+    """The largest error of the loss and the features' gradients; NaN where one is."""
+    counted = [e for name, e in errors.items() if name != "log_scale"]
+    return math.nan if any(map(math.isnan, counted)) else max(counted)
 
 
 class Measurement:
@@ -86,31 +91,20 @@ class Measurement:
 
     def check(self, name: str) -> None:
         """Runs a provider once, and keeps it for the timing if its numbers are right."""
-        s = self.setting
+        s, note = self.setting, None
         try:
             loss = s.loss(name, self.backend)
             value, grads = full(loss, s.leaves)
             errors = self.exact.errors(value, grads)
-            if not max(errors.values()) <= self.tolerance:
-                text = ", ".join(f"{k} {e:.1e}" for k, e in errors.items())
-                self.fail(name, f"failed: wrong numbers: {text}", max(errors.values()))
-                return
             del value, grads
-            # A graph of Inductor's keeps its memory, so that its peak would not show.
-            facts = {}
-            if s.device == "cuda" and name != "compile_graph":
-                facts["peak_bytes"] = peak_growth(lambda: full(loss, s.leaves), s.device)
-            if s.device == "cuda" and s.shape[0] <= LAUNCH_ROWS:
-                facts["launches"] = count_launches(lambda: full(loss, s.leaves))
-            if name in PEERS and PEERS[name].no_scale_gradient:
-                facts["note"] = "no gradient of the scale"
+            if self.is_wrong(name, errors):
+                text = ", ".join(f"{k} {e:.1e}" for k, e in errors.items())
+                self.fail(name, f"failed: wrong numbers: {text}", worst(errors))
+                return
+            facts = self.extra(name, loss, errors)
+            self.slowest += span_ms([lambda: full(loss, s.leaves)], s.device)
         except torch.OutOfMemoryError:
-            self.row(name, "full", times=(math.inf,) * 3, note=OUT_OF_MEMORY)
-            gc.collect()
-            torch.cuda.empty_cache()
-            if name == OURS:
-                self.wrong.append(OUT_OF_MEMORY)
-            return
+            note = OUT_OF_MEMORY
         except (ImportError, Unfit) as reason:
             if name == OURS:
                 raise
@@ -118,14 +112,41 @@ class Measurement:
             return
         except Exception as error:  # a peer may fail in any way; ours fails the run at its end
             lines = str(error).strip().splitlines() or [""]
-            self.fail(name, f"failed: {type(error).__name__}: {lines[0][:120]}")
+            note = f"failed: {type(error).__name__}: {lines[0][:120]}"
+        if note is None:
+            self.losses[name], self.errors[name], self.facts[name] = loss, errors, facts
             return
-        self.losses[name], self.errors[name], self.facts[name] = loss, errors, facts
-        self.slowest += span_ms([lambda: full(loss, s.leaves)], s.device)
+        # Only here is the error's traceback, and with it the memory, free.
+        self.fail(name, note, times=(math.inf,) * 3 if note == OUT_OF_MEMORY else None)
+        release_memory()
+        if s.device == "cuda":
+            torch.cuda.empty_cache()
 
-    def fail(self, name: str, note: str, error: float | None = None) -> None:
-        """A row without times."""
-        self.row(name, "full", note=note, rel_error=error)
+    def is_wrong(self, name: str, errors: dict[str, float]) -> bool:
+        """Whether errors forbid a timing: any of ours; of others not of the scale's gradient.
+
+        That is a sum of N^2 terms of both signs, of which bf16 logits leave little.
+        """
+        counted = errors.values() if name == OURS else [worst(errors)]
+        return not all(e <= self.tolerance for e in counted)
+
+    def extra(self, name: str, loss: Loss, errors: dict[str, float]) -> dict:
+        """Peak memory and launches of one forward and backward on CUDA, and remarks."""
+        s, facts, notes = self.setting, {}, []
+        # A graph of Inductor's keeps its memory, so that its peak would not show.
+        if s.device == "cuda" and name != "compile_graph":
+            facts["peak_bytes"] = peak_growth(lambda: full(loss, s.leaves), s.device)
+        if s.device == "cuda" and s.shape[0] <= LAUNCH_ROWS:
+            facts["launches"] = count_launches(lambda: full(loss, s.leaves))
+        if "log_scale" not in errors:
+            notes.append("no gradient of the scale")
+        elif not errors["log_scale"] <= self.tolerance:
+            notes.append(f"gradient of the scale off by {errors['log_scale']:.1e}")
+        return facts | {"note": "; ".join(notes) or None}
+
+    def fail(self, name: str, note: str, error: float | None = None, times=None) -> None:
+        """A row without times, or with infinite ones."""
+        self.row(name, "full", note=note, rel_error=error, times=times)
         if name == OURS:
             self.wrong.append(note)
 
@@ -139,7 +160,7 @@ class Measurement:
             sets += [s.make_leaves(seed) for seed in range(1, count)]
         variants, per_call, facts = {}, {}, {}
         for name, loss in self.losses.items():
-            facts[name] = self.facts[name] | {"rel_error": max(self.errors[name].values())}
+            facts[name] = self.facts[name] | {"rel_error": worst(self.errors[name])}
             if mode == "forward":
                 facts[name]["rel_error"] = self.errors[name]["loss"]
                 variants[name] = [partial(loss, *s.leaves)]
@@ -183,11 +204,10 @@ class Measurement:
         except RuntimeError as error:
             self.report.note(f"{name}: no second backward pass: {str(error).splitlines()[0]}")
             return None, 0.0
-        worst = max(errors.values())
-        if not worst <= self.tolerance:
+        if self.is_wrong(name, errors):
             self.report.note(f"{name}: a second backward pass gives other numbers")
             return None, 0.0
-        return lambda: gradients(value, leaves, retain=True), worst
+        return lambda: gradients(value, leaves, retain=True), worst(errors)
 
 
 def measure(
@@ -222,7 +242,7 @@ def peak_of(name: str, shape: tuple[int, int], threads: int) -> tuple[int, float
     setting, results = Setting(shape, torch.float32, "cpu"), []
     loss = setting.loss(name)
     peak = peak_growth(lambda: results.append(full(loss, setting.leaves)), "cpu")
-    return peak, max(setting.exact().errors(*results[0]).values())
+    return peak, worst(setting.exact().errors(*results[0]))
 
 
 def memory(name: str, shape: tuple[int, int], report: Report) -> None:
@@ -268,7 +288,7 @@ def test_contrastive_par(benchmark, n, provider):
     setting = Setting((n, 512), FP32, "cpu")
     loss = setting.loss(provider)
     result = benchmark.pedantic(full, (loss, setting.leaves), rounds=3, warmup_rounds=1)
-    assert max(setting.exact().errors(*result).values()) <= TOLERANCES[FP32]
+    assert worst(setting.exact().errors(*result)) <= TOLERANCES[FP32]
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""gpu_proof: the whole path on toy shapes, and what a stage that fails or hangs does to the rest."""
+"""gpu_proof: the whole path on toy shapes; what a stage that fails or hangs does to the rest."""
 
 import os
 import subprocess
