@@ -11,13 +11,18 @@ from pybackdoor.ops._matmul import matmul_nt
 
 # Elements of one block: it stays in a core's share of the cache between product and pass, and
 # below the 32 MiB from which malloc would return its pages to the system after each block.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 21
 BUDGET = 256 << 20  # bytes of E kept for the backward pass, unless the caller says otherwise
 
 
 def matrix_dtype(acc: torch.dtype, precision: str) -> torch.dtype:
     """fp32 and fp64 are computed as such: no CPU keeps fp32 sums of bf16 products to itself."""
     return acc
+
+
+def e_columns(a: int) -> int:
+    """Columns of the memory for E [M, a]."""
+    return a
 
 
 def _block_rows(p: Problem) -> int:
@@ -35,7 +40,9 @@ def exponentials(
     rows = _block_rows(p)
     starts = range(0, len(that), rows)
     row_partial = that.new_empty(1, len(that))
-    col_partial = that.new_empty(len(starts), len(ihat))
+    col_partial = that.new_empty(max(1, len(starts)), len(ihat))
+    if not starts:
+        col_partial.zero_()
     for k, first in enumerate(starts):
         scores = matmul_nt(that[first : first + rows], ihat)
         native.exp_block(p, scores, first, row_partial, col_partial[k : k + 1])

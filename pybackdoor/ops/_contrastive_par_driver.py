@@ -36,7 +36,7 @@ class Saved(NamedTuple):
 
     that: Tensor  # [M, D] unit rows, matrix dtype
     ihat: Tensor  # [A, D]
-    e: Tensor  # [M, A] matrix dtype, or [0]: formed again
+    e: Tensor  # [M, A or more] matrix dtype, or [0]: formed again
     lines: Tensor  # acc: the vectors of `LINES`, one after the other
     total: Tensor  # [5] acc, of all ranks
     flagged: Tensor  # [2] int32
@@ -68,9 +68,11 @@ def new_lines(names: tuple[str, ...], p: Problem) -> Tensor:
     return p.scale.new_zeros(size)  # the gaps between them too
 
 
-def keeps_e(m: int, a: int, dtype: torch.dtype, budget: int) -> bool:
-    """Whether E [m, a] is kept: decided by its size alone."""
-    return m * a * dtype.itemsize <= budget and budget > 0
+def shape_of_e(matrices: ModuleType, m: int, a: int, dtype: torch.dtype, budget: int) -> list[int]:
+    """Of the memory for E [m, a]: [0] where it is not kept, which its size alone decides."""
+    columns = matrices.e_columns(a)
+    most = matrices.BUDGET if budget < 0 else budget
+    return [m, columns] if 0 < m * columns * dtype.itemsize <= most else [0]
 
 
 def forward(
@@ -100,8 +102,8 @@ def forward(
     )  # fmt: skip
     if ranks:
         ihat = ranks.gather(ihat, counts)
-    kept = keeps_e(m, a, dtype, matrices.BUDGET if budget < 0 else budget)
-    e = _allocate_e(m, a, dtype, p) if kept else None
+    shape = shape_of_e(matrices, m, a, dtype, budget)
+    e = _allocate_e(shape, dtype, p) if len(shape) == 2 else None
     row_partial, col_partial = matrices.exponentials(p, that, ihat, e, precision)
     rows.sums(p, row_partial, col_partial, line["target"], line["r"], line["c"], log_p)
     if ranks:
@@ -165,10 +167,10 @@ def backward(
     return d_text if needs[0] else None, d_image, d_scale
 
 
-def _allocate_e(m: int, a: int, dtype: torch.dtype, p: Problem) -> Tensor | None:
+def _allocate_e(shape: list[int], dtype: torch.dtype, p: Problem) -> Tensor | None:
     """Memory for E; None where there is none left, so that E is formed again in the backward."""
     try:
-        return empty((m, a), dtype, p.text.device)
+        return empty(shape, dtype, p.text.device)
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise

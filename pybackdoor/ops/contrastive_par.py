@@ -160,13 +160,13 @@ def _(
     m, n, a = len(text), len(image), len(bits)
     acc = _accumulator(text.dtype)
     dtype = backend.matrices.matrix_dtype(acc, precision)
-    keeps = driver.keeps_e(m, a, dtype, backend.matrices.BUDGET if budget < 0 else budget)
+    shape = driver.shape_of_e(backend.matrices, m, a, dtype, budget)
     lines = sum(driver.line_sizes(driver.LINES, m, n, a))
     return (
         text.new_empty(6, dtype=acc),
         text.new_empty(m, text.shape[1], dtype=dtype),
         text.new_empty(a, text.shape[1], dtype=dtype),
-        text.new_empty((m, a) if keeps else (0,), dtype=dtype),
+        text.new_empty(shape, dtype=dtype),
         text.new_empty(lines, dtype=acc),
         text.new_empty(5, dtype=acc),
         text.new_empty(2, dtype=torch.int32),
