@@ -71,12 +71,11 @@ static inline float exp_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const float y = (p * (r * r) + r) + 1.f;
-  // 2^n in two factors: n is in [-150, 128], and a subnormal result is rounded once.
-  const int32_t power = static_cast<int32_t>(float_bits(rounded) - float_bits(kRound));
-  const int32_t half = power >> 1, rest = power - half;
-  const float a = bits_float(static_cast<uint32_t>(half + 127) << 23);
-  const float b = bits_float(static_cast<uint32_t>(rest + 127) << 23);
-  return y * a * b;
+  // Times 2^n in two steps, as n is in [-150, 128] and a subnormal result must be rounded once:
+  // the first adds to the exponent. n's bits are the low ones of `rounded`, the others fall out.
+  const uint32_t bits = float_bits(rounded), half = bits >> 1, rest = bits - half;
+  const float scaled = bits_float(float_bits(y) + (half << 23));
+  return scaled * bits_float((rest << 23) + 0x3F800000u);
 }
 
 static inline double exp_of(double x) { return std::exp(x); }
