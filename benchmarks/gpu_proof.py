@@ -78,7 +78,7 @@ def gpu_stages() -> list[Stage]:
     main = ["--providers", "pybackdoor", "eager", "eager_shared", "compile"]
     return [
         build(),
-        pytest(150, "-m", "gpu", "--maxfail=20", "tests"),
+        pytest(150, "-m", "gpu", "--maxfail=20", "--continue-on-collection-errors", "tests"),
         bench("ceilings", 30, "bench_ceilings.py", *on),
         bench("k1", 75, "bench_trigger_normalize.py", *on, *few),
         bench("k2_16k", 60, K2, *on, *few, "--shapes", "16384x512", *main),
@@ -99,12 +99,14 @@ def cpu_stages() -> list[Stage]:
         Stage("build", 30, [sys.executable, "-c", look]),
         pytest(60, "tests/test_options.py"),
         bench("ceilings", 30, "bench_ceilings.py", *tiny),
-        bench("k1", 60, "bench_trigger_normalize.py", *tiny),
-        bench("k2", 60, K2, *tiny, "--providers", "pybackdoor", "eager", "eager_shared", "compile"),
-        bench("peers", 60, K2, *tiny, "--shapes", "33x64", "--providers", *PEERS),
+        bench("k1", 120, "bench_trigger_normalize.py", *tiny),
+        bench(
+            "k2", 120, K2, *tiny, "--providers", "pybackdoor", "eager", "eager_shared", "compile"
+        ),
+        bench("peers", 120, K2, *tiny, "--shapes", "33x64", "--providers", *PEERS),
         bench("dispatch", 30, "bench_dispatch.py", *tiny),
-        bench("step", 60, "bench_step.py", *tiny),
-        bench("k3", 60, "bench_adamw_ema.py", *tiny),
+        bench("step", 120, "bench_step.py", *tiny),
+        bench("k3", 120, "bench_adamw_ema.py", *tiny),
     ]
 
 
