@@ -13,9 +13,9 @@ from pybackdoor._native import cuda_status
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 # What each op has, besides the reference; kernels/<op>.py is its Triton twin.
-NATIVE_CPU = frozenset({"trigger_normalize"})
-NATIVE_CUDA = frozenset({"trigger_normalize"})
-TRITON: frozenset[str] = frozenset()
+NATIVE_CPU = frozenset({"trigger_normalize", "adamw_ema"})  # adamw_ema: torch's fused AdamW
+NATIVE_CUDA = frozenset({"trigger_normalize", "adamw_ema"})
+TRITON: frozenset[str] = frozenset({"adamw_ema"})
 
 
 class Choice(NamedTuple):
