@@ -243,6 +243,8 @@ class AdamWEma(torch.optim.AdamW):
             if name in values:
                 check_like(values[name], param, name, torch.float32, order=False)
                 values[name] = like_param(values[name], param)
+        if param in self._references and "reference" in values:
+            self._references[param] = values["reference"]
 
     def _make_status(self) -> Tensor:
         if self._status is None:
