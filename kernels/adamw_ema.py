@@ -12,161 +12,40 @@ import torch
 import triton
 import triton.language as tl
 
-from pybackdoor.kernels._normal import normal
+from pybackdoor.kernels._adamw_ema_block import WIDTH, find, load, pointer_to, project, update
 from pybackdoor.kernels._variant import Variant
-from pybackdoor.ops._adamw_ema_table import CHUNK, COLUMNS
+from pybackdoor.ops._adamw_ema_table import CHUNK
 
-BLOCK = 1024  # of a chunk, at a time: 4 elements a thread
+BLOCK = 512  # of a chunk, at a time: 4 elements a thread
 ROWS = 128  # tensors prepared by one program
 PARTIALS = 2048  # partial sums added at a time
-WARPS = 8
+WARPS = 4
 LAUNCH = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
 # COPIES says what is written beside the weights, as a sum of:
 EMA, SHADOW, NOISE = 1, 2, 4
 ALL_COPIES = (0, EMA, SHADOW, EMA + SHADOW, SHADOW + NOISE, EMA + SHADOW + NOISE)
-# Columns of the table: param, grad, exp_avg, exp_avg_sq, step, ema, shadow, reference, numel,
-# aligned, id. Entries of the status: factor, skip, norm, distance, ratio, skipped.
-WIDTH = tl.constexpr(COLUMNS)
+# Entries of the status: factor, skip, norm, distance, ratio, skipped.
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 CLIP_EPS = tl.constexpr(1e-6)
 INSIDE = tl.constexpr(1.0 - 2.0**-20)
 
 
 @triton.jit
-def _pointer(address):
-    return address.to(tl.pointer_type(tl.float32))
-
-
-@triton.jit
-def _load(address, i, mask, FULL: tl.constexpr):
-    if FULL:
-        values = tl.load(_pointer(tl.multiple_of(address, 16)) + i, cache_modifier=".cs")
-    else:
-        values = tl.load(_pointer(address) + i, mask=mask, other=0.0)
-    return values
-
-
-@triton.jit
-def _store(address, i, values, mask, FULL: tl.constexpr):
-    if FULL:
-        pointer = _pointer(tl.multiple_of(address, 16))
-        tl.store(pointer + i, values, cache_modifier=".cs")
-    else:
-        tl.store(_pointer(address) + i, values, mask=mask)
-
-
-@triton.jit
-def _noise(seed_low, seed_high, id, step, i):
-    """Standard normals of elements i (int64) of a tensor; as add_weight_noise."""
-    low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
-    seed = low | (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
-    block = (i >> 2).to(tl.uint32)
-    same = tl.zeros_like(block)
-    w0, w1, w2, w3 = tl.philox(
-        seed, block, same + 2, same + id.to(tl.uint32), same + step.to(tl.uint32), 10
-    )
-    upper = (i & 2) != 0
-    return normal(tl.where(upper, w2, w0), tl.where(upper, w3, w1), (i & 1) != 0)
-
-
-@triton.jit
-def _copies(place, start, i, p, mask, step, config, COPIES: tl.constexpr, FULL: tl.constexpr):
-    """Average and bf16 copy of the new weights p."""
-    ema_weight, noise_std, seed_low, seed_high = config
-    if COPIES & 1:
-        address = tl.load(place + 5) + start * 4
-        ema = _load(address, i, mask, FULL)
-        _store(address, i, ema + ema_weight * (p - ema), mask, FULL)
-    if COPIES & 2:
-        address = tl.load(place + 6) + start * 2
-        if COPIES & 4:
-            id = tl.load(place + 10)
-            p = p + noise_std * _noise(seed_low, seed_high, id, step, start + i)
-        bits = p.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(p == p, rounded, 0x7FC0).to(tl.int16)
-        if FULL:
-            pointer = tl.multiple_of(address, 16).to(tl.pointer_type(tl.int16))
-            tl.store(pointer + i, rounded)
-        else:
-            tl.store(address.to(tl.pointer_type(tl.int16)) + i, rounded, mask=mask)
-
-
-@triton.jit
-def _update(
-    place,
-    start,
-    i,
-    mask,
-    shared,
-    group,
-    config,
-    COPIES: tl.constexpr,
-    BALL: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """AdamW of a block and what follows; returns the squared distances with BALL, else 0."""
-    factor, step_size, bias2_sqrt, decay, step = shared
-    weight1, weight2, eps = group
-    param, grad = tl.load(place) + start * 4, tl.load(place + 1)
-    p = _load(param, i, mask, FULL)
-    if grad != 0:
-        exp_avg, exp_avg_sq = tl.load(place + 2) + start * 4, tl.load(place + 3) + start * 4
-        g = _load(grad + start * 4, i, mask, FULL) * factor
-        m = _load(exp_avg, i, mask, FULL)
-        v = _load(exp_avg_sq, i, mask, FULL)
-        m = m + weight1 * (g - m)
-        v = v + weight2 * (g * g - v)
-        denominator = tl.div_rn(tl.sqrt_rn(v), bias2_sqrt) + eps
-        p = p - (decay * p + tl.div_rn(step_size * m, denominator))
-        _store(param, i, p, mask, FULL)
-        _store(exp_avg, i, m, mask, FULL)
-        _store(exp_avg_sq, i, v, mask, FULL)
-    square = tl.zeros_like(p)
-    if BALL:
-        d = p - _load(tl.load(place + 7) + start * 4, i, mask, FULL)
-        square = tl.where(mask, d * d, 0.0)
-    else:
-        _copies(place, start, i, p, mask, step, config, COPIES, FULL)
-    return square
-
-
-@triton.jit
-def _project(place, start, i, mask, ratio, step, config, COPIES: tl.constexpr, FULL: tl.constexpr):
-    param = tl.load(place) + start * 4
-    p = _load(param, i, mask, FULL)
-    if ratio < 1.0:
-        reference = _load(tl.load(place + 7) + start * 4, i, mask, FULL)
-        p = reference + ratio * (p - reference)
-        _store(param, i, p, mask, FULL)
-    _copies(place, start, i, p, mask, step, config, COPIES, FULL)
-
-
-@triton.jit
-def _find(rows, chunks, chunk, CHUNK: tl.constexpr):
-    """A chunk's row, place in the table, first element, size, and whether it goes by vectors."""
-    row, start = tl.load(chunks + chunk * 2), tl.load(chunks + chunk * 2 + 1)
-    place = rows + row * WIDTH
-    n = tl.minimum(tl.load(place + 8) - start, CHUNK).to(tl.int32)
-    return row, place, start, n, (n == CHUNK) & (tl.load(place + 9) != 0)
-
-
-@triton.jit
 def norm_kernel(rows, chunks, partials, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """Sum of the squared gradients of each chunk."""
     chunk = tl.program_id(0).to(tl.int64)
-    _, place, start, n, full = _find(rows, chunks, chunk, CHUNK)
+    _, place, start, n, full = find(rows, chunks, chunk, CHUNK)
     grad = tl.load(place + 1)
     i = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     if grad != 0:
         if full:
             for first in range(0, CHUNK, BLOCK):
-                g = _load(grad + start * 4, first + i, first + i < n, True)
+                g = load(grad + start * 4, first + i, first + i < n, True)
                 sums += g * g
         else:
             for first in range(0, n, BLOCK):
-                g = _load(grad + start * 4, first + i, first + i < n, False)
+                g = load(grad + start * 4, first + i, first + i < n, False)
                 sums += g * g
     tl.store(partials + chunk, tl.sum(sums, axis=0).to(tl.float64))
 
@@ -207,7 +86,7 @@ def decide_kernel(
         norm = tl.sqrt(_total(partials, num_chunks, PARTIALS)) * tl.abs(scale)
         tl.store(status + 2, norm.to(tl.float32))
         skip = tl.where(norm <= FLOAT_MAX, skip, 1.0)
-        bound = (clip_high.to(tl.float64) + clip_low.to(tl.float64)) / (norm + CLIP_EPS)
+        bound = (norm * 0.0 + clip_high + clip_low) / (norm + CLIP_EPS)
         factor = tl.where(bound < 1.0, scale * bound, scale)
     tl.store(status, factor.to(tl.float32))
     tl.store(status + 1, skip)
@@ -219,7 +98,7 @@ def distance_kernel(partials, status, num_chunks, radius_high, radius_low, PARTI
     """The ratio of the projection; one program."""
     if tl.load(status + 1) == 0.0:
         distance = tl.sqrt(_total(partials, num_chunks, PARTIALS))
-        radius = radius_high.to(tl.float64) + radius_low.to(tl.float64)
+        radius = distance * 0.0 + radius_high + radius_low
         outside = (distance > radius) & (distance <= FLOAT_MAX)
         ratio = tl.where(outside, radius / distance * INSIDE, 1.0)
         tl.store(status + 3, distance.to(tl.float32))
@@ -258,20 +137,20 @@ def prepare_kernel(
 ):
     """Counts the step of each tensor of a group, and computes what its elements share."""
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask = (k < count) & (tl.load(status + 1) == 0.0)
+    mask = k < tl.where(tl.load(status + 1) == 0.0, count, 0)
     row = (first + k).to(tl.int64)
     address = tl.load(rows + row * WIDTH + 4, mask=mask, other=0)
     grad = tl.load(rows + row * WIDTH + 1, mask=mask, other=0)
-    step = tl.load(_pointer(address), mask=mask, other=1.0) + tl.where(grad != 0, 1.0, 0.0)
-    tl.store(_pointer(address), step, mask=mask)
+    step = tl.load(pointer_to(address), mask=mask, other=1.0) + tl.where(grad != 0, 1.0, 0.0)
+    tl.store(pointer_to(address), step, mask=mask)
     zeros = tl.zeros([ROWS], tl.float64)
-    lr = zeros + lr_high.to(tl.float64) + lr_low.to(tl.float64)
+    lr = zeros + lr_high + lr_low
     if LR_TENSOR:
         lr = zeros + tl.load(lr_tensor).to(tl.float64)
-    exponent = step.to(tl.int32)
-    bias1 = 1.0 - _power(zeros + beta1_high.to(tl.float64) + beta1_low.to(tl.float64), exponent)
-    bias2 = 1.0 - _power(zeros + beta2_high.to(tl.float64) + beta2_low.to(tl.float64), exponent)
-    decay = lr * (decay_high.to(tl.float64) + decay_low.to(tl.float64))
+    exponent = tl.maximum(step.to(tl.int32), 1)  # 0 where there never was a gradient
+    bias1 = 1.0 - _power(zeros + beta1_high + beta1_low, exponent)
+    bias2 = 1.0 - _power(zeros + beta2_high + beta2_low, exponent)
+    decay = lr * (zeros + decay_high + decay_low)
     shared = scalars + row * 4
     tl.store(shared, (lr / bias1).to(tl.float32), mask=mask)
     tl.store(shared + 1, tl.sqrt(bias2).to(tl.float32), mask=mask)
@@ -302,7 +181,7 @@ def update_kernel(
     """AdamW of a chunk; then its average and copy or, with BALL, its distance."""
     if tl.load(status + 1) == 0.0:
         chunk = first_chunk + tl.program_id(0).to(tl.int64)
-        row, place, start, n, full = _find(rows, chunks, chunk, CHUNK)
+        row, place, start, n, full = find(rows, chunks, chunk, CHUNK)
         at = scalars + row * 4
         step = tl.load(at + 3).to(tl.int32)
         shared = (tl.load(status), tl.load(at), tl.load(at + 1), tl.load(at + 2), step)
@@ -313,11 +192,11 @@ def update_kernel(
         if full:
             for first in range(0, CHUNK, BLOCK):
                 j, mask = first + i, first + i < n
-                sums += _update(place, start, j, mask, shared, group, config, COPIES, BALL, True)
+                sums += update(place, start, j, mask, shared, group, config, COPIES, BALL, True)
         else:
             for first in range(0, n, BLOCK):
                 j, mask = first + i, first + i < n
-                sums += _update(place, start, j, mask, shared, group, config, COPIES, BALL, False)
+                sums += update(place, start, j, mask, shared, group, config, COPIES, BALL, False)
         if BALL:
             tl.store(partials + chunk, tl.sum(sums, axis=0).to(tl.float64))
 
@@ -338,7 +217,7 @@ def project_kernel(
 ):
     """Projection, average and copy of a chunk."""
     if tl.load(status + 1) == 0.0:
-        row, place, start, n, full = _find(rows, chunks, tl.program_id(0).to(tl.int64), CHUNK)
+        row, place, start, n, full = find(rows, chunks, tl.program_id(0).to(tl.int64), CHUNK)
         step = tl.load(scalars + row * 4 + 3).to(tl.int32)
         ratio = tl.load(status + 4)
         config = (ema_weight, noise_std, seed_low, seed_high)
@@ -346,11 +225,11 @@ def project_kernel(
         if full:
             for first in range(0, CHUNK, BLOCK):
                 j, mask = first + i, first + i < n
-                _project(place, start, j, mask, ratio, step, config, COPIES, True)
+                project(place, start, j, mask, ratio, step, config, COPIES, True)
         else:
             for first in range(0, n, BLOCK):
                 j, mask = first + i, first + i < n
-                _project(place, start, j, mask, ratio, step, config, COPIES, False)
+                project(place, start, j, mask, ratio, step, config, COPIES, False)
 
 
 def _two_floats(value: float) -> tuple[float, float]:

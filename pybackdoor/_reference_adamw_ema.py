@@ -119,9 +119,7 @@ def adamw_ema(
         slot.shadow.copy_(value)
 
 
-def _project(
-    params: list[Tensor], references: list[Tensor], radius: float, status: Tensor
-) -> None:
+def _project(params: list[Tensor], references: list[Tensor], radius: float, status: Tensor) -> None:
     differences = torch._foreach_sub(params, references)
     distance = float(torch.stack(torch._foreach_norm(differences)).double().norm())
     outside = radius < distance < math.inf

@@ -101,9 +101,7 @@ class AdamWEma(torch.optim.AdamW):
         self._references: dict[Tensor, Tensor] = {}
         self._status: Tensor | None = None
         self._tables = TableCache()
-        super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
-        )
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of torch.optim.Optimizer; checks the parameters.

@@ -288,8 +288,9 @@ PB_HD void prepare_tensor(const AdamwEmaArgs& args, const AdamwEmaGroup& group, 
   if (t.grad) *t.step = step = add_rn(step, 1.f);
   const uint32_t count = static_cast<uint32_t>(step);
   const double lr = group.lr_tensor ? *group.lr_tensor : group.lr;
-  const double bias1 = add_rn(1.0, -power(group.beta1, count));
-  const double bias2 = add_rn(1.0, -power(group.beta2, count));
+  const uint32_t exponent = count > 0 ? count : 1;  // 0 where there never was a gradient
+  const double bias1 = add_rn(1.0, -power(group.beta1, exponent));
+  const double bias2 = add_rn(1.0, -power(group.beta2, exponent));
   AdamwEmaScalars scalars;
   scalars.step_size = static_cast<float>(lr / bias1);
   scalars.bias2_sqrt = static_cast<float>(sqrt_double(bias2));

@@ -1,4 +1,4 @@
-"""Checks of adamw_ema's arguments; all errors name the op, the argument, what was wanted and got."""
+"""Checks of adamw_ema: every error names the op, the argument, what was wanted and what came."""
 
 from __future__ import annotations
 
@@ -73,8 +73,7 @@ def check_like(
         raise TypeError(f"{OP}: {name} must be {dtype}, got {tensor.dtype}")
     if tensor.shape != param.shape:
         raise ValueError(
-            f"{OP}: {name} must be {list(param.shape)} like its parameter, "
-            f"got {list(tensor.shape)}"
+            f"{OP}: {name} must be {list(param.shape)} like its parameter, got {list(tensor.shape)}"
         )
     if tensor.device != param.device:
         raise ValueError(f"{OP}: {name} must be on {param.device}, got {tensor.device}")
