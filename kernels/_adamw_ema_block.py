@@ -1,8 +1,8 @@
 """What the Triton kernels of adamw_ema do with a block of elements of one tensor.
 
-Columns of the table: param, grad, exp_avg, exp_avg_sq, step, ema, shadow, reference, numel, aligned,
-id. COPIES is a sum of 1 (moving average), 2 (bf16 copy) and 4 (noise in the copy). FULL: the block
-lies within the tensor and its addresses are multiples of 16. Needs ``enable_fp_fusion=False``.
+Columns of the table: param, grad, exp_avg, exp_avg_sq, step, ema, shadow, reference, numel,
+aligned, id; an address is 0 for what is absent. FULL: the block lies within the tensor and its
+addresses are multiples of 16. Needs ``enable_fp_fusion=False``.
 """
 
 import triton
@@ -52,16 +52,17 @@ def noise(seed_low, seed_high, id, step, i):
 
 
 @triton.jit
-def copies(place, start, i, p, mask, step, config, COPIES: tl.constexpr, FULL: tl.constexpr):
+def copies(place, start, i, p, mask, step, config, NOISE: tl.constexpr, FULL: tl.constexpr):
     """Average and bf16 copy of the new weights p."""
     ema_weight, noise_std, seed_low, seed_high = config
-    if COPIES & 1:
-        address = tl.load(place + 5) + start * 4
+    average, shadow = tl.load(place + 5), tl.load(place + 6)
+    if average != 0:
+        address = average + start * 4
         ema = load(address, i, mask, FULL)
         store(address, i, ema + ema_weight * (p - ema), mask, FULL)
-    if COPIES & 2:
-        address = tl.load(place + 6) + start * 2
-        if COPIES & 4:
+    if shadow != 0:
+        address = shadow + start * 2
+        if NOISE:
             id = tl.load(place + 10)
             p = p + noise_std * noise(seed_low, seed_high, id, step, start + i)
         bits = p.to(tl.uint32, bitcast=True)
@@ -83,7 +84,7 @@ def update(
     shared,
     group,
     config,
-    COPIES: tl.constexpr,
+    NOISE: tl.constexpr,
     BALL: tl.constexpr,
     FULL: tl.constexpr,
 ):
@@ -109,19 +110,19 @@ def update(
         d = p - load(tl.load(place + 7) + start * 4, i, mask, FULL)
         square = tl.where(mask, d * d, 0.0)
     else:
-        copies(place, start, i, p, mask, step, config, COPIES, FULL)
+        copies(place, start, i, p, mask, step, config, NOISE, FULL)
     return square
 
 
 @triton.jit
-def project(place, start, i, mask, ratio, step, config, COPIES: tl.constexpr, FULL: tl.constexpr):
+def project(place, start, i, mask, ratio, step, config, NOISE: tl.constexpr, FULL: tl.constexpr):
     param = tl.load(place) + start * 4
     p = load(param, i, mask, FULL)
     if ratio < 1.0:
         reference = load(tl.load(place + 7) + start * 4, i, mask, FULL)
         p = reference + ratio * (p - reference)
         store(param, i, p, mask, FULL)
-    copies(place, start, i, p, mask, step, config, COPIES, FULL)
+    copies(place, start, i, p, mask, step, config, NOISE, FULL)
 
 
 @triton.jit

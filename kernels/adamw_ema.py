@@ -21,9 +21,6 @@ ROWS = 128  # tensors prepared by one program
 PARTIALS = 2048  # partial sums added at a time
 WARPS = 4
 LAUNCH = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
-# COPIES says what is written beside the weights, as a sum of:
-EMA, SHADOW, NOISE = 1, 2, 4
-ALL_COPIES = (0, EMA, SHADOW, EMA + SHADOW, SHADOW + NOISE, EMA + SHADOW + NOISE)
 # Entries of the status: factor, skip, norm, distance, ratio, skipped.
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 CLIP_EPS = tl.constexpr(1e-6)
@@ -68,19 +65,12 @@ def decide_kernel(
     num_chunks,
     clip_high,
     clip_low,
-    SCALED: tl.constexpr,
-    FLAGGED: tl.constexpr,
     NORM: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):
     """Whether the step happens, and what the gradients are multiplied by; one program."""
-    skipped = tl.load(status + 5)
-    skip = skipped * 0.0
-    scale = skip.to(tl.float64) + 1.0
-    if SCALED:
-        scale = tl.load(inv_scale).to(tl.float64)
-    if FLAGGED:
-        skip = tl.where(tl.load(found_inf) != 0.0, 1.0, skip)
+    skip = tl.where(tl.load(found_inf) != 0.0, 1.0, 0.0)
+    scale = tl.load(inv_scale).to(tl.float64)
     factor = scale
     if NORM:
         norm = tl.sqrt(_total(partials, num_chunks, PARTIALS)) * tl.abs(scale)
@@ -90,7 +80,7 @@ def decide_kernel(
         factor = tl.where(bound < 1.0, scale * bound, scale)
     tl.store(status, factor.to(tl.float32))
     tl.store(status + 1, skip)
-    tl.store(status + 5, skipped + skip)
+    tl.store(status + 5, tl.load(status + 5) + skip)
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -173,7 +163,7 @@ def update_kernel(
     noise_std,
     seed_low,
     seed_high,
-    COPIES: tl.constexpr,
+    NOISE: tl.constexpr,
     BALL: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -192,11 +182,11 @@ def update_kernel(
         if full:
             for first in range(0, CHUNK, BLOCK):
                 j, mask = first + i, first + i < n
-                sums += update(place, start, j, mask, shared, group, config, COPIES, BALL, True)
+                sums += update(place, start, j, mask, shared, group, config, NOISE, BALL, True)
         else:
             for first in range(0, n, BLOCK):
                 j, mask = first + i, first + i < n
-                sums += update(place, start, j, mask, shared, group, config, COPIES, BALL, False)
+                sums += update(place, start, j, mask, shared, group, config, NOISE, BALL, False)
         if BALL:
             tl.store(partials + chunk, tl.sum(sums, axis=0).to(tl.float64))
 
@@ -211,7 +201,7 @@ def project_kernel(
     noise_std,
     seed_low,
     seed_high,
-    COPIES: tl.constexpr,
+    NOISE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -225,11 +215,11 @@ def project_kernel(
         if full:
             for first in range(0, CHUNK, BLOCK):
                 j, mask = first + i, first + i < n
-                project(place, start, j, mask, ratio, step, config, COPIES, True)
+                project(place, start, j, mask, ratio, step, config, NOISE, True)
         else:
             for first in range(0, n, BLOCK):
                 j, mask = first + i, first + i < n
-                project(place, start, j, mask, ratio, step, config, COPIES, False)
+                project(place, start, j, mask, ratio, step, config, NOISE, False)
 
 
 def _two_floats(value: float) -> tuple[float, float]:
@@ -245,9 +235,7 @@ def _signed(word: int) -> int:
 def launch(table, groups, options, status, inv_scale, found_inf) -> None:
     """Queues one step on the current device and stream; see `ops.adamw_ema.run`."""
     clip = math.inf if options.clip_norm is None else options.clip_norm
-    shadow = any(slot.shadow is not None for group in groups for slot in group.slots)
-    copies = EMA * (options.ema_decay is not None) + SHADOW * shadow
-    copies += NOISE * (shadow and options.noise_std != 0)
+    noise = options.noise_std != 0
     seed = _signed(options.seed & 0xFFFFFFFF), _signed(options.seed >> 32 & 0xFFFFFFFF)
     config = (1.0 - (options.ema_decay or 0.0), options.noise_std, *seed)
     sizes = {"CHUNK": table.chunk, "BLOCK": min(BLOCK, table.chunk)}
@@ -259,12 +247,10 @@ def launch(table, groups, options, status, inv_scale, found_inf) -> None:
     decide_kernel[(1,)](
         table.partials,
         status,
-        status if inv_scale is None else inv_scale,
-        status if found_inf is None else found_inf,
+        table.one if inv_scale is None else inv_scale,
+        table.zero if found_inf is None else found_inf,
         table.num_chunks,
         *_two_floats(clip),
-        SCALED=inv_scale is not None,
-        FLAGGED=found_inf is not None,
         NORM=options.norm_wanted,
         PARTIALS=PARTIALS,
         **LAUNCH,
@@ -301,7 +287,7 @@ def launch(table, groups, options, status, inv_scale, found_inf) -> None:
             1.0 - group.beta2,
             group.eps,
             *config,
-            COPIES=0 if ball else copies,
+            NOISE=noise and not ball,
             BALL=ball,
             **sizes,
             **LAUNCH,
@@ -321,7 +307,7 @@ def launch(table, groups, options, status, inv_scale, found_inf) -> None:
             table.scalars,
             status,
             *config,
-            COPIES=copies,
+            NOISE=noise,
             **sizes,
             **LAUNCH,
         )
@@ -346,18 +332,13 @@ def variants() -> list[Variant]:
     found = [
         _variant(norm_kernel, "norm", **sizes),
         _variant(distance_kernel, "distance", PARTIALS=PARTIALS),
-        _variant(update_kernel, "update_ball", COPIES=0, BALL=True, **sizes),
+        _variant(update_kernel, "update_ball", NOISE=False, BALL=True, **sizes),
     ]
-    for copies in ALL_COPIES:
-        found.append(
-            _variant(update_kernel, f"update_{copies}", COPIES=copies, BALL=False, **sizes)
-        )
-        found.append(_variant(project_kernel, f"project_{copies}", COPIES=copies, **sizes))
     for flag in (False, True):
-        found.append(_variant(prepare_kernel, f"prepare_{flag:d}", LR_TENSOR=flag, ROWS=ROWS))
-        for scaled in (False, True):
-            for norm in (False, True):
-                flags = {"SCALED": scaled, "FLAGGED": flag, "NORM": norm}
-                name = f"decide_{scaled:d}{flag:d}{norm:d}"
-                found.append(_variant(decide_kernel, name, **flags, PARTIALS=PARTIALS))
+        found += [
+            _variant(decide_kernel, f"decide_{flag:d}", NORM=flag, PARTIALS=PARTIALS),
+            _variant(prepare_kernel, f"prepare_{flag:d}", LR_TENSOR=flag, ROWS=ROWS),
+            _variant(update_kernel, f"update_{flag:d}", NOISE=flag, BALL=False, **sizes),
+            _variant(project_kernel, f"project_{flag:d}", NOISE=flag, **sizes),
+        ]
     return found

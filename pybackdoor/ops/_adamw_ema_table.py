@@ -148,6 +148,8 @@ class Table:
         self.chunks = self._device[len(rows) :].view(-1, 2)  # [C, 2]
         self.scalars = torch.empty(len(slots), 4, dtype=torch.float32, device=device)
         self.partials = torch.empty(len(chunks), dtype=torch.float64, device=device)
+        self.one = torch.ones(1, dtype=torch.float32, device=device)  # where there is no inv_scale
+        self.zero = torch.zeros(1, dtype=torch.float32, device=device)  # nor found_inf
 
     @property
     def staging_size(self) -> int:
