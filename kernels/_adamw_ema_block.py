@@ -21,8 +21,8 @@ def pointer_to(address):
 
 @triton.jit
 def load(address, i, mask, FULL: tl.constexpr):
-    if FULL:
-        values = tl.load(tl.multiple_of(pointer_to(address), 16) + i, eviction_policy="evict_first")
+    if FULL:  # Triton 3.6 keeps the hint only on the tensor of pointers
+        values = tl.load(tl.multiple_of(pointer_to(address) + i, 16), eviction_policy="evict_first")
     else:
         values = tl.load(pointer_to(address) + i, mask=mask, other=0.0)
     return values
@@ -31,8 +31,8 @@ def load(address, i, mask, FULL: tl.constexpr):
 @triton.jit
 def store(address, i, values, mask, FULL: tl.constexpr):
     if FULL:
-        pointer = tl.multiple_of(pointer_to(address), 16)
-        tl.store(pointer + i, values, eviction_policy="evict_first")
+        pointers = tl.multiple_of(pointer_to(address) + i, 16)
+        tl.store(pointers, values, eviction_policy="evict_first")
     else:
         tl.store(pointer_to(address) + i, values, mask=mask)
 
@@ -69,8 +69,8 @@ def copies(place, start, i, p, mask, step, config, NOISE: tl.constexpr, FULL: tl
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(p == p, rounded, 0x7FC0).to(tl.int16)
         if FULL:
-            pointer = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16)
-            tl.store(pointer + i, rounded)
+            pointers = tl.multiple_of(address.to(tl.pointer_type(tl.int16)) + i, 16)
+            tl.store(pointers, rounded)
         else:
             tl.store(address.to(tl.pointer_type(tl.int16)) + i, rounded, mask=mask)
 
