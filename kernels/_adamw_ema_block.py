@@ -52,10 +52,10 @@ def noise(seed_low, seed_high, id, step, i):
 
 
 @triton.jit
-def copies(place, start, i, p, mask, step, config, NOISE: tl.constexpr, FULL: tl.constexpr):
+def copies(tensor, start, i, p, mask, step, config, NOISE: tl.constexpr, FULL: tl.constexpr):
     """Average and bf16 copy of the new weights p."""
     ema_weight, noise_std, seed_low, seed_high = config
-    average, shadow = tl.load(place + 5), tl.load(place + 6)
+    param, grad, exp_avg, exp_avg_sq, average, shadow, reference, id = tensor
     if average != 0:
         address = average + start * 4
         ema = load(address, i, mask, FULL)
@@ -63,7 +63,6 @@ def copies(place, start, i, p, mask, step, config, NOISE: tl.constexpr, FULL: tl
     if shadow != 0:
         address = shadow + start * 2
         if NOISE:
-            id = tl.load(place + 10)
             p = p + noise_std * noise(seed_low, seed_high, id, step, start + i)
         bits = p.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -77,7 +76,7 @@ def copies(place, start, i, p, mask, step, config, NOISE: tl.constexpr, FULL: tl
 
 @triton.jit
 def update(
-    place,
+    tensor,
     start,
     i,
     mask,
@@ -91,38 +90,38 @@ def update(
     """AdamW of a block and what follows; returns the squared distances with BALL, else 0."""
     factor, step_size, bias2_sqrt, decay, step = shared
     weight1, weight2, eps = group
-    param, grad = tl.load(place) + start * 4, tl.load(place + 1)
-    p = load(param, i, mask, FULL)
+    param, grad, exp_avg, exp_avg_sq, average, shadow, reference, id = tensor
+    p = load(param + start * 4, i, mask, FULL)
     if grad != 0:
-        exp_avg, exp_avg_sq = tl.load(place + 2) + start * 4, tl.load(place + 3) + start * 4
         g = load(grad + start * 4, i, mask, FULL) * factor
-        m = load(exp_avg, i, mask, FULL)
-        v = load(exp_avg_sq, i, mask, FULL)
+        m = load(exp_avg + start * 4, i, mask, FULL)
+        v = load(exp_avg_sq + start * 4, i, mask, FULL)
         m = m + weight1 * (g - m)
         v = v + weight2 * (g * g - v)
         denominator = tl.div_rn(tl.sqrt_rn(v), bias2_sqrt) + eps
-        p = p - (decay * p + tl.div_rn(step_size * m, denominator))
-        store(param, i, p, mask, FULL)
-        store(exp_avg, i, m, mask, FULL)
-        store(exp_avg_sq, i, v, mask, FULL)
+        p = p - (tl.div_rn(step_size * m, denominator) + decay * p)
+        store(param + start * 4, i, p, mask, FULL)
+        store(exp_avg + start * 4, i, m, mask, FULL)
+        store(exp_avg_sq + start * 4, i, v, mask, FULL)
     square = tl.zeros_like(p)
     if BALL:
-        d = p - load(tl.load(place + 7) + start * 4, i, mask, FULL)
+        d = p - load(reference + start * 4, i, mask, FULL)
         square = tl.where(mask, d * d, 0.0)
     else:
-        copies(place, start, i, p, mask, step, config, NOISE, FULL)
+        copies(tensor, start, i, p, mask, step, config, NOISE, FULL)
     return square
 
 
 @triton.jit
-def project(place, start, i, mask, ratio, step, config, NOISE: tl.constexpr, FULL: tl.constexpr):
-    param = tl.load(place) + start * 4
-    p = load(param, i, mask, FULL)
+def project(tensor, start, i, mask, ratio, step, config, NOISE: tl.constexpr, FULL: tl.constexpr):
+    """Projection of a block, then average and copy."""
+    param, grad, exp_avg, exp_avg_sq, average, shadow, reference, id = tensor
+    p = load(param + start * 4, i, mask, FULL)
     if ratio < 1.0:
-        reference = load(tl.load(place + 7) + start * 4, i, mask, FULL)
-        p = reference + ratio * (p - reference)
-        store(param, i, p, mask, FULL)
-    copies(place, start, i, p, mask, step, config, NOISE, FULL)
+        r = load(reference + start * 4, i, mask, FULL)
+        p = r + ratio * (p - r)
+        store(param + start * 4, i, p, mask, FULL)
+    copies(tensor, start, i, p, mask, step, config, NOISE, FULL)
 
 
 @triton.jit
@@ -132,3 +131,18 @@ def find(rows, chunks, chunk, CHUNK: tl.constexpr):
     place = rows + row * WIDTH
     n = tl.minimum(tl.load(place + 8) - start, CHUNK).to(tl.int32)
     return row, place, start, n, (n == CHUNK) & (tl.load(place + 9) != 0)
+
+
+@triton.jit
+def read(place):
+    """The tensor at a place of the table: param, grad, exp_avg, exp_avg_sq, ema, ..., id."""
+    return (
+        tl.load(place),
+        tl.load(place + 1),
+        tl.load(place + 2),
+        tl.load(place + 3),
+        tl.load(place + 5),
+        tl.load(place + 6),
+        tl.load(place + 7),
+        tl.load(place + 10),
+    )

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pybackdoor.kernels._adamw_ema_block import WIDTH, find, load, pointer_to, project, update
+from pybackdoor.kernels._adamw_ema_block import WIDTH, find, load, pointer_to, project, read, update
 from pybackdoor.kernels._variant import Variant
 from pybackdoor.ops._adamw_ema_table import CHUNK
 
@@ -177,16 +177,17 @@ def update_kernel(
         shared = (tl.load(status), tl.load(at), tl.load(at + 1), tl.load(at + 2), step)
         group = (weight1, weight2, eps)
         config = (ema_weight, noise_std, seed_low, seed_high)
+        tensor = read(place)
         i = tl.arange(0, BLOCK)
         sums = tl.zeros([BLOCK], tl.float32)
         if full:
             for first in range(0, CHUNK, BLOCK):
                 j, mask = first + i, first + i < n
-                sums += update(place, start, j, mask, shared, group, config, NOISE, BALL, True)
+                sums += update(tensor, start, j, mask, shared, group, config, NOISE, BALL, True)
         else:
             for first in range(0, n, BLOCK):
                 j, mask = first + i, first + i < n
-                sums += update(place, start, j, mask, shared, group, config, NOISE, BALL, False)
+                sums += update(tensor, start, j, mask, shared, group, config, NOISE, BALL, False)
         if BALL:
             tl.store(partials + chunk, tl.sum(sums, axis=0).to(tl.float64))
 
@@ -211,15 +212,16 @@ def project_kernel(
         step = tl.load(scalars + row * 4 + 3).to(tl.int32)
         ratio = tl.load(status + 4)
         config = (ema_weight, noise_std, seed_low, seed_high)
+        tensor = read(place)
         i = tl.arange(0, BLOCK)
         if full:
             for first in range(0, CHUNK, BLOCK):
                 j, mask = first + i, first + i < n
-                project(place, start, j, mask, ratio, step, config, NOISE, True)
+                project(tensor, start, j, mask, ratio, step, config, NOISE, True)
         else:
             for first in range(0, n, BLOCK):
                 j, mask = first + i, first + i < n
-                project(place, start, j, mask, ratio, step, config, NOISE, False)
+                project(tensor, start, j, mask, ratio, step, config, NOISE, False)
 
 
 def _two_floats(value: float) -> tuple[float, float]:
