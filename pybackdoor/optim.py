@@ -272,6 +272,11 @@ class AdamWEma(torch.optim.AdamW):
 
     def _slot(self, param: Tensor, grad: Tensor | None, number: int) -> Slot:
         state = self.state[param]
+        wanted = {"step"}
+        wanted |= {"ema"} if self._options.ema_decay is not None else set()
+        wanted |= {"reference"} if self._options.radius is not None else set()
+        if not wanted <= state.keys():
+            _refuse_capture(param.device)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param)
@@ -290,6 +295,15 @@ class AdamWEma(torch.optim.AdamW):
             self._shadows.get(param),
             state["reference"] if self._options.radius is not None else None,
             number,
+        )
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """State that a CUDA graph made would hold nothing until its first replay."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{OP}: a step can be captured into a CUDA graph only after a step outside a capture "
+            "with the same parameters; run one as warm-up before each capture"
         )
 
 
