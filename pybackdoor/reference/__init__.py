@@ -1,5 +1,6 @@
 """Every op in plain eager PyTorch: the oracle, the baseline and the last backend."""
 
+from .adamw_ema import adamw_ema, weight_noise
 from .contrastive_par import contrastive_par
 from .trigger_normalize import (
     augment_decisions,
@@ -13,6 +14,7 @@ from .trigger_normalize import (
 from .trigger_normalize_backward import trigger_normalize_backward
 
 __all__ = [
+    "adamw_ema",
     "augment_decisions",
     "augment_normalized",
     "contrastive_par",
@@ -22,4 +24,5 @@ __all__ = [
     "quantize",
     "trigger_normalize",
     "trigger_normalize_backward",
+    "weight_noise",
 ]
