@@ -29,7 +29,7 @@ def random_problem(
     stretch=1.0,
     device="cpu",
 ):
-    """Mixed weights, invalid and suspect images, a row without length.
+    """Mixed weights, invalid and suspect images, rows without length, and nearly so.
 
     around: numbers of other ranks' images, before and after this rank's.
     far: all features alike but for the sign of text and image, so that all cosines are near -1.
@@ -57,6 +57,7 @@ def random_problem(
     elif rows > 3:
         text[rows // 2] = 0
         image[-1] = 0
+        text[0] *= 1e-14
     if not normalize:
         text, image = (
             stretch * x / x.norm(dim=1, keepdim=True).clamp_min(1e-6) for x in (text, image)

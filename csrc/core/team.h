@@ -75,6 +75,14 @@ PB_HD auto reduce(HostTeam<lanes>, F f) -> decltype(f(0)) {
   return part[0];
 }
 
+// Runs take(i), by the whole team, for the i of [begin, end) that wanted(i) holds for, in order.
+template <int lanes, typename W, typename F>
+PB_HD void each_where(HostTeam<lanes>, int64_t begin, int64_t end, W wanted, F take) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (wanted(i)) take(i);
+  }
+}
+
 template <int lanes>
 PB_HD bool leads(HostTeam<lanes>) {
   return true;
@@ -111,6 +119,19 @@ PB_HD auto reduce(const WarpTeam& team, F f) -> decltype(f(0)) {
   for (int step = 16; step > 0; step /= 2) part = combine(part, from_lane(part, step));
 #endif
   return part;
+}
+
+// Lanes ask for neighbours: a warp looks through 32 at a time.
+template <typename W, typename F>
+PB_HD void each_where(const WarpTeam& team, int64_t begin, int64_t end, W wanted, F take) {
+#ifdef __CUDA_ARCH__
+  PB_ROLLED
+  for (int64_t first = begin; first < end; first += 32) {
+    const int64_t i = first + team.lane;
+    uint32_t found = __ballot_sync(0xFFFFFFFFu, i < end && wanted(i));
+    for (; found != 0; found &= found - 1) take(first + __ffs(static_cast<int>(found)) - 1);
+  }
+#endif
 }
 
 PB_HD bool leads(const WarpTeam& team) { return team.lane == 0; }

@@ -252,16 +252,6 @@ PB_HD void log_positive(const ContrastiveParArgs& args, int64_t image, const Tea
   if (leads(team)) out<A>(args.log_p)[image] = value(sum);
 }
 
-// Whether a line's sum has to be formed again; line < M is a text row, else column line - M.
-template <typename A>
-PB_HD bool lse_wanted(const ContrastiveParArgs& args, int64_t line) {
-  if (line < args.rows) {
-    return in<A>(args.weight)[line] != 0 && needs_fixing(in<A>(args.r)[line]);
-  }
-  const int64_t column = line - args.rows;
-  return in<A>(args.column_weight)[column] != 0 && needs_fixing(in<A>(args.c)[column]);
-}
-
 template <typename A>
 PB_HD void put_lse(const ContrastiveParArgs& args, int64_t line, A value) {
   if (line < args.rows) {
@@ -269,6 +259,18 @@ PB_HD void put_lse(const ContrastiveParArgs& args, int64_t line, A value) {
   } else {
     out<A>(args.col_lse)[line - args.rows] = value;
   }
+}
+
+// Whether a line's sum has to be formed again; else its entry is 0. Line < M is a text row, else
+// column line - M.
+template <typename A>
+PB_HD bool lse_wanted(const ContrastiveParArgs& args, int64_t line) {
+  const bool is_row = line < args.rows;
+  const int64_t own = is_row ? line : line - args.rows;
+  const bool wanted = in<A>(is_row ? args.weight : args.column_weight)[own] != 0 &&
+                      needs_fixing(in<A>(is_row ? args.r : args.c)[own]);
+  if (!wanted) put_lse(args, line, A(0));
+  return wanted;
 }
 
 template <typename H, int W, typename Team>
@@ -281,11 +283,13 @@ PB_HD void lse_line(const ContrastiveParArgs& args, int64_t line, bool aligned, 
   const H* x = in<H>(is_row ? args.that : args.ihat) + own * size;
   const H* y = in<H>(is_row ? args.ihat : args.that);
   LogSum<A> sum = empty_log_sum<A>();
-  for (int64_t other = 0; other < others; ++other) {
-    if (is_masked<A>(args, is_row ? own : other, is_row ? other : own)) continue;
-    if (!is_row && !(in<A>(args.weight)[other] > 0)) continue;
+  const auto counts = [&](int64_t other) {
+    return !is_masked<A>(args, is_row ? own : other, is_row ? other : own) &&
+           (is_row || in<A>(args.weight)[other] > 0);
+  };
+  each_where(team, 0, others, counts, [&](int64_t other) {
     push(&sum, scale * dot<W>(x, y + other * size, size, aligned, team) - shift);
-  }
+  });
   if (leads(team)) put_lse(args, line, value(sum));
 }
 
@@ -398,11 +402,17 @@ PB_HD void fixup_line(const ContrastiveParArgs& args, int64_t line, bool aligned
   const H* x = in<H>(is_row ? args.that : args.ihat) + own * size;
   const H* y = in<H>(is_row ? args.ihat : args.that);
   A* g = out<A>(is_row ? args.g_text : args.g_image) + own * size;
-  for (int64_t other = 0; other < others; ++other) {
+  const auto fixed = [&](int64_t i) { return in<A>(args.row_fix)[i]; };
+  const auto fixed_column = [&](int64_t i, int64_t j) {
+    return in<A>(args.weight)[i] > 0 ? in<A>(args.col_fix)[j] : A(0);
+  };
+  const auto wanted = [&](int64_t other) {
     const int64_t i = is_row ? own : other, j = is_row ? other : own;
-    const A row_fix = in<A>(args.row_fix)[i];
-    const A col_fix = in<A>(args.weight)[i] > 0 ? in<A>(args.col_fix)[j] : 0;
-    if ((row_fix == 0 && col_fix == 0) || is_masked<A>(args, i, j)) continue;
+    return (fixed(i) != 0 || fixed_column(i, j) != 0) && !is_masked<A>(args, i, j);
+  };
+  each_where(team, 0, others, wanted, [&](int64_t other) {
+    const int64_t i = is_row ? own : other, j = is_row ? other : own;
+    const A row_fix = fixed(i), col_fix = fixed_column(i, j);
     const A s = scale * dot<W>(x, y + other * size, size, aligned, team) - shift;
     A ds = row_fix == 0 ? 0 : row_fix * std::exp(s - in<A>(args.row_lse)[i]);
     if (col_fix != 0) ds += col_fix * std::exp(s - in<A>(args.col_lse)[j]);
@@ -416,7 +426,7 @@ PB_HD void fixup_line(const ContrastiveParArgs& args, int64_t line, bool aligned
         store_chunk(g, k, size, aligned, sum);
       });
     });
-  }
+  });
 }
 
 // The gradient of one text row or image.

@@ -14,6 +14,7 @@ using Args = ContrastiveParArgs;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kBlocksPerSm = 3;       // at most 80 registers
 constexpr int kSumLanes = 16;         // threads that share a column's partials
 constexpr int kTotalLanes = 1024;     // one block
 constexpr int64_t kManyRows = 4;      // rows per image from which on a warp takes the image
@@ -23,7 +24,7 @@ __device__ int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
 __device__ int64_t warp_id() { return int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; }
 
 template <typename T, typename H>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     prep_kernel(const __grid_constant__ Args args, bool aligned) {
   if (blockIdx.x == 0 && threadIdx.x < 2) args.flagged[threadIdx.x] = 0;
   const int64_t line = warp_id();
@@ -55,30 +56,20 @@ __global__ void __launch_bounds__(32 * kSumLanes)
   put_sum(args, line, sum);
 }
 
-// Hands the wanted ones among a warp's `share` lines to the warp, one after the other.
-template <typename Wanted, typename Take>
-__device__ void each_wanted(int64_t lines, int32_t share, Wanted wanted, Take take) {
-  const int64_t first = warp_id() * share, line = first + lane_id();
-  const bool mine = lane_id() < share && line < lines && wanted(line);
-  for (uint32_t todo = __ballot_sync(0xFFFFFFFFu, mine); todo != 0; todo &= todo - 1) {
-    take(first + __ffs(static_cast<int>(todo)) - 1);
-  }
-}
-
+// A warp looks through `share` lines for wanted ones.
 template <typename H>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     lse_kernel(const __grid_constant__ Args args, bool aligned, int32_t share) {
-  const auto wanted = [&](int64_t line) {
-    put_lse(args, line, 0.f);
-    return lse_wanted<float>(args, line);
-  };
-  each_wanted(args.rows + args.all_images, share, wanted, [&](int64_t line) {
-    lse_line<H, kChunkOf<H>>(args, line, aligned, WarpTeam{lane_id()});
-  });
+  const WarpTeam team = {lane_id()};
+  const int64_t first = warp_id() * share, lines = args.rows + args.all_images;
+  const auto wanted = [&](int64_t line) { return lse_wanted<float>(args, line); };
+  each_where(team, first, min_of(first + share, lines), wanted,
+             [&](int64_t line) { lse_line<H, kChunkOf<H>>(args, line, aligned, team); });
 }
 
 template <typename Team>
-__global__ void __launch_bounds__(kThreads) finalise_kernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    finalise_kernel(const __grid_constant__ Args args) {
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t image = thread / Team::lanes;
   if (image >= args.all_images) return;
@@ -114,18 +105,19 @@ __global__ void __launch_bounds__(kTotalLanes) totals_kernel(const __grid_consta
 __global__ void close_kernel(const __grid_constant__ Args args) { close<float>(args); }
 
 template <typename H>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     fixup_kernel(const __grid_constant__ Args args, bool aligned, int32_t share) {
   if (args.flagged[0] == 0 && args.flagged[1] == 0) return;
+  const WarpTeam team = {lane_id()};
+  const int64_t first = warp_id() * share, lines = args.rows + args.all_images;
   const auto wanted = [&](int64_t line) { return fixup_wanted<float>(args, line); };
-  each_wanted(args.rows + args.all_images, share, wanted, [&](int64_t line) {
-    fixup_line<H, kChunkOf<H>>(args, line, aligned, WarpTeam{lane_id()});
-  });
+  each_where(team, first, min_of(first + share, lines), wanted,
+             [&](int64_t line) { fixup_line<H, kChunkOf<H>>(args, line, aligned, team); });
 }
 
 // The first `texts` warps take text rows, the others images.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     normalize_backward_kernel(const __grid_constant__ Args args, bool aligned, int64_t texts,
                               int64_t images) {
   const int64_t line = warp_id();

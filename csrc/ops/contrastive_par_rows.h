@@ -180,11 +180,10 @@ static void prep_lines(const ContrastiveParArgs& args, int64_t begin, int64_t en
 
 template <typename H, int width, int lanes>
 static void lse_range(const ContrastiveParArgs& args, int64_t begin, int64_t end) {
-  for (int64_t line = begin; line < end; ++line) {
-    put_lse(args, line, Acc<H>(0));
-    if (!lse_wanted<Acc<H>>(args, line)) continue;
-    lse_line<H, kWidth<width, H>>(args, line, true, HostTeam<lanes>());
-  }
+  const HostTeam<lanes> team;
+  const auto wanted = [&](int64_t line) { return lse_wanted<Acc<H>>(args, line); };
+  each_where(team, begin, end, wanted,
+             [&](int64_t line) { lse_line<H, kWidth<width, H>>(args, line, true, team); });
 }
 
 template <int width, int lanes>
@@ -197,10 +196,10 @@ static void lse_lines(const ContrastiveParArgs& args, int64_t begin, int64_t end
 
 template <typename H, int width, int lanes>
 static void fixup_range(const ContrastiveParArgs& args, int64_t begin, int64_t end) {
-  for (int64_t line = begin; line < end; ++line) {
-    if (!fixup_wanted<Acc<H>>(args, line)) continue;
-    fixup_line<H, kWidth<width, H>>(args, line, true, HostTeam<lanes>());
-  }
+  const HostTeam<lanes> team;
+  const auto wanted = [&](int64_t line) { return fixup_wanted<Acc<H>>(args, line); };
+  each_where(team, begin, end, wanted,
+             [&](int64_t line) { fixup_line<H, kWidth<width, H>>(args, line, true, team); });
 }
 
 template <int width, int lanes>
