@@ -307,7 +307,7 @@ const RowOps& avx512_rows() {
                                  window_float_row,
                                  widen_row,
                                  widen_planes_rows,
-                                 accumulate_row};
+                                 accumulate_rows};
   return ops;
 }
 

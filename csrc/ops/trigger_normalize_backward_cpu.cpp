@@ -1,6 +1,7 @@
 // The CPU backend of the backward pass: tiles of the window, through which the samples pass.
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #include "core/check.h"
 #include "core/parallel.h"
@@ -28,7 +29,7 @@ void check_trigger_normalize_backward(const TriggerNormalizeBackwardArgs& args) 
 
 namespace {
 
-constexpr int kTile = 1024;  // window pixels: 24 KB of sums stay in L1
+constexpr int kTile = 2048;  // window pixels: the 48 KB of a slice's sums stay in L2
 
 // One thread's work: a tile of a trigger's window.
 class GradWorker {
@@ -48,9 +49,10 @@ class GradWorker {
         const int64_t b = sample_at(args_, i);
         const SamplePlan& plan = plans_[static_cast<size_t>(b)];
         if (!plan.triggered || plan.trigger != trigger) continue;
-        if (i + 1 < range.end) prefetch(sample_at(args_, i + 1), first, n);
+        if (i + 2 < range.end) prefetch(sample_at(args_, i + 2), first, n);
         add(plan, b, trigger, first, n);
       }
+      flush(n);
       for (int k = 0; k < (args_.mask_grad ? 6 : 3); ++k) {
         for (int64_t i = 0; i < n; ++i) totals_[k][i] = add_rn(totals_[k][i], sums_[k][i]);
       }
@@ -63,26 +65,12 @@ class GradWorker {
   }
 
  private:
-  // Fetches what the next sample holds for this tile, where a window covers the whole image.
+  // Fetches the levels of a sample to come: to split them is to wait for them.
   void prefetch(int64_t b, int64_t first, int64_t n) const {
     const SamplePlan& plan = plans_[static_cast<size_t>(b)];
-    if (!flat(plan)) return;
-    const int64_t plane = f_.height * f_.width, size = dtype_size(f_.dtype);
-    const int64_t pixel = plan.y * f_.width + first;
-    const bool nhwc = f_.input_layout == InputLayout::kNhwc;
-    const char* image = reinterpret_cast<const char*>(f_.images) + b * 3 * plane;
-    const char* grad = static_cast<const char*>(f_.out) + b * 3 * plane * size;
-    fetch(image, plane, 1, pixel, n, nhwc);
-    fetch(grad, plane, size, pixel, n, f_.layout != Layout::kNchw);
-  }
-
-  static void fetch(const char* p, int64_t plane, int64_t size, int64_t pixel, int64_t n,
-                    bool interleaved) {
-    const int64_t runs = interleaved ? 1 : 3, bytes = n * size * (interleaved ? 3 : 1);
-    p += pixel * size * (interleaved ? 3 : 1);
-    for (int64_t k = 0; k < runs; ++k, p += plane * size) {
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 0);
-    }
+    if (!flat(plan) || f_.input_layout != InputLayout::kNhwc) return;
+    const uint8_t* p = f_.images + (b * f_.height * f_.width + plan.y * f_.width + first) * 3;
+    for (int64_t at = 0; at < 3 * n; at += 64) __builtin_prefetch(p + at);
   }
 
   // The window's rows follow each other in the image.
@@ -92,7 +80,12 @@ class GradWorker {
   }
 
   void add(const SamplePlan& plan, int64_t b, int64_t trigger, int64_t first, int64_t n) {
-    if (flat(plan)) return segment(plan, b, trigger, first, 0, plan.y * f_.width + first, n);
+    if (flat(plan)) {  // the same pixels of the tile each time: these can wait for each other
+      segment(plan, b, trigger, first, 0, plan.y * f_.width + first, n);
+      if (waiting_ == kTogether) flush(n);
+      return;
+    }
+    flush(n);
     const int64_t w = f_.window_width;
     for (int64_t done = 0; done < n;) {
       const int64_t row = (first + done) / w, col = (first + done) % w;
@@ -100,20 +93,27 @@ class GradWorker {
       const int64_t x0 = max_of(plan.x + col, 0), x1 = min_of(plan.x + col + count, f_.width);
       if (y >= 0 && y < f_.height && x0 < x1) {
         segment(plan, b, trigger, first, done + x0 - plan.x - col, y * f_.width + x0, x1 - x0);
+        flush(x1 - x0);
       }
       done += count;
     }
   }
 
-  // n pixels of the image from `pixel` on, which are those of the tile from `at` on.
+  // Adds the samples that wait, each n pixels, to the sums.
+  void flush(int64_t n) {
+    for (auto& rows : rows_) ops_.accumulate(rows, waiting_, n);
+    waiting_ = 0;
+  }
+
+  // n pixels of the image from `pixel` on, which are those of the tile from `at` on: they wait.
   void segment(const SamplePlan& plan, int64_t b, int64_t trigger, int64_t first, int64_t at,
                int64_t pixel, int64_t n) {
     const int64_t plane = f_.height * f_.width;
     const uint8_t* q[3];
     if (f_.input_layout == InputLayout::kNhwc) {
-      uint8_t* planes[3] = {levels_[0], levels_[1], levels_[2]};
+      uint8_t* planes[3];
+      for (int c = 0; c < 3; ++c) q[c] = planes[c] = levels_[waiting_][c];
       ops_.split(f_.images + (b * plane + pixel) * 3, planes, n);
-      for (int c = 0; c < 3; ++c) q[c] = levels_[c];
     } else {
       for (int c = 0; c < 3; ++c) q[c] = f_.images + (b * 3 + c) * plane + pixel;
     }
@@ -122,13 +122,17 @@ class GradWorker {
     const int64_t area = f_.window_height * f_.window_width, w = first + at;
     for (int c = 0; c < 3; ++c) {
       const int64_t channel = trigger * f_.mask_channels + (f_.mask_channels == 3 ? c : 0);
-      ops_.accumulate(
-          GradRow{grad[c], q[c], gradient_strength(f_, plan), sums_[c] + at,
-                  args_.mask_grad ? sums_[3 + c] + at : nullptr,
-                  f_.pattern + (trigger * 3 + c) * area + w,
-                  f_.mask ? f_.mask + channel * area + w : nullptr, plan.rule, clips_samples(f_)},
-          n);
+      rows_[c][waiting_] = {grad[c],
+                            q[c],
+                            gradient_strength(f_, plan),
+                            sums_[c] + at,
+                            args_.mask_grad ? sums_[3 + c] + at : nullptr,
+                            f_.pattern + (trigger * 3 + c) * area + w,
+                            f_.mask ? f_.mask + channel * area + w : nullptr,
+                            plan.rule,
+                            clips_samples(f_)};
     }
+    ++waiting_;
   }
 
   void gradients(const SamplePlan& plan, int64_t b, int64_t pixel, int64_t n,
@@ -136,18 +140,18 @@ class GradWorker {
     const int64_t plane = f_.height * f_.width, size = dtype_size(f_.dtype);
     const char* base = static_cast<const char*>(f_.out) + b * 3 * plane * size;
     const bool erase = erases(plan, pixel, n);
-    for (int c = 0; c < 3; ++c) grad[c] = values_[c];
+    for (int c = 0; c < 3; ++c) grad[c] = values_[waiting_][c];
     if (f_.layout == Layout::kNchw) {
       for (int c = 0; c < 3; ++c) {
         const char* p = base + (c * plane + pixel) * size;
         if (f_.dtype == DType::kFloat32 && !erase) {
           grad[c] = reinterpret_cast<const float*>(p);
         } else {
-          ops_.widen(p, f_.dtype, values_[c], n);
+          ops_.widen(p, f_.dtype, values_[waiting_][c], n);
         }
       }
     } else if (f_.layout == Layout::kChannelsLast) {
-      float* planes[3] = {values_[0], values_[1], values_[2]};
+      float* planes[3] = {values_[waiting_][0], values_[waiting_][1], values_[waiting_][2]};
       ops_.widen_planes(base + pixel * 3 * size, f_.dtype, planes, n);
     } else {
       const int64_t p = f_.patch_size, per_row = f_.width / p;
@@ -156,14 +160,15 @@ class GradWorker {
         const int64_t count = min_of(p - x % p, n - done);
         const int64_t at = (y / p * per_row + x / p) * 3 * p * p + y % p * p + x % p;
         for (int c = 0; c < 3; ++c) {
-          ops_.widen(base + (at + c * p * p) * size, f_.dtype, values_[c] + done, count);
+          ops_.widen(base + (at + c * p * p) * size, f_.dtype, values_[waiting_][c] + done, count);
         }
         done += count;
       }
     }
     if (!erase) return;
     for_erased(plan, pixel, n, [&](int64_t from, int64_t count) {
-      for (auto& values : values_) std::memset(values + from, 0, static_cast<size_t>(count) * 4);
+      for (auto& values : values_[waiting_])
+        std::memset(values + from, 0, static_cast<size_t>(count) * 4);
     });
   }
 
@@ -192,8 +197,10 @@ class GradWorker {
   const std::vector<SamplePlan>& plans_;
   alignas(64) float sums_[6][kTile];    // of one slice: sum, moment of each channel
   alignas(64) float totals_[6][kTile];  // of the slices before
-  alignas(64) float values_[3][kTile];
-  alignas(64) uint8_t levels_[3][kTile];
+  int waiting_ = 0;
+  GradRow rows_[3][kTogether];
+  alignas(64) float values_[kTogether][3][kTile];
+  alignas(64) uint8_t levels_[kTogether][3][kTile];
 };
 
 template <DType dtype, bool clip>
@@ -258,10 +265,10 @@ std::string trigger_normalize_backward_cpu(const TriggerNormalizeBackwardArgs& a
   const RowOps& ops = find_rows(isa);
   const int64_t area = f.window_height * f.window_width, tiles = (area + kTile - 1) / kTile;
   parallel_for(f.num_triggers * tiles, 1, threads, [&](int64_t begin, int64_t end) {
-    GradWorker worker(args, ops, plans);
+    const auto worker = std::make_unique<GradWorker>(args, ops, plans);  // 220 KB
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item % tiles * kTile;
-      worker.run(item / tiles, first, min_of(kTile, area - first));
+      worker->run(item / tiles, first, min_of(kTile, area - first));
     }
   });
   return ops.name;

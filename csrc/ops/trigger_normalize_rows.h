@@ -46,6 +46,8 @@ struct FloatRow {
   DType dtype;
 };
 
+constexpr int kTogether = 4;  // samples added in one pass over the sums
+
 // What one sample adds to the batch sums of one channel of a window; see
 // trigger_normalize_backward.h.
 struct GradRow {
@@ -81,7 +83,8 @@ struct RowOps {
   // n elements of a dtype to floats; [n, 3] of a dtype to three planes of floats.
   void (*widen)(const void* values, DType dtype, float* out, int64_t n);
   void (*widen_planes)(const void* values, DType dtype, float* const planes[3], int64_t n);
-  void (*accumulate)(const GradRow& row, int64_t n);
+  // Adds `count` <= kTogether samples, in order; they share sum, moment, t, m and clip.
+  void (*accumulate)(const GradRow* rows, int count, int64_t n);
 };
 
 static inline void split_rows(const uint8_t* pixels, uint8_t* const planes[3], int64_t n) {
@@ -344,9 +347,44 @@ static inline void accumulate_moment(const GradRow& row, int64_t n) {
   accumulate_as<moment, true, false>(row, n);
 }
 
-static inline void accumulate_row(const GradRow& row, int64_t n) {
-  if (row.moment) return accumulate_moment<true>(row, n);
-  accumulate_moment<false>(row, n);
+#if defined(__clang__)
+#define PB_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define PB_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+// Four streams at once: the sums are read and written once, and more of memory is in flight.
+template <bool moment>
+static inline void accumulate_four(const GradRow* rows, int64_t n) {
+  static_assert(kTogether == 4, "one pointer each");
+  const float *g0 = rows[0].grad, *g1 = rows[1].grad, *g2 = rows[2].grad, *g3 = rows[3].grad;
+  const uint8_t *q0 = rows[0].q, *q1 = rows[1].q, *q2 = rows[2].q, *q3 = rows[3].q;
+  const float s0 = rows[0].strength, s1 = rows[1].strength, s2 = rows[2].strength;
+  const float s3 = rows[3].strength;
+  float* __restrict sum = rows[0].sum;
+  float* __restrict product = rows[0].moment;
+  const auto level = [](uint8_t x) { return static_cast<float>(static_cast<int32_t>(x)); };
+  PB_INDEPENDENT  // too many pointers for the compiler to check
+      for (int64_t i = 0; i < n; ++i) {
+    const float t0 = mul_rn(g0[i], s0), t1 = mul_rn(g1[i], s1);
+    const float t2 = mul_rn(g2[i], s2), t3 = mul_rn(g3[i], s3);
+    sum[i] = add_rn(add_rn(add_rn(add_rn(sum[i], t0), t1), t2), t3);
+    if (moment) {
+      float p = add_rn(product[i], mul_rn(t0, level(q0[i])));
+      p = add_rn(p, mul_rn(t1, level(q1[i])));
+      p = add_rn(p, mul_rn(t2, level(q2[i])));
+      product[i] = add_rn(p, mul_rn(t3, level(q3[i])));
+    }
+  }
+}
+
+static inline void accumulate_rows(const GradRow* rows, int count, int64_t n) {
+  if (count == kTogether && !rows[0].clip) {
+    return rows[0].moment ? accumulate_four<true>(rows, n) : accumulate_four<false>(rows, n);
+  }
+  for (int k = 0; k < count; ++k) {
+    rows[k].moment ? accumulate_moment<true>(rows[k], n) : accumulate_moment<false>(rows[k], n);
+  }
 }
 
 #define PB_GENERIC_ROWS(name) \
@@ -363,7 +401,7 @@ static inline void accumulate_row(const GradRow& row, int64_t n) {
    window_float_row,          \
    widen_row,                 \
    widen_planes_rows,         \
-   accumulate_row}
+   accumulate_rows}
 
 // The rows for an instruction set, "auto" the best; throws std::invalid_argument.
 const RowOps& find_rows(const std::string& isa);
