@@ -1,4 +1,4 @@
-"""adamw_ema on a GPU, as far as that goes without one: the CUDA compiler, Triton's interpreter.
+"""adamw_ema on a GPU, as far as it is tested without one: by CUDA's compiler, in the interpreter.
 
 The Triton kernels' machine code is looked at where that of all ops is.
 """
