@@ -2,10 +2,10 @@
 
     python compile_kernels.py [--op OP] [--jobs N] [--table]
 
-Every variant of every module under pybackdoor.kernels is compiled for each of its architectures, in
-the forms that a launch can specialise it to, and the machine code is read back. It prints the Triton
-version on the first line, then one JSON object for each compilation; --table is for people. Run it
-with TRITON_CACHE_DIR set and without TRITON_INTERPRET.
+Every variant of every module under pybackdoor.kernels is compiled for each of its architectures,
+in the forms that a launch can specialise it to, and the machine code is read back. It prints the
+Triton version on the first line, then one JSON object for each compilation; --table is for people.
+Run it with TRITON_CACHE_DIR set and without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def forms(op: str, variant: Any) -> list[str]:
     of each kernel is compiled so.
     """
     arguments = specialised(variant)
-    found = ["aligned", "plain"] if arguments else ["aligned"]
+    found = variant.forms if arguments else ("aligned",)
     sizes = [a for a in arguments if variant.signature[a][0] != "*"]
     first = next(v for v in variants(op) if v.kernel is variant.kernel)
     return [*found, "ones"] if sizes and variant is first else found
@@ -128,7 +128,7 @@ def compile_one(job: tuple[str, int, int, str]) -> dict[str, Any]:
         )
         return row | {"shared": compiled.metadata.shared} | inspect(compiled.asm["cubin"])
     except Exception as error:  # what a kernel can fail with is the compiler's own affair
-        return row | {"error": f"{type(error).__name__}: {error}"}
+        return row | {"error": f"{type(error).__name__}: {error}"[-1500:]}
 
 
 def main() -> None:
