@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pybackdoor.kernels._contrastive_par_math import LOG2E, exp, score_shift
+from pybackdoor.kernels._contrastive_par_math import LOG2E, exp, score_shift, types_of
 from pybackdoor.kernels._variant import Variant, arch_of
 
 __all__ = ["PRECISIONS", "exp_block", "gradients", "partials", "variants"]
@@ -338,26 +338,22 @@ def gradients(
 
 def variants() -> list[Variant]:
     """Every kernel and configuration that the launchers above can choose."""
-    f, i = "*fp32", "*i32"
     found = {}
     for (arch, precision), tiles in TILES.items():
-        x = "*bf16" if precision == "bf16" else f
-        exp_signature = {"that": x, "ihat": x, "owner": i, "weight": f, "bits": "*u8", "scale": f}
-        exp_signature |= {"e": x, "row_partial": f, "col_partial": f}
-        exp_signature |= dict.fromkeys(EXP_SIZES, "i32")
-        signature = {"e": x, "hat": x, "weight": f, "alpha": f, "beta": f, "out": f}
-        signature |= dict.fromkeys(GRADIENT_SIZES, "i32")
+        x = "*bf16" if precision == "bf16" else "*fp32"
+        exp_types = types_of(exp_kernel, EXP_SIZES, {"that": x, "ihat": x, "e": x})
+        types = types_of(gradient_kernel, GRADIENT_SIZES, {"e": x, "hat": x})
         for tile, unit in zip(tiles, (UNIT, UNIT, 1), strict=True):
             sizes = {"UNIT": unit, "BM": tile.rows, "BN": tile.columns, "BK": tile.depth}
             sizes["PRECISION"] = precision
             launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "matmul": True}
             launch |= {"archs": (arch,), "forms": ("aligned" if unit > 1 else "plain",)}
             name = "_".join(map(str, (arch, precision, *tile, unit)))
-            for kernel, kind, types, more in (
-                (exp_kernel, "exp", exp_signature, {"GROUP": GROUP}),
-                (gradient_kernel, "text", signature, {"TEXT": True}),
-                (gradient_kernel, "image", signature, {"TEXT": False}),
+            for kernel, kind, signature, more in (
+                (exp_kernel, "exp", exp_types, {"GROUP": GROUP}),
+                (gradient_kernel, "text", types, {"TEXT": True}),
+                (gradient_kernel, "image", types, {"TEXT": False}),
             ):
                 full = f"{kind}_{name}"
-                found[full] = Variant(kernel, full, types, sizes | more, **launch)
+                found[full] = Variant(kernel, full, signature, sizes | more, **launch)
     return list(found.values())

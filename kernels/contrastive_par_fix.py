@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pybackdoor.kernels._contrastive_par_math import exp, score_shift
+from pybackdoor.kernels._contrastive_par_math import exp, needs_fixing, score_shift, types_of
 from pybackdoor.kernels._variant import Variant
-from pybackdoor.kernels.contrastive_par_rows import needs_fixing
 
 __all__ = ["fixup", "lse", "variants"]
 
@@ -266,14 +265,12 @@ def fixup(
 def variants() -> list[Variant]:
     """Every kernel and configuration that the launchers above can choose."""
     found = []
-    integers = {"owner": "*i32", "bits": "*u8", "flagged": "*i32"}
     for hat in ("*fp32", "*bf16"):
         for kernel, name, sizes, constexprs in (
             (lse_kernel, "lse", LSE_SIZES, SHAPE),
             (fix_kernel, "fixup", FIX_SIZES, SHAPE | {"WIDTH": WIDTH}),
         ):
-            known = integers | {"that": hat, "ihat": hat} | dict.fromkeys(sizes, "i32")
-            types = {n: known.get(n, "*fp32") for n in kernel.arg_names if not n.isupper()}
+            types = types_of(kernel, sizes, {"that": hat, "ihat": hat})
             full = f"{name}_{hat[1:]}"
             found.append(Variant(kernel, full, types, constexprs, 4, 2, forms=("aligned",)))
     return found

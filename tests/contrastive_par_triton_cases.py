@@ -2,9 +2,9 @@
 
     TRITON_INTERPRET=1 python contrastive_par_triton_cases.py [CASE ...]
 
-runs them in Triton's interpreter on the CPU. Every stage gets the oracle's numbers, so that an error
-is its own. Outputs start as NaN and lie between guards that must not change; so do the inputs, whose
-guards are NaN, so that what is read beside them shows.
+runs them in Triton's interpreter on the CPU. Every stage gets the oracle's numbers, so that an
+error is its own. Outputs start as NaN and lie between guards that must not change; so do the
+inputs, whose guards are NaN, so that what is read beside them shows.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ import torch
 from contrastive_par_stages import SUSPECT, VALID, Problem
 from torch import Tensor
 
-from pybackdoor.kernels import contrastive_par, contrastive_par_fix, contrastive_par_rows
+from pybackdoor.kernels import (
+    contrastive_par,
+    contrastive_par_factors,
+    contrastive_par_fix,
+    contrastive_par_rows,
+)
 
 GUARD = 64  # elements on either side; keeps 16-byte alignment
-# Of a stage's largest value, and for sums of positive terms of each value.
-TOLERANCES = {"ieee": 2e-5, "tf32x3": 2e-5, "tf32": 2e-2, "bf16": 1e-2}
+# Of a stage's largest value, for E and its sums of each value. At s = 100 an error of 2^-24 in a
+# cosine is 6e-6 in E; E and dS are rounded to bf16; tf32 drops 13 bits of the features.
+TOLERANCES = {"ieee": 5e-5, "tf32x3": 2e-4, "tf32": 4e-2, "bf16": 1e-2}
 
 
 class Case(NamedTuple):
@@ -244,7 +250,7 @@ def run_case(name: str, case: Case, device: str, precision: str) -> None:
     want = [torch.zeros(k, **double) for k in (m, total, n)]
     oracle.sums(p, r_partial, c_partial, target, *want)
     got = [b.make(x.shape) for x in want]
-    contrastive_par_rows.sums(q, *map(b.take, (r_partial, c_partial, target)), *got)
+    contrastive_par_factors.sums(q, *map(b.take, (r_partial, c_partial, target)), *got)
     for what, x, y in zip(("r", "c"), got, want, strict=False):
         b.same(f"sums {what}", x, y, each=True, tolerance=exact)
     b.same("sums log_p", got[2], want[2], tolerance=exact)
@@ -270,7 +276,7 @@ def run_case(name: str, case: Case, device: str, precision: str) -> None:
     oracle.finalise(p, target, r, c, log_p, *fixed, *want, flagged)
     got, got_flagged = [b.make(x.shape) for x in want], b.make((2,), torch.int32, 0)
     inputs = (b.take(x) for x in (target, r, c, log_p, *fixed))
-    contrastive_par_rows.finalise(q, *inputs, *got, got_flagged)
+    contrastive_par_factors.finalise(q, *inputs, *got, got_flagged)
     names = "alpha beta coef row_fix col_fix loss_row loss_col".split()
     for what, x, y in zip(names, got, want, strict=True):
         b.same(f"finalise {what}", x, y, each=what in ("alpha", "beta"), tolerance=1e-4)
@@ -286,14 +292,14 @@ def run_case(name: str, case: Case, device: str, precision: str) -> None:
     want_total, want_stats = torch.zeros(5, **double), torch.zeros(6, **double)
     oracle.totals(p, loss_row, loss_col, dist_text, dist_image, want_total)
     got_total = b.make((5,))
-    contrastive_par_rows.totals(
+    contrastive_par_factors.totals(
         q, *map(b.take, (loss_row, loss_col, dist_text, dist_image)), got_total
     )
     b.same("totals", got_total, want_total, each=True, tolerance=exact)
     for tau in (1e-6, 1.9, float("inf")):
         oracle.close(want_total, 0.5, tau, want_stats)
         got_stats = b.make((6,))
-        contrastive_par_rows.close(b.take(want_total), 0.5, tau, got_stats)
+        contrastive_par_factors.close(b.take(want_total), 0.5, tau, got_stats)
         b.same(f"close {tau}", got_stats, want_stats, tolerance=exact)
     b.check_guards("totals, close")
 
