@@ -12,8 +12,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pybackdoor.kernels._contrastive_par_math import (
     exp,
     needs_fixing,
@@ -23,6 +21,7 @@ from pybackdoor.kernels._contrastive_par_math import (
     types_of,
 )
 from pybackdoor.kernels._variant import Variant
+from torch import Tensor
 
 __all__ = ["close", "finalise", "sums", "totals", "variants"]
 
