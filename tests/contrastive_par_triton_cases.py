@@ -143,7 +143,7 @@ def make_problem(case: Case) -> tuple[Problem, Tensor]:
     bits = torch.full((total,), VALID, dtype=torch.uint8)
     if case.mixed:
         weight *= torch.tensor([1, 1, -1, 0, 1])[torch.arange(m) % 5]
-        bits[torch.arange(total) % 7 == 4] = SUSPECT  # not valid
+        bits[torch.arange(total) % 5 == 4] = SUSPECT  # not valid
         bits[torch.arange(total) % 3 == 1] |= SUSPECT
         v[torch.arange(total) % 8 == 3] = 0
     valid = (bits & VALID) != 0
@@ -152,8 +152,8 @@ def make_problem(case: Case) -> tuple[Problem, Tensor]:
     if not case.normalize:
         text, image = 1.02 * unit(text), 0.97 * unit(image)
     refs = [unit(x + normal(*x.shape)) if case.refs else None for x in (text, image)]
-    if case.refs and case.images > 1 and case.normalize:
-        image[0] = 0  # below the smallest norm
+    if case.images > 1 and case.normalize and case.dtype != torch.float16:  # else d overflows
+        image[0] *= 5e-13 / image[0].norm()  # below the smallest norm
     if case.nan:
         text[2, 5] = torch.nan
         image[4, 0] = torch.nan  # not valid: must not be seen
@@ -357,7 +357,8 @@ def run_case(name: str, case: Case, device: str, precision: str) -> None:
         for k, (x, y) in enumerate(zip(got, pick, strict=True)):
             if y is not None:
                 what = "d_text d_image dot_text dot_image".split()[k]
-                b.same(f"normalize_backward {what}", x, y, tolerance=rounding)
+                for rows in (slice(1), slice(1, None)):  # the first image's norm is tiny
+                    b.same(f"normalize_backward {what}", x[rows], y[rows], tolerance=rounding)
         b.check_guards("normalize_backward")
 
 
