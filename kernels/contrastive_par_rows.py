@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["normalize_backward", "prep", "variants"]
 
 EPS = tl.constexpr(1e-12)  # smallest norm that a row is divided by
-BLOCKS = {512: 2, 1024: 4, 4096: 8}  # features that a program holds: its warps
+BLOCKS = {512: 2, 1024: 4, 4096: 16}  # features that a program holds: its warps
 UNIT = 16  # a depth that is a multiple of it is read 16 bytes at a time
 DTYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 PREP_SIZES = "text_rows depth offset normalize has_text_ref has_image_ref".split()
