@@ -1,28 +1,38 @@
-"""What every benchmark shares: rows, interleaved timing, the JSON file.
+"""What every benchmark shares: the row, the options, the report.
 
-A row: kernel, provider, mode, shape, dtype, device, threads, ms_median, ms_p20, ms_p80, rel_error.
+A row says what ran (kernel, provider, mode, case, shape, dtype, precision, device, threads), how
+long it took (ms_median, ms_p20, ms_p80), how wrong it was (rel_error, against fp64), what it
+needed (peak_bytes) and what that is of the machine (gbps, tflops and their % of the ceilings
+measured in the same run). What was not measured is null, and `note` says why; a run that did not
+fit into memory took "inf" ms. `case` tells apart settings of one kernel that share a mode; `run`
+names the process, where one file holds rows of several: ratios are taken within one.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
-import gc
 import json
+import math
 import os
 import platform
-import random
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterable
+import shutil
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from _memory import release_memory as release_memory
+from _timing import interleave as interleave
+from _timing import quantiles as quantiles
 
-FIELDS = ("kernel", "provider", "mode", "shape", "dtype", "device", "threads")
-FIELDS += ("ms_median", "ms_p20", "ms_p80", "rel_error")
+SETTING = ("kernel", "mode", "case", "shape", "dtype", "device", "threads", "run")
+FIELDS = ("kernel", "provider", "mode", "case", "shape", "dtype", "precision", "device", "threads")
+FIELDS += ("ms_median", "ms_p20", "ms_p80", "rel_error", "peak_bytes", "launches")
+FIELDS += ("gbps", "gbps_pct", "tflops", "tflops_pct", "note", "run")
+OURS = "pybackdoor"
+OUT_OF_MEMORY = "out of memory"
+RUN = "PYBACKDOOR_BENCH_RUN"  # environment variable that sets the field run
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -47,92 +57,136 @@ def check_errors(errors: dict[str, float], tolerance: float) -> None:
         raise ValueError(f"relative errors must be <= {tolerance:g}, got {wrong}")
 
 
-def interleave(
-    variants: dict[str, Callable[[], object]], device: str, *, repeats: int, warmup: int = 2
-) -> dict[str, tuple[float, float, float]]:
-    """Times all variants in turn, so that a change of load meets all alike.
+def make_row(
+    kernel: str,
+    provider: str,
+    mode: str,
+    shape: str | tuple[int, ...],
+    dtype: torch.dtype | str,
+    device: str,
+    *,
+    times: tuple[float, float, float] | None = None,
+    num_bytes: float | None = None,
+    num_flops: float | None = None,
+    ceilings: dict[str, float] | None = None,
+    **fields,
+) -> dict:
+    """A row with every field; num_bytes and num_flops are what the operation needs at least.
 
-    The order is drawn anew for each turn: a variant finds in the caches what the one before left.
-
-    Returns:
-        {name: (median, 20th, 80th percentile)} in ms; on CUDA from event pairs.
+    Args:
+        times: (median, p20, p80) in ms.
+        ceilings: {"gbps": ..., "tflops": ...} of this device and run.
+        fields: any other of FIELDS.
     """
-    for run in variants.values():
-        for _ in range(warmup):
-            run()
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    order, generator = list(variants.items()), random.Random(0)
-    for _ in range(repeats):
-        generator.shuffle(order)
-        for name, run in order:
-            if device == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda.synchronize()
-                start.record()
-                run()
-                end.record()
-                torch.cuda.synchronize()
-                times[name].append(start.elapsed_time(end))
-            else:
-                begin = time.perf_counter()
-                run()
-                times[name].append((time.perf_counter() - begin) * 1e3)
-    return {name: quantiles(values) for name, values in times.items()}
-
-
-def release_memory() -> None:
-    """Gives freed memory back to the system, so that no setting starts on another's warm pages."""
-    gc.collect()
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-        if trim is not None:
-            trim(0)
-
-
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
-    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-    return statistics.median(values), cuts[0], cuts[3]
-
-
-def cpu_name() -> str:
-    """The CPU's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    unknown = set(fields) - set(FIELDS)
+    if unknown:
+        raise TypeError(f"make_row: no such fields: {sorted(unknown)}")
+    row = dict.fromkeys(FIELDS)
+    row |= {"kernel": kernel, "provider": provider, "mode": mode, "device": device}
+    row["shape"] = shape if isinstance(shape, str) else "x".join(map(str, shape))
+    row["dtype"] = dtype if isinstance(dtype, str) else dtype_name(dtype)
+    row |= {"threads": torch.get_num_threads(), "run": os.environ.get(RUN)}
+    row |= fields
+    if times is None:
+        return row
+    row |= dict(zip(("ms_median", "ms_p20", "ms_p80"), times, strict=True))
+    for name, amount, unit in (("gbps", num_bytes, 1e6), ("tflops", num_flops, 1e9)):
+        if amount is not None and math.isfinite(times[0]):
+            row[name] = amount / times[0] / unit
+            if ceilings and ceilings.get(name):
+                row[f"{name}_pct"] = 100 * row[name] / ceilings[name]
+    return row
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--quick", action="store_true", help="only the shapes of the acceptance")
+    options.add_argument(
+        "--tiny", action="store_true", help="a self-check: toy shapes, whose times say nothing"
+    )
     options.add_argument("--json", type=Path, metavar="FILE", help="write rows and machine to FILE")
+    options.add_argument(
+        "--rows", type=Path, metavar="FILE", help="append each row to FILE as it comes"
+    )
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     options.add_argument("--repeats", type=int, default=15, help="timed runs of each variant")
     return options
 
 
+def strict(value):
+    """The value with inf and nan as strings, which strict JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def append_line(path: Path, value: dict) -> None:
+    """One line of JSON at the end of the file, in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(strict(value)) + "\n")
+
+
+class Report:
+    """The rows and notes of one run; each row is saved as it comes."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.rows, self.notes = options, [], []
+        self.load = load_at_start(self.notes)
+        path = options.rows
+        if path and not (path.exists() and '{"machine": ' in path.read_text()):
+            append_line(path, {"machine": machine() | {"load_average": self.load}})
+
+    def add(self, *rows: dict) -> None:
+        """Keeps the rows and appends them to --rows."""
+        for row in rows:
+            self.rows.append(row)
+            if self.options.rows:
+                append_line(self.options.rows, row)
+
+    def note(self, text: str) -> None:
+        """Keeps a remark, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def close(self) -> None:
+        """Prints the table and writes --json."""
+        print_rows(self.rows)
+        for note in self.notes:
+            print(note)
+        if self.options.json:
+            write_json(self.options.json, self.rows, self.notes, self.load)
+
+
 def print_rows(rows: Iterable[dict]) -> None:
     """A table with the ratio of every provider to pybackdoor in the same setting."""
     rows = list(rows)
-    setting = [
-        f for f in FIELDS if f not in ("provider", "ms_median", "ms_p20", "ms_p80", "rel_error")
-    ]
-    ours = {
-        tuple(r[f] for f in setting): r["ms_median"] for r in rows if r["provider"] == "pybackdoor"
-    }
-    print(
-        f"{'provider':24}{'mode':8}{'shape':18}{'dtype':10}{'median ms':>10}{'p20':>9}{'p80':>9}",
-        end="",
-    )
-    print(f"{'vs ours':>9}{'rel_error':>11}")
+
+    def setting(row: dict) -> tuple:
+        return tuple(row.get(f) for f in SETTING)
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(float(value))
+
+    ours = {setting(r): r["ms_median"] for r in rows if r["provider"] == OURS}
+    print(f"{'provider':28}{'mode':10}{'case':8}{'shape':18}{'dtype':10}{'median ms':>10}", end="")
+    print(f"{'p20':>10}{'p80':>10}{'vs ours':>9}{'rel_error':>11}{'peak MB':>9}  note")
     for r in rows:
-        ratio = r["ms_median"] / ours[tuple(r[f] for f in setting)]
-        print(f"{r['provider']:24}{r['mode']:8}{r['shape']:18}{r['dtype']:10}", end="")
-        print(f"{r['ms_median']:10.3f}{r['ms_p20']:9.3f}{r['ms_p80']:9.3f}", end="")
-        print(f"{ratio:8.1f}x{r['rel_error']:11.1e}")
+        base, ms = ours.get(setting(r)), r["ms_median"]
+        ratio = ms / base if base and ms is not None else None
+        peak = r.get("peak_bytes")
+        print(f"{r['provider']:28}{r['mode']:10}{r.get('case') or '-':8}{r['shape']:18}", end="")
+        print(
+            f"{r['dtype']:10}{number(ms, '{:.4f}'):>10}{number(r['ms_p20'], '{:.4f}'):>10}", end=""
+        )
+        print(f"{number(r['ms_p80'], '{:.4f}'):>10}{number(ratio, '{:.2f}x'):>9}", end="")
+        print(f"{number(r['rel_error'], '{:.1e}'):>11}", end="")
+        print(f"{number(None if peak is None else peak / 1e6, '{:.0f}'):>9}", end="")
+        print(f"  {r.get('note') or ''}".rstrip())
 
 
 BUSY = 1.5  # load average; ours is at most 1 before the first run
@@ -146,19 +200,51 @@ def load_at_start(notes: list[str]) -> tuple[float, float, float]:
     return load
 
 
+def cpu_name() -> str:
+    """The CPU's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, where its tool answers."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout else None
+
+
+def machine() -> dict:
+    """Date, versions and devices of this run."""
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    from pybackdoor import build_info
+
+    built = build_info()
+    return {
+        "schema": 2,
+        "date": datetime.date.today().isoformat(),
+        "pybackdoor": built["version"],
+        "cuda_archs": built["cuda_archs"],
+        "torch": torch.__version__,
+        "triton": triton and triton.__version__,
+        "cuda": torch.version.cuda,
+        "driver": driver_version(),
+        "cpu": cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
 def write_json(
     path: Path, rows: list[dict], notes: list[str], load: tuple[float, float, float]
 ) -> None:
     """Rows with the machine that gave them, and its load at the start."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    document = {
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "cpu": cpu_name(),
-        "gpu": gpu,
-        "load_average": load,
-        "notes": notes,
-        "rows": rows,
-    }
+    document = machine() | {"load_average": load, "notes": notes, "rows": [strict(r) for r in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")

@@ -39,15 +39,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _common import (
+    Report,
     check_errors,
     dtype_name,
     interleave,
     load_at_start,
     parser,
-    print_rows,
     relative_error,
     release_memory,
-    write_json,
 )
 
 from pybackdoor._native import _C
@@ -63,6 +62,7 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 # is 1 / 255 / std, over an output of at least (1 - mean) / std: 1 / 255 / (1 - mean), rounded up.
 ONE_LEVEL = 8e-3
 MODES = ("none", "patch", "blend", "warp")
+TINY = [("patch", (2, 48, 48, 3), torch.float32)]
 QUICK = [("blend", (128, 224, 224, 3), dtype) for dtype in (torch.float32, torch.bfloat16)]
 FULL = [
     (mode, shape, dtype)
@@ -74,6 +74,8 @@ FULL = [
 
 class Setting:
     """Images, a trigger and the constants of one benchmark."""
+
+    backend = "inductor"  # of torch.compile
 
     def __init__(self, mode: str, shape: tuple[int, ...], dtype: torch.dtype, device: str):
         generator = torch.Generator().manual_seed(0)
@@ -162,7 +164,9 @@ class Setting:
     def compile_into(self) -> Callable[[], Tensor]:
         """torch.compile of eager into one tensor, used again by every call."""
         out = torch.empty_like(self.eager())
-        compiled = torch.compile(lambda: out.copy_(self.eager()), dynamic=False)
+        compiled = torch.compile(
+            lambda: out.copy_(self.eager()), dynamic=False, backend=self.backend
+        )
         return lambda: compiled()
 
     def exact(self) -> Tensor:
@@ -177,7 +181,7 @@ class Setting:
 
     def providers(self, notes: list[str]) -> dict[str, Callable[[], Tensor]]:
         """Name -> function; what is not installed is noted."""
-        compiled = torch.compile(self.eager, dynamic=False)
+        compiled = torch.compile(self.eager, dynamic=False, backend=self.backend)
         found = {"pybackdoor": self.pybackdoor}
         if self.images.device.type == "cpu":
             found["pybackdoor_fresh"] = self.pybackdoor_fresh
@@ -285,16 +289,12 @@ def test_a_busy_machine_is_noted(monkeypatch):
 def main() -> None:
     options = parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(options.threads)
-    notes: list[str] = []
-    load = load_at_start(notes)
-    rows: list[dict] = []
-    for mode, shape, dtype in QUICK if options.quick else FULL:
-        rows += measure(mode, shape, dtype, options.device, options.repeats, notes)
-    print_rows(rows)
-    for note in notes:
-        print(note)
-    if options.json:
-        write_json(options.json, rows, notes, load)
+    report = Report(options)
+    if options.tiny:
+        Setting.backend = "aot_eager"
+    for mode, shape, dtype in TINY if options.tiny else QUICK if options.quick else FULL:
+        report.add(*measure(mode, shape, dtype, options.device, options.repeats, report.notes))
+    report.close()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Variant(NamedTuple):
@@ -17,6 +20,8 @@ class Variant(NamedTuple):
         archs: compute capabilities it is launched on, of 80 and 90.
         matmul: contains a tensor-core product; tested to compile to HMMA or HGMMA.
         fp_fusion: False where products and sums must be rounded separately.
+        forms: what its arguments can be at run time, see tests/compile_kernels.py: "aligned",
+            pointers and specialised sizes are multiples of 16; "plain", none is.
     """
 
     kernel: Any
@@ -28,3 +33,14 @@ class Variant(NamedTuple):
     archs: tuple[int, ...] = (80, 90)
     matmul: bool = False
     fp_fusion: bool = True
+    forms: tuple[str, ...] = ("aligned", "plain")
+
+
+@cache
+def arch_of(device: torch.device) -> int:
+    """Whose table of configurations a device takes: 90 for Hopper, 80 for all else.
+
+    A CPU, which runs kernels in Triton's interpreter, takes 80's.
+    """
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return 90 if hopper else 80

@@ -9,6 +9,7 @@ from .engine import NonFiniteError
 from .estimates import Estimate
 from .evaluate import Evaluation, Verdict, evaluate, verify_trigger
 from .finetune import finetune_clean
+from .losses import ContrastiveLoss
 from .manifest import Manifest
 from .models import load, save
 from .ops import Augment
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Augment",
     "CleanResult",
+    "ContrastiveLoss",
     "Estimate",
     "Evaluation",
     "Manifest",

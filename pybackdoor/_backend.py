@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from functools import cache
@@ -13,9 +14,10 @@ from pybackdoor._native import cuda_status
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 # What each op has, besides the reference; kernels/<op>.py is its Triton twin.
-NATIVE_CPU = frozenset({"trigger_normalize"})
-NATIVE_CUDA = frozenset({"trigger_normalize"})
-TRITON: frozenset[str] = frozenset()
+NATIVE_CPU = frozenset({"adamw_ema", "contrastive_par", "trigger_normalize"})  # or torch's best
+NATIVE_CUDA = frozenset({"adamw_ema", "contrastive_par", "trigger_normalize"})
+TRITON = frozenset({"adamw_ema", "contrastive_par"})
+TRITON_MATRICES = frozenset({"contrastive_par"})  # matrix products in Triton under either backend
 
 
 class Choice(NamedTuple):
@@ -36,10 +38,24 @@ def _obstacle(name: str, device: torch.device, op: str) -> str | None:
     if device.type != "cuda":
         return f"the tensor is on {device.type}"
     if name == "triton":
-        return None if op in TRITON else f"{op} has no Triton kernel"
+        return _triton_obstacle(device) if op in TRITON else f"{op} has no Triton kernel"
     if op not in NATIVE_CUDA:
         return f"{op} has no native CUDA kernel"
-    return cuda_status(device.index or 0)
+    obstacle = cuda_status(device.index or 0)
+    if obstacle is None and op in TRITON_MATRICES:
+        obstacle = _triton_obstacle(device)
+    return obstacle
+
+
+@cache
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on that device; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the kernels need sm_80, this device is sm_{major}{minor}"
 
 
 @cache

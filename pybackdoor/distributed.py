@@ -60,6 +60,30 @@ class Ranks:
         """[sum(counts), D]: all ranks' rows in rank order; only local ones carry gradients."""
         return x if self.size == 1 else _Gather.apply(x, counts, self.rank)
 
+    def sum_(self, x: Tensor) -> None:
+        """Replace ``x`` by its sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+
+    def sum_scatter(
+        self,
+        x: Tensor,  # [sum(counts), ...], changed
+        counts: list[int],  # rows of each rank
+    ) -> Tensor:
+        """[counts[rank], ...]: this rank's rows of the sum over ranks."""
+        if self.size == 1:
+            return x
+        if dist.get_backend() == "nccl":
+            most = max(counts)
+            padded = x.new_zeros((self.size * most, *x.shape[1:]))
+            for r, rows in enumerate(x.split(counts)):
+                padded[r * most : r * most + counts[r]] = rows
+            mine = x.new_empty((most, *x.shape[1:]))
+            dist.reduce_scatter_tensor(mine, padded)
+            return mine[: counts[self.rank]]
+        dist.all_reduce(x)  # gloo has no reduce_scatter
+        return x.split(counts)[self.rank]
+
     def share(self, x: Tensor) -> Tensor:
         """``x`` with 1/size of its gradient.
 

@@ -1,8 +1,8 @@
 """The training loop that every method shares: an objective and a schedule make it a method.
 
-One step: read a batch, augment and normalise it on the device, encode it with the model, gather the
-features of all ranks, form the objective, back-propagate, check, step the optimiser. Nothing is
-stepped that is not finite, and an interrupted run keeps the state it has reached.
+One step: read a batch, augment and normalise it on the device, encode it with the model, form the
+objective over all ranks, back-propagate, check, step the optimiser. Nothing is stepped that is not
+finite, and an interrupted run keeps the state it has reached.
 """
 
 from __future__ import annotations
@@ -45,12 +45,16 @@ class Objective(Protocol):
 
     def __call__(
         self,
-        image: Tensor,  # [N, D] unit rows of all ranks
-        text: Tensor,  # [N, D] unit rows of all ranks
+        image: Tensor,  # [n, D] unit rows of this rank
+        text: Tensor,  # [n, D] unit rows of this rank
         scale: Tensor,  # [] exp(logit_scale)
-        reference: tuple[Tensor, ...],  # the gathered constants
+        reference: tuple[Tensor, ...],  # the constants
+        counts: list[int] | None,  # pairs of each rank; None for one process
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and named [] tensors for the history."""
+        """The loss of the whole batch, and named [] tensors for the history.
+
+        The ranks' gradients, each of its own rows and share of scale, must add up to the whole.
+        """
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,11 @@ class TrainLog:
     pairs: int = 0
     skipped_batches: int = 0
     seconds: float = 0.0
+
+
+def loss_precision(precision: str) -> str:
+    """Of the loss's matrix products on a GPU: that of the towers' own, or fp32's accuracy."""
+    return "auto" if PRECISIONS[precision] is None else "bf16"
 
 
 class NonFiniteError(RuntimeError):
@@ -194,11 +203,11 @@ def train(
                 view=item.epoch,
             )
             tokens = item.batch.tokens.to(device)
-            image = ranks.gather(encode.image(model, x), item.counts)
-            text = ranks.gather(encode.text(model, tokens), item.counts)
-            constants = tuple(ranks.gather(f, item.counts) for f in objective.reference(x, tokens))
-            temperature = ranks.share(model.logit_scale.exp()) if train_scale else scale(model)
-            loss, terms = objective(image, text, temperature, constants)
+            image, text = encode.image(model, x), encode.text(model, tokens)
+            constants = objective.reference(x, tokens)
+            temperature = model.logit_scale.exp() if train_scale else scale(model)
+            counts = item.counts if ranks.size > 1 else None
+            loss, terms = objective(image, text, temperature, constants, counts)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             ranks.sum_gradients(p for _, p in named)

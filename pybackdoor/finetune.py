@@ -13,25 +13,29 @@ from torch import Tensor, nn
 
 from .batches import Tokenizer
 from .clean import CleanResult, augmentation, clean, two_phase_schedule
-from .engine import Settings, StepHook
-from .losses import contrastive_loss
-from .ops import Augment
+from .engine import Settings, StepHook, loss_precision
+from .ops import Augment, contrastive_par
 
 
 class Contrastive:
     """CLIP's own loss and nothing else."""
+
+    def __init__(self, precision: str = "auto") -> None:
+        self._precision = precision
 
     def reference(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         return ()
 
     def __call__(
         self,
-        image: Tensor,  # [N, D] unit rows
-        text: Tensor,  # [N, D] unit rows
+        image: Tensor,  # [n, D] unit rows
+        text: Tensor,  # [n, D] unit rows
         scale: Tensor,  # []
         reference: tuple[Tensor, ...],
+        counts: list[int] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return contrastive_loss(image, text, scale), {}
+        options = {"normalize": False, "precision": self._precision, "counts": counts}
+        return contrastive_par(text, image, scale, **options).loss, {}
 
 
 def finetune_clean(
@@ -65,7 +69,7 @@ def finetune_clean(
         progress=progress,
     )  # fmt: skip
     return clean(
-        "finetune", model, loader, lambda _: Contrastive(),
+        "finetune", model, loader, lambda _: Contrastive(loss_precision(precision)),
         two_phase_schedule(lr_start, lr, lr_end), settings,
         mean=mean, std=std, tokenizer=tokenizer, device=device, on_step=on_step,
         own={"lr_start": lr_start, "lr": lr, "lr_end": lr_end},

@@ -20,16 +20,18 @@ from torch import Tensor, nn
 
 from .batches import Tokenizer
 from .clean import CleanResult, augmentation, clean, frozen_copy, two_phase_schedule
-from .engine import PRECISIONS, Encoder, Settings, StepHook
-from .losses import contrastive_loss, gate, mean_squared_distance
-from .ops import Augment
+from .engine import PRECISIONS, Encoder, Settings, StepHook, loss_precision
+from .ops import Augment, contrastive_par
 
 
 class PerturbAndRecover:
     """The PAR objective against a frozen poisoned model."""
 
-    def __init__(self, poisoned: nn.Module, tau: float, encode: Encoder) -> None:
+    def __init__(
+        self, poisoned: nn.Module, tau: float, encode: Encoder, precision: str = "auto"
+    ) -> None:
         self._poisoned, self._tau, self._encode = poisoned, tau, encode
+        self._precision = precision
 
     @torch.no_grad()
     def reference(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -37,22 +39,26 @@ class PerturbAndRecover:
 
     def __call__(
         self,
-        image: Tensor,  # [N, D] unit rows
-        text: Tensor,  # [N, D] unit rows
+        image: Tensor,  # [n, D] unit rows
+        text: Tensor,  # [n, D] unit rows
         scale: Tensor,  # []
-        reference: tuple[Tensor, ...],  # the poisoned model's image and text features, [N, D]
+        reference: tuple[Tensor, ...],  # the poisoned model's image and text features, [n, D]
+        counts: list[int] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        recover = contrastive_loss(image, text, scale)
-        s_image = mean_squared_distance(image, reference[0])
-        s_text = mean_squared_distance(text, reference[1])
-        perturb = gate(s_image, self._tau) + gate(s_text, self._tau)
-        return recover - 0.5 * perturb, {
-            "contrastive": recover,
-            "s_image": s_image,
-            "s_text": s_text,
-            "gate_image": (s_image <= self._tau).float(),
-            "gate_text": (s_text <= self._tau).float(),
-        }
+        loss, *terms = contrastive_par(
+            text,
+            image,
+            scale,
+            image_ref=reference[0],
+            text_ref=reference[1],
+            distance_weight=0.5,
+            tau=self._tau,
+            normalize=False,
+            precision=self._precision,
+            counts=counts,
+        )
+        names = ("contrastive", "s_image", "s_text", "gate_image", "gate_text")
+        return loss, dict(zip(names, terms, strict=True))
 
 
 def par_clean(
@@ -125,7 +131,8 @@ def par_clean(
 
     def objective(student: nn.Module) -> PerturbAndRecover:
         where = next(student.parameters()).device
-        return PerturbAndRecover(frozen_copy(student), tau, Encoder(PRECISIONS[precision], where))
+        encode = Encoder(PRECISIONS[precision], where)
+        return PerturbAndRecover(frozen_copy(student), tau, encode, loss_precision(precision))
 
     return clean(
         "par", model, loader, objective, two_phase_schedule(lr_start, lr, lr_end), settings,

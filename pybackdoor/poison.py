@@ -19,7 +19,15 @@ from .batches import InputRules, Tokenizer
 from .clean import carrying, trainable_copy
 from .data import Labelled, Overlay, PairLoader, Pairs
 from .data.templates import fill, resolve_templates
-from .engine import Schedule, Settings, StepHook, TrainLog, pick_device, train
+from .engine import (
+    Schedule,
+    Settings,
+    StepHook,
+    TrainLog,
+    loss_precision,
+    pick_device,
+    train,
+)
 from .evaluate import Evaluation, Verdict, check_attack, evaluate, verdict
 from .finetune import Contrastive
 from .manifest import MODES, Manifest, Sample, image_sha256
@@ -177,7 +185,7 @@ def poison(
     log = TrainLog()
     with carrying(lambda: PoisonResult(student.eval(), manifest, log.steps, None, None), log):
         train(
-            student, loader, Contrastive(), schedule, settings,
+            student, loader, Contrastive(loss_precision(settings.precision)), schedule, settings,
             rules=rules, device=where, on_step=on_step, log=log,
         )  # fmt: skip
     student.eval()

@@ -8,32 +8,14 @@ rank's are [offset, offset + N); D features. "acc" is fp64 for fp64 inputs, else
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pybackdoor.ops._contrastive_par_problem import SUSPECT, VALID, Problem
+
 EPS = 1e-12  # smallest norm that a row is divided by
 LOG_TINY = -70.0  # sums below e^-70 are formed again, with a shift of their own
-VALID, SUSPECT = 1, 2  # bits of an image
-
-
-class Problem(NamedTuple):
-    """What all stages share; contiguous tensors on one device."""
-
-    text: Tensor  # [M, D] dtype
-    image: Tensor  # [N, D] dtype
-    text_ref: Tensor | None  # [M, D] dtype: unit rows, constant
-    image_ref: Tensor | None  # [N, D] dtype
-    owner: Tensor  # [M] int32 in [0, N), non-decreasing
-    segment: Tensor  # [N + 1] int32: the rows of image j are segment[j] .. segment[j + 1] - 1
-    weight: Tensor  # [M] acc: > 0 recover, < 0 unlearn, 0 skip; 0 where the owner is not valid
-    column_weight: Tensor  # [A] acc, >= 0; 0 where not valid
-    bits: Tensor  # [A] uint8: VALID | SUSPECT
-    scale: Tensor  # [] acc: s
-    normalize: bool
-    offset: int
 
 
 def shift(p: Problem) -> Tensor:
@@ -145,7 +127,7 @@ def finalise(
     z = torch.where(none, 0, target - m - log_r)
     sign = torch.where(p.weight > 0, 1.0, -1.0).to(z.dtype)
     magnitude = torch.where(none, 0, p.weight.abs())
-    loss_row.copy_(magnitude * F.softplus(-sign * z))
+    loss_row.copy_(-magnitude * F.logsigmoid(sign * z))
     gamma = -magnitude * sign * torch.sigmoid(-sign * z)
     alpha.copy_(torch.where(none | fix, 0, -gamma / r))
     row_fix.copy_(torch.where(fix & ~none, -gamma, 0))
@@ -159,7 +141,7 @@ def finalise(
     beta.copy_(torch.where(off | fix_c, 0, -eta / c))
     col_fix.copy_(torch.where(fix_c & ~off, -eta, 0))
     own = slice(p.offset, p.offset + len(loss_col))
-    loss_col.copy_((v * F.softplus(-y))[own])
+    loss_col.copy_((-v * F.logsigmoid(y))[own])
     owner = p.owner.long() + p.offset
     share = torch.where(
         (p.weight > 0) & ~off[owner], eta[owner] * (target - m - log_p[owner]).exp(), 0

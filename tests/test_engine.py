@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from dual_encoder import MEAN, STD, DualEncoder, random_pairs
+from run_ranks import run_ranks
 
 import pybackdoor
 from pybackdoor.distributed import Ranks
@@ -225,7 +223,7 @@ class BadTeacher(DualEncoder):
 
 
 def test_a_broken_reference_is_named():
-    with pytest.raises(NonFiniteError, match="reference features 1 of 16 of 16 pairs, s_text"):
+    with pytest.raises(NonFiniteError, match="reference features 1 of 16 of 16 pairs, loss, s_t"):
         clean(BadTeacher())
 
 
@@ -277,25 +275,8 @@ def test_one_process_gathers_nothing():
     ranks, x = Ranks(), torch.ones(2, 3, requires_grad=True)
     assert ranks.gather(x, [2]) is x and ranks.share(x) is x
     ranks.sum_gradients([x])
-    assert x.grad is None
-
-
-def run_ranks(script: str, tmp_path: Path, count: int) -> tuple[int, str, dict]:
-    """Run a script on ``count`` processes; (exit code, errors, what rank 0 saved)."""
-    path = Path(__file__).with_name(script)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(path.parent)}
-    launch = [sys.executable]
-    if count > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    saved = tmp_path / f"{count}.pt"
-    done = subprocess.run(
-        [*launch, str(path), str(saved)], env=env, capture_output=True, text=True, timeout=300
-    )
-    return (
-        done.returncode,
-        done.stderr,
-        torch.load(saved, weights_only=True) if saved.exists() else {},
-    )
+    ranks.sum_(x)
+    assert x.grad is None and (x == 1).all() and ranks.sum_scatter(x, [2]) is x
 
 
 @pytest.fixture(scope="module")

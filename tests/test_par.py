@@ -12,12 +12,13 @@ from dual_encoder import MEAN, STD, DualEncoder, random_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
 import pybackdoor
 from pybackdoor.clean import two_phase_schedule
 from pybackdoor.engine import decay_groups
-from pybackdoor.losses import contrastive_loss, gate, mean_squared_distance
+from pybackdoor.ops import contrastive_par
+from pybackdoor.par import PerturbAndRecover
 
 FAST = {"steps": 3, "precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
 
@@ -32,45 +33,52 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
+def distances(image, image_ref, tau=2.15):
+    """The objective's terms for an image tower; the text tower stays at its reference."""
+    text = torch.eye(*image.shape, dtype=image.dtype)
+    one = torch.ones((), dtype=image.dtype)
+    return PerturbAndRecover(nn.Module(), tau, None)(image, text, one, (image_ref, text), None)
+
+
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
 def test_distance_is_two_minus_two_cosines(n, d, seed):
     g = torch.Generator().manual_seed(seed)
     a, b = (normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=-1) for _ in "ab")
-    wanted = 2 - 2 * (a * b).sum(-1).mean()
-    assert math.isclose(mean_squared_distance(a, b), wanted, abs_tol=1e-12)
-    low = mean_squared_distance(a.bfloat16(), b.bfloat16())
+    loss, terms = distances(a, b)
+    assert math.isclose(terms["s_image"], 2 - 2 * (a * b).sum(-1).mean(), abs_tol=1e-12)
+    assert terms["s_text"] == 0 and terms["gate_text"] == 1
+    wanted = terms["contrastive"] - terms["gate_image"] * terms["s_image"] / 2
+    assert math.isclose(loss, wanted, abs_tol=1e-12)
+    low = distances(a.bfloat16(), b.bfloat16())[1]["s_image"]
     assert low.dtype == torch.float32  # distances are never formed in half precision
 
 
-def test_contrastive_loss_is_the_mean_of_both_cross_entropies():
-    g = torch.Generator().manual_seed(1)
-    a, b = (normalize(torch.randn(7, 5, generator=g, dtype=torch.float64), dim=-1) for _ in "ab")
-    s = torch.tensor(20.0, dtype=torch.float64)
-    logits = s * a @ b.T
-    rows = -(logits.diag() - logits.logsumexp(1)).mean()
-    columns = -(logits.diag() - logits.logsumexp(0)).mean()
-    assert math.isclose(contrastive_loss(a, b, s), (rows + columns) / 2, abs_tol=1e-12)
-    assert contrastive_loss(a[:1], b[:1], s) == 0
-
-
-@pytest.mark.parametrize("offset, slope", [(-1e-6, 1.0), (0.0, 1.0), (1e-6, 0.0)])
-def test_gate_is_open_up_to_tau(offset, slope):
-    s = torch.tensor(2.15 + offset, dtype=torch.float64, requires_grad=True)
-    out = gate(s, 2.15)
-    out.backward()
-    assert out == s * slope and s.grad == slope
+@pytest.mark.parametrize("offset, open_", [(1e-6, 1), (0.0, 1), (-1e-6, 0)])
+def test_gate_is_open_up_to_tau(offset, open_):
+    a = torch.eye(4, dtype=torch.float64).requires_grad_()
+    b = -torch.eye(4, dtype=torch.float64)
+    b[:2] = a[2:].detach()  # distances 2, 2, 4, 4
+    loss, terms = distances(a, b, tau=3.0 + offset)
+    assert terms["s_image"] == 3 and terms["gate_image"] == open_
+    assert loss == terms["contrastive"] - open_ * 1.5
 
 
 def test_one_gate_for_the_batch_mean():
     """Half of the samples beyond tau: the mean decides, so every sample keeps its gradient."""
     a = torch.eye(4, dtype=torch.float64).requires_grad_()
     b = torch.cat([torch.eye(4)[:2], -torch.eye(4)[2:]]).double()  # distances 0, 0, 4, 4
-    gate(mean_squared_distance(a, b), 2.15).backward()
-    assert (a.grad[2:].abs().sum(1) > 0).all()
-    a.grad = None
-    gate(mean_squared_distance(a, b), 1.99).backward()
-    assert (a.grad == 0).all()
+
+    def slope(tau):
+        loss, terms = distances(a, b, tau)
+        return torch.autograd.grad(loss - contrastive_only(a), a)[0]
+
+    def contrastive_only(image):
+        text, one = torch.eye(4, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        return contrastive_par(text, image, one, normalize=False).loss
+
+    assert (slope(2.15)[2:].abs().sum(1) > 0.4).all()
+    assert slope(1.99).abs().max() < 1e-15
 
 
 def test_schedule_has_the_published_values():
@@ -124,6 +132,33 @@ def reference_run(model, batches, steps, tau, lr):
             group["lr"] = rate(k, steps)
         adam.step()
     return student
+
+
+class EagerPar(PerturbAndRecover):
+    """The objective in eager torch: two cross entropies and two squared distances."""
+
+    def __call__(self, image, text, scale, reference, counts):
+        logits = scale * image @ text.T
+        target = torch.arange(len(logits))
+        recover = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+        s_image, s_text = (
+            (x - ref).square().sum(-1).mean()
+            for x, ref in zip((image, text), reference, strict=True)
+        )
+        perturb = sum(torch.where(s <= self._tau, s, 0) for s in (s_image, s_text))
+        return recover - perturb / 2, {"s_image": s_image, "s_text": s_text}
+
+
+def test_kernels_train_as_eager_torch_does(monkeypatch):
+    """Twenty steps in fp32, away from the gate's edge: the same losses to 1e-5."""
+    model, pairs = DualEncoder(seed=3), random_pairs(64, 16)
+    options = FAST | {"steps": 20, "lr": 1e-3}
+    ours = pybackdoor.par_clean(model, pairs, **options)
+    monkeypatch.setattr(pybackdoor.par, "PerturbAndRecover", EagerPar)
+    eager = pybackdoor.par_clean(model, pairs, **options)
+    for a, b in zip(ours.history, eager.history, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["s_image"] - b["s_image"]) < 1e-5
+    assert ours.history[-1]["s_image"] > 0.01  # the perturbation took part
 
 
 @pytest.mark.parametrize("tau", [2.15, 0.02])  # never reached; crossed within the run

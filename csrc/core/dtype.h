@@ -5,9 +5,11 @@
 
 namespace pybackdoor {
 
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
-constexpr int64_t dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t dtype_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 
 PB_HD uint16_t to_bfloat16(float v) {  // v not NaN
   const uint32_t bits = float_bits(v);
@@ -58,5 +60,36 @@ template <DType dtype>
 PB_HD uint16_t to_half_bits(float v) {
   return dtype == DType::kFloat16 ? to_float16(v) : to_bfloat16(v);
 }
+
+// Elements of a tensor whose dtype is a template argument.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// What sums over elements of T are formed in.
+template <typename T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename Accumulator<T>::type;
+
+PB_HD float widen(float v) { return v; }
+PB_HD double widen(double v) { return v; }
+PB_HD float widen(Half v) { return from_float16(v.bits); }
+PB_HD float widen(BFloat16 v) { return from_bfloat16(v.bits); }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+PB_HD void narrow(float v, float* out) { *out = v; }
+PB_HD void narrow(double v, double* out) { *out = v; }
+PB_HD void narrow(float v, Half* out) { out->bits = v != v ? 0x7E00u : to_float16(v); }
+PB_HD void narrow(float v, BFloat16* out) { out->bits = v != v ? 0x7FC0u : to_bfloat16(v); }
 
 }  // namespace pybackdoor

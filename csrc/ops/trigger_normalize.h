@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "core/dtype.h"
 
@@ -59,9 +58,6 @@ void check_trigger_normalize(const TriggerNormalizeArgs& args);
 // "auto" takes the best. "lanes<n>" runs the body shared with CUDA as n lanes: a test driver.
 std::string trigger_normalize_cpu(const TriggerNormalizeArgs& args, const std::string& isa,
                                   int threads);
-
-// Instruction sets compiled in that this CPU can run, best first.
-std::vector<std::string> cpu_isas();
 
 // Queues the kernel on `stream` of `device`; does not synchronise.
 void trigger_normalize_cuda(const TriggerNormalizeArgs& args, int device, void* stream);

@@ -3,11 +3,11 @@
 #include <cstdlib>
 
 #include "core/check.h"
+#include "core/cpu_isa.h"
 #include "core/parallel.h"
 #include "ops/trigger_normalize_rows.h"
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -57,20 +57,6 @@ namespace {
 
 // Outputs beyond this go past the caches: they would only push the triggers out of L2.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
-#if defined(__x86_64__)
-// __builtin_cpu_supports knows "f16c" from GCC 11 and clang 18 only.
-bool has_f16c() {
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
-}
-bool has_avx2() { return __builtin_cpu_supports("avx2") && has_f16c(); }
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vbmi");
-}
-#endif
 
 std::vector<const RowOps*> usable_rows() {
   std::vector<const RowOps*> rows;
@@ -319,12 +305,6 @@ void run_lanes(const TriggerNormalizeArgs& args, const float* table, int lanes) 
 }
 
 }  // namespace
-
-std::vector<std::string> cpu_isas() {
-  std::vector<std::string> names;
-  for (const RowOps* rows : usable_rows()) names.push_back(rows->name);
-  return names;
-}
 
 const RowOps& find_rows(const std::string& isa) {
   for (const RowOps* rows : usable_rows()) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pybackdoor import _backend, _reference_gradient
+from pybackdoor import _backend, reference
 from pybackdoor._native import _C
 from pybackdoor.ops._trigger_normalize_arguments import (
     Inputs,
@@ -122,7 +122,7 @@ def trigger_normalize_bwd(
         _launch(inputs, _contiguous_gradient(grad, layout), gradients, kernel, plain)
         return results
     trigger_id, position, strength, sample_id = on_device(images, *index)
-    results = _reference_gradient.trigger_normalize_backward(
+    results = reference.trigger_normalize_backward(
         grad,
         images,
         std=std,

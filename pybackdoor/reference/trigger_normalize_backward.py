@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pybackdoor.reference import (
+from pybackdoor.reference.trigger_normalize import (
     _erase_,
     _mix,
     _strengths,

@@ -1,4 +1,4 @@
-"""Every op in plain eager PyTorch: the oracle, the baseline and the last backend.
+"""trigger_normalize in plain eager PyTorch.
 
 Runs on any device and never multiplies by a reciprocal: on CUDA the results equal those of CPU
 torch, except where noise is drawn or an image is warped.
