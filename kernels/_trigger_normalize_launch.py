@@ -14,6 +14,7 @@ from pybackdoor.kernels._philox import double, halves, philox
 if TYPE_CHECKING:
     from pybackdoor.ops._trigger_normalize_arguments import Inputs, Plain
 
+DTYPES = ("fp32", "fp16", "bf16")  # of the output and its gradient
 DECIDE_BLOCK = 128  # images of a program
 DECIDE_PLAIN = [f"{n}_{h}" for n in "noise_p erase_p area_low area_high seed".split() for h in "hl"]
 DECIDE_PLAIN += ["view", "height", "width"]
@@ -74,11 +75,16 @@ def sizes(images: Tensor, input_layout: str) -> tuple[int, int, int, int]:
     return height, width, 1, height * width
 
 
-def steps(layout: str, patch_size: int) -> tuple[int, bool]:
-    """(patch_size, PATCHES) of an output."""
-    if layout == "nchw":
-        return 1, False
-    return (patch_size if layout == "patchified" else 1), True
+def patch_of(layout: str, patch_size: int) -> int:
+    """The patch size of an output's layout: 0 for planes, 1 for channels_last."""
+    return {"nchw": 0, "channels_last": 1}.get(layout, patch_size)
+
+
+@triton.jit
+def patch_offset(y, x, width, patch_size):
+    """Where channel 0 of a pixel lies in an image cut into patches of three planes each."""
+    patch = (y // patch_size) * (width // patch_size) + x // patch_size
+    return patch * (3 * patch_size * patch_size) + (y % patch_size) * patch_size + x % patch_size
 
 
 def decide(inputs: Inputs, plain: Plain) -> Tensor | None:
@@ -103,3 +109,8 @@ def decide(inputs: Inputs, plain: Plain) -> Tensor | None:
 def absent(tensor: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor, or something that has its type and is not read."""
     return torch.empty(1, dtype=dtype, device=like.device) if tensor is None else tensor
+
+
+def forms_of(dtype: str) -> tuple[str, ...]:
+    """What a kernel is compiled as ahead of time: the dtypes differ in a conversion alone."""
+    return ("aligned", "plain") if dtype == "fp32" else ("aligned",)

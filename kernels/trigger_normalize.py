@@ -1,6 +1,6 @@
 """trigger_normalize in Triton: for GPUs without nvcc; equal bit for bit to the native kernels.
 
-Map: a program owns 1024 pixels of one image; channel by channel, bytes in and floats out.
+Map: a program owns 512 pixels of one image; channel by channel, bytes in and floats out.
 Bound: memory, as the native kernel; bytes of NHWC images are read one at a time.
 Why: a GPU without nvcc would run the eager chain, some 87 B an element.
 Warped images and the coins of the augmentation come from two small kernels of their own.
@@ -20,11 +20,14 @@ from pybackdoor.kernels._philox import double, halves, normals
 from pybackdoor.kernels._trigger_normalize_launch import (
     DECIDE_BLOCK,
     DECIDE_PLAIN,
+    DTYPES,
     absent,
     decide,
     decide_kernel,
+    forms_of,
+    patch_of,
+    patch_offset,
     sizes,
-    steps,
 )
 from pybackdoor.kernels._variant import Variant
 from pybackdoor.kernels.trigger_normalize_backward import backward
@@ -34,12 +37,11 @@ if TYPE_CHECKING:
 
 __all__ = ["backward", "forward", "variants"]
 
-BLOCK, WARPS = 1024, 4  # pixels: eight a thread, 16 B stores of 2 byte elements
+BLOCK, WARPS = 512, 4  # pixels: four a thread
 STREAM_NOISE = tl.constexpr(1)
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 FLAGS = "has_id has_position has_strength nonzero_only additive clip quantize half_noise "
 FLAGS += "write_images"
-SMALL = "triggers window_height window_width mask_channels view strength_high "
+SMALL = "patch_size triggers window_height window_width mask_channels view strength_high "
 SMALL += "strength_low seed_high seed_low"
 PLAIN = [*FLAGS.split(), *SMALL.split()]
 WARP_PLAIN = ["height", "width", "has_id", "triggers", "clip"]
@@ -52,17 +54,6 @@ def quantized(value, clip):
     scaled = value * 255.0
     small = tl.abs(scaled) < 2147483648.0
     return tl.where(small, scaled, 0.0).to(tl.int32) & 255
-
-
-@triton.jit
-def out_offset(pixel, y, x, c: tl.constexpr, plane, width, patch_size, PATCHES: tl.constexpr):
-    """Where an element of one image lies; channels_last is patches of one pixel."""
-    if PATCHES:
-        patch = (y // patch_size) * (width // patch_size) + x // patch_size
-        inside = (y % patch_size) * patch_size + x % patch_size
-        return (patch * 3 + c) * (patch_size * patch_size) + inside
-    else:
-        return c * plane + pixel
 
 
 @triton.jit(do_not_specialize=WARP_PLAIN)
@@ -133,7 +124,7 @@ def apply_kernel(
     out,  # dtype, in the output's layout
     poisoned,  # like images, not written unless write_images
     pattern,  # [T, 3, h, w] fp32
-    mask,  # [T, mask_channels, h, w] fp32, not read unless MASK
+    mask,  # [T, mask_channels, h, w] fp32, not read if mask_channels is 0
     trigger_id,  # [B] int32, not read unless has_id
     position,  # [B, 2] int32, not read unless has_position
     strength,  # [B] fp64, not read unless has_strength
@@ -170,9 +161,7 @@ def apply_kernel(
     std0,
     std1,
     std2,
-    MASK: tl.constexpr,
     AUGMENT: tl.constexpr,
-    PATCHES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0) // tiles
@@ -200,6 +189,9 @@ def apply_kernel(
     a = s.to(tl.float32)
     rest = tl.where(additive != 0, 1.0, (1.0 - s).to(tl.float32))
 
+    goal = pixel
+    if patch_size != 0:
+        goal = patch_offset(y, x, width, patch_size)
     erased = pixel < 0
     if AUGMENT:
         top = tl.load(plan + 4 * b + 1)
@@ -219,7 +211,7 @@ def apply_kernel(
         level = tl.load(images + source, mask=used, other=0).to(tl.int32)
         v = tl.div_rn(level.to(tl.float32), 255.0)
         t = tl.load(pattern + window * 3 + c * area + at, mask=inside, other=0.0)
-        if MASK:
+        if mask_channels != 0:
             channel = tl.where(mask_channels == 3, c, 0)
             m = tl.load(mask + window * mask_channels + channel * area + at, mask=inside, other=0.0)
             weight = s * m.to(tl.float64)
@@ -246,9 +238,11 @@ def apply_kernel(
             v = tl.div_rn(v - mean1, std1)
         else:
             v = tl.div_rn(v - mean2, std2)
-        v = tl.where(erased, 0.0, v)
-        goal = out_offset(pixel, y, x, c, plane, width, patch_size, PATCHES)
-        tl.store(out + first + goal, v.to(out.dtype.element_ty), mask=used)
+        v = tl.where(erased, 0.0, v).to(out.dtype.element_ty)
+        if patch_size != 0:
+            tl.store(out + first + goal + c * patch_size * patch_size, v, mask=used)
+        else:  # where neighbours are known to lie together
+            tl.store(out + first + pixel + c * plane, v, mask=used)
 
 
 def forward(
@@ -281,7 +275,7 @@ def forward(
         images, poisoned = warped, None
     plan = decide(inputs, plain)
     nonzero_only, additive, clip = map(int, plain.flags)
-    patch_size, patches = steps(plain.layout, plain.patch_size)
+    patch_size = patch_of(plain.layout, plain.patch_size)
     whole = plain.mode == "patch"  # a blend of strength 1
     strength = None if whole else strength
     value = 1.0 if whole else plain.strength_value
@@ -298,9 +292,7 @@ def forward(
         *(0 if mask is None else mask.shape[1], plain.view, *halves(float(value))),
         *(*halves(plain.seed), float(plain.augment[1]) if plain.augment else 0.0),
         *(*map(float, mean), *map(float, plain.std)),
-        MASK=mask is not None,
         AUGMENT=plan is not None,
-        PATCHES=patches,
         BLOCK=BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=False,
@@ -334,16 +326,14 @@ def variants() -> list[Variant]:
         ),
     ]
     floats = ["noise_std", "mean0", "mean1", "mean2", "std0", "std1", "std2"]
-    for masked, augmented, patches, dtype in product((0, 1), (0, 1), (0, 1), DTYPES.values()):
+    for augmented, dtype in product((False, True), DTYPES):
         signature = {"images": "*u8", "out": f"*{dtype}", "poisoned": "*u8", "pattern": "*fp32"}
         signature |= {"mask": "*fp32", "trigger_id": "*i32", "position": "*i32"}
         signature |= {"strength": "*fp64", "plan": "*i32", "sample_id": "*i64"}
-        signature |= dict.fromkeys([*numbers, "patch_size", *PLAIN], "i32")
+        signature |= dict.fromkeys([*numbers, *PLAIN], "i32")
         signature |= dict.fromkeys(floats, "fp32")
-        constexprs = {"MASK": bool(masked), "AUGMENT": bool(augmented), "PATCHES": bool(patches)}
-        constexprs["BLOCK"] = BLOCK
-        name = f"apply{'_mask' * masked}{'_augment' * augmented}{'_patches' * patches}_{dtype}"
-        found.append(
-            Variant(apply_kernel, name, signature, constexprs, num_warps=WARPS, fp_fusion=False)
-        )
+        constexprs = {"AUGMENT": augmented, "BLOCK": BLOCK}
+        launch = {"num_warps": WARPS, "fp_fusion": False, "forms": forms_of(dtype)}
+        name = f"apply{'_augment' * augmented}_{dtype}"
+        found.append(Variant(apply_kernel, name, signature, constexprs, **launch))
     return found

@@ -1,6 +1,6 @@
 """trigger_normalize_backward in Triton; the same sums in the same order as the native kernels.
 
-Map: a program owns 512 window pixels of one trigger and one slice of its samples, and writes
+Map: a program owns 256 window pixels of one trigger and one slice of its samples, and writes
 partial sums; a second kernel adds the slices in order and finishes the gradients.
 Bound: memory; the gradient and the uint8 images are read once.
 See csrc/ops/trigger_normalize_backward.h for the formulas.
@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from pybackdoor.kernels._philox import double, halves
-from pybackdoor.kernels._trigger_normalize_launch import absent, decide, sizes, steps
+from pybackdoor.kernels._trigger_normalize_launch import (
+    DTYPES,
+    absent,
+    decide,
+    forms_of,
+    patch_of,
+    patch_offset,
+    sizes,
+)
 from pybackdoor.kernels._variant import Variant
 
 if TYPE_CHECKING:
@@ -25,12 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = ["backward", "variants"]
 
-BLOCK, WARPS = 512, 4
+BLOCK, WARPS = 256, 4
 FINISH_BLOCK = 256
-PLAIN = "has_order has_id has_position has_strength has_plan additive clip batch slices "
+PLAIN = "patch_size has_order has_id has_position has_strength has_plan additive clip batch slices "
 PLAIN += "window_height window_width mask_channels strength_high strength_low"
 PLAIN = PLAIN.split()
-FINISH_PLAIN = "slices area has_mask has_moment want_pattern want_mask mask_channels nonzero_only "
+FINISH_PLAIN = "slices area has_mask want_pattern want_mask mask_channels nonzero_only "
 FINISH_PLAIN += "additive patch_clip"
 FINISH_PLAIN = FINISH_PLAIN.split()
 
@@ -106,7 +114,6 @@ def accumulate_kernel(
     strength_high,
     strength_low,
     MASK: tl.constexpr,
-    PATCHES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
@@ -163,14 +170,11 @@ def accumulate_kernel(
         hole = (y >= hole_y) & (y < hole_y + side) & (x >= hole_x) & (x < hole_x + side)
         used = used & (hole == 0)
         pixel = y * width + x
-        if PATCHES:
-            patch = (y // patch_size) * (width // patch_size) + x // patch_size
-            square = patch_size * patch_size
-            goal = patch * 3 * square + (y % patch_size) * patch_size + x % patch_size
-            channel = square
-        else:
-            goal = pixel
-            channel = plane
+        goal = pixel
+        channel = plane
+        if patch_size != 0:
+            goal = patch_offset(y, x, width, patch_size)
+            channel = patch_size * patch_size
         first = b * plane * 3
         scale = s.to(tl.float32)
         a0 = scale
@@ -209,7 +213,7 @@ def accumulate_kernel(
 
 @triton.jit(do_not_specialize=FINISH_PLAIN)
 def finish_kernel(
-    partial,  # [T, slices, 1 or 2, 3, area] fp32; 2 with has_moment
+    partial,  # [T, slices, 1 or 2, 3, area] fp32; 2 with has_mask
     pattern,  # [T, 3, area] fp32
     mask,  # [T, mask_channels, area] fp32, not read unless has_mask
     pattern_grad,  # like pattern, not written unless want_pattern
@@ -218,7 +222,6 @@ def finish_kernel(
     slices,
     area,
     has_mask,
-    has_moment,
     want_pattern,
     want_mask,
     mask_channels,
@@ -233,11 +236,11 @@ def finish_kernel(
     trigger = (tl.program_id(0) // tiles).to(tl.int64)
     at = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     used = at < area
-    second = at < tl.where(has_moment != 0, area, 0)
+    masked = at < tl.where(has_mask != 0, area, 0)
     into_pattern = at < tl.where(want_pattern != 0, area, 0)
     into_mask = at < tl.where((want_mask != 0) & (mask_channels == 3), area, 0)
     into_shared = at < tl.where((want_mask != 0) & (mask_channels == 1), area, 0)
-    step = tl.where(has_moment != 0, 6, 3).to(tl.int64) * area
+    step = tl.where(has_mask != 0, 6, 3).to(tl.int64) * area
     shared = tl.zeros([BLOCK], dtype=tl.float32)
     for c in tl.static_range(3):
         total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -245,13 +248,13 @@ def finish_kernel(
         sums = partial + trigger * slices * step + c * area + at
         for _ in range(slices):
             total += tl.load(sums, mask=used, other=0.0)
-            moment += tl.load(sums + 3 * area, mask=second, other=0.0)
+            moment += tl.load(sums + 3 * area, mask=masked, other=0.0)
             sums += step
         here = (trigger * 3 + c) * area + at
         there = trigger * mask_channels + tl.where(mask_channels == 3, c, 0)
         there = there * area + at
         t = tl.load(pattern + here, mask=used, other=0.0)
-        m = tl.load(mask + there, mask=at < tl.where(has_mask != 0, area, 0), other=1.0)
+        m = tl.load(mask + there, mask=masked, other=1.0)
         outside = tl.where(patch_clip != 0, t, 0.0)
         fast = (tl.where(nonzero_only != 0, t, 1.0) == 0.0) | (outside < 0.0) | (outside > 1.0)
         if c == 0:
@@ -291,7 +294,7 @@ def backward(
     value = 1.0 if whole else plain.strength_value
     plan = decide(inputs, plain) if len(images) else None
     height, width, pixel_step, channel_step = sizes(images, plain.input_layout)
-    patch_size, patches = steps(plain.layout, plain.patch_size)
+    patch_size = patch_of(plain.layout, plain.patch_size)
     given = (order, trigger_id, position, strength, plan)
     mask_channels = 0 if mask is None else mask.shape[1]
 
@@ -305,7 +308,6 @@ def backward(
         *(0 if whole else clip, len(images), slices, *pattern.shape[2:], mask_channels),
         *halves(float(value)),
         MASK=mask is not None,
-        PATCHES=patches,
         BLOCK=BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=False,
@@ -313,10 +315,10 @@ def backward(
     tiles = triton.cdiv(area, FINISH_BLOCK)
     finish_kernel[(triggers * tiles,)](
         *(partial, pattern, pattern if mask is None else mask),
-        *(partial if pattern_grad is None else pattern_grad),
+        partial if pattern_grad is None else pattern_grad,
         *(partial if mask_grad is None else mask_grad, tiles, slices, area),
-        *(int(mask is not None), int(mask is not None), int(pattern_grad is not None)),
-        *(int(mask_grad is not None), mask_channels, nonzero_only, additive),
+        *(int(mask is not None), int(pattern_grad is not None), int(mask_grad is not None)),
+        *(mask_channels, nonzero_only, additive),
         *(int(whole and clip), *map(float, plain.std)),
         BLOCK=FINISH_BLOCK,
         num_warps=4,
@@ -326,20 +328,17 @@ def backward(
 
 def variants() -> list[Variant]:
     """All that `backward` can launch, besides the coins of the forward pass."""
-    numbers = ["tiles", "height", "width", "pixel_step", "channel_step", "patch_size", *PLAIN]
+    numbers = ["tiles", "height", "width", "pixel_step", "channel_step", *PLAIN]
     found = []
-    for masked, patches, dtype in product((0, 1), (0, 1), ("fp32", "fp16", "bf16")):
+    for masked, dtype in product((False, True), DTYPES):
         signature = {"images": "*u8", "grad": f"*{dtype}", "pattern": "*fp32", "mask": "*fp32"}
         signature |= {"trigger_id": "*i32", "position": "*i32", "strength": "*fp64"}
         signature |= {"plan": "*i32", "order": "*i64", "begin": "*i64", "partial": "*fp32"}
         signature |= dict.fromkeys(numbers, "i32")
-        constexprs = {"MASK": bool(masked), "PATCHES": bool(patches), "BLOCK": BLOCK}
-        name = f"accumulate{'_mask' * masked}{'_patches' * patches}_{dtype}"
-        found.append(
-            Variant(
-                accumulate_kernel, name, signature, constexprs, num_warps=WARPS, fp_fusion=False
-            )
-        )
+        constexprs = {"MASK": masked, "BLOCK": BLOCK}
+        launch = {"num_warps": WARPS, "fp_fusion": False, "forms": forms_of(dtype)}
+        name = f"accumulate{'_mask' * masked}_{dtype}"
+        found.append(Variant(accumulate_kernel, name, signature, constexprs, **launch))
     pointers = ["partial", "pattern", "mask", "pattern_grad", "mask_grad"]
     signature = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(["tiles", *FINISH_PLAIN], "i32")
     signature |= dict.fromkeys(["std0", "std1", "std2"], "fp32")
