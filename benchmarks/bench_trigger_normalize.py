@@ -225,6 +225,8 @@ def main() -> None:
     for name, (package, _, on_cpu) in NORMALIZERS.items():
         if (cuda or on_cpu) and missing(package):
             report.note(f"{missing(package)}: {name} left out")
+    if cuda and options.quick and any(not missing(p) for p in ("kornia", "cvcuda", "nvidia.dali")):
+        settings = [*settings, ("forward", "none", CUDA_SHAPE, BF16)]
     for setting in settings:
         try:
             measure(*setting, report, "aot_eager" if options.tiny else "inductor")

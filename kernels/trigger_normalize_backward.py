@@ -47,37 +47,30 @@ FINISH_PLAIN = FINISH_PLAIN.split()
 def element(
     images,
     grad,
-    first,
-    pixel,
+    source,
     goal,
-    pixel_step,
-    channel,
-    channel_step,
     used,
-    a,
-    rest,
     t,
+    m,
+    s,
     clip,
-    strength,
+    additive,
     total,
     moment,
+    MASK: tl.constexpr,
 ):
-    """One sample's part in the sums of one channel."""
-    source = first + pixel * pixel_step + channel * channel_step
+    """One sample's part in the sums of one channel; m is not looked at unless MASK."""
     level = tl.load(images + source, mask=used, other=0).to(tl.float32)
-    g = tl.load(grad + first + goal, mask=used, other=0.0).to(tl.float32)
-    term = tl.where(used, g * strength, 0.0)
+    g = tl.load(grad + goal, mask=used, other=0.0).to(tl.float32)
+    term = tl.where(used, g * s.to(tl.float32), 0.0)
     if clip != 0:
-        value = a * t + rest * tl.div_rn(level, 255.0)
+        weight = s
+        if MASK:
+            weight = s * m.to(tl.float64)
+        rest = tl.where(additive != 0, 1.0, (1.0 - weight).to(tl.float32))
+        value = weight.to(tl.float32) * t + rest * tl.div_rn(level, 255.0)
         term = tl.where((value >= 0.0) & (value <= 1.0), term, 0.0)
     return total + term, moment + term * level
-
-
-@triton.jit
-def weights(m, s, additive):
-    """The weights of the pattern and of the image where the mask is m."""
-    weight = s * m.to(tl.float64)
-    return weight.to(tl.float32), tl.where(additive != 0, 1.0, (1.0 - weight).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -138,12 +131,15 @@ def accumulate_kernel(
     t0 = tl.load(pattern + window * 3 + at, mask=known, other=0.0)
     t1 = tl.load(pattern + window * 3 + area + at, mask=known, other=0.0)
     t2 = tl.load(pattern + window * 3 + 2 * area + at, mask=known, other=0.0)
+    m0 = t0
+    m1 = t1
+    m2 = t2
     if MASK:
-        step = tl.where(mask_channels == 3, area, 0)
+        shift = tl.where(mask_channels == 3, area, 0)
         masks = mask + window * mask_channels
         m0 = tl.load(masks + at, mask=known, other=0.0)
-        m1 = tl.load(masks + step + at, mask=known, other=0.0)
-        m2 = tl.load(masks + 2 * step + at, mask=known, other=0.0)
+        m1 = tl.load(masks + shift + at, mask=known, other=0.0)
+        m2 = tl.load(masks + 2 * shift + at, mask=known, other=0.0)
 
     sum0 = tl.zeros([BLOCK], dtype=tl.float32)
     sum1 = tl.zeros([BLOCK], dtype=tl.float32)
@@ -171,34 +167,25 @@ def accumulate_kernel(
         used = used & (hole == 0)
         pixel = y * width + x
         goal = pixel
-        channel = plane
+        step = plane
         if patch_size != 0:
             goal = patch_offset(y, x, width, patch_size)
-            channel = patch_size * patch_size
-        first = b * plane * 3
-        scale = s.to(tl.float32)
-        a0 = scale
-        a1 = scale
-        a2 = scale
-        r0 = tl.where(additive != 0, 1.0, (1.0 - s).to(tl.float32))
-        r1 = r0
-        r2 = r0
-        if MASK:
-            a0, r0 = weights(m0, s, additive)
-            a1, r1 = weights(m1, s, additive)
-            a2, r2 = weights(m2, s, additive)
+            step = patch_size * patch_size
+        source = b * plane * 3 + pixel * pixel_step
+        goal = b * plane * 3 + goal
         sum0, moment0 = element(
-            images, grad, first, pixel, goal, pixel_step, 0, channel_step, used,
-            a0, r0, t0, clip, scale, sum0, moment0,
-        )  # fmt: skip
+            images, grad, source, goal, used, t0, m0, s, clip, additive, sum0, moment0, MASK
+        )
+        source += channel_step
+        goal += step
         sum1, moment1 = element(
-            images, grad, first, pixel, goal + channel, pixel_step, 1, channel_step, used,
-            a1, r1, t1, clip, scale, sum1, moment1,
-        )  # fmt: skip
+            images, grad, source, goal, used, t1, m1, s, clip, additive, sum1, moment1, MASK
+        )
+        source += channel_step
+        goal += step
         sum2, moment2 = element(
-            images, grad, first, pixel, goal + 2 * channel, pixel_step, 2, channel_step, used,
-            a2, r2, t2, clip, scale, sum2, moment2,
-        )  # fmt: skip
+            images, grad, source, goal, used, t2, m2, s, clip, additive, sum2, moment2, MASK
+        )
     if MASK:
         out = partial + part.to(tl.int64) * 6 * area + at
         tl.store(out + 3 * area, moment0, mask=in_window)
