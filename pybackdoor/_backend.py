@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -96,3 +97,8 @@ def choose(x: torch.Tensor | torch.device, op: str, *, warn: bool = True) -> Cho
     if warn:
         _warn_once(f"{op}: runs the slow reference on {device.type} ({reason})")
     return Choice("reference", reason)
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA device the current one, where Triton launches; does nothing for the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

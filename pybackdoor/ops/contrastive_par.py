@@ -82,7 +82,7 @@ def _backend_of(device: torch.device) -> driver.Backend:
         if name == "cuda":
             from pybackdoor.ops import _contrastive_par_native as rows
         else:
-            from pybackdoor.kernels import contrastive_par_rows as rows
+            from pybackdoor.ops import _contrastive_par_triton as rows
     return driver.Backend(rows, matrices)
 
 
@@ -144,7 +144,7 @@ def contrastive_par_fwd(
         *(text, image, scale, owner, segment, weight, column_weight, bits, text_ref, image_ref),
         *(normalize, counts),
     )
-    with driver.plain_memory_errors(p):
+    with _backend.current(text.device), driver.plain_memory_errors(p):
         stats, saved = driver.forward(
             p, driver.Distance(*distance), _backend_of(text.device), counts, precision, budget
         )
@@ -199,7 +199,7 @@ def contrastive_par_bwd(
         *(normalize, counts),
     )
     stats, *kept = saved
-    with driver.plain_memory_errors(p):
+    with _backend.current(text.device), driver.plain_memory_errors(p):
         grads = driver.backward(
             p, driver.Distance(*distance), _backend_of(text.device), counts, precision,
             driver.Saved(*kept), stats, grad[0].contiguous(), tuple(needs),
