@@ -333,7 +333,7 @@ def main() -> None:
     elif options.quick and on_cpu and not options.providers:
         names = [n for n in names if n != "compile"]
         report.note("compile left out: compiling takes longer than --quick")
-    backend, failures = "aot_eager" if options.tiny else "inductor", []
+    backend, failures = "eager" if options.tiny else "inductor", []
     for case in CASES:
         try:
             measure(case, shape, names, report, options.device, backend)
