@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -99,6 +100,9 @@ def choose(x: torch.Tensor | torch.device, op: str, *, warn: bool = True) -> Cho
     return Choice("reference", reason)
 
 
-def current(device: torch.device) -> AbstractContextManager:
-    """Makes a CUDA device the current one, where Triton launches; does nothing for the CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def running_on(device: torch.device) -> Iterator[None]:
+    """An op's own dtypes, whatever autocast says, on a current device, where Triton launches."""
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current, torch.autocast(device.type, enabled=False):
+        yield
