@@ -128,12 +128,12 @@ TARGETS = [
     _k2_cpu(16384, "bytes", 0.7e9),
     *_k2_gpu(),
     *(
-        Target(K3, "cuda", "full", "ViT-B-32", "float32", None, "ratio", bound, (rival,))
-        for rival, bound in (
-            ("torch_fused", 1.3),
-            ("torch_foreach", 2.5),
-            ("apex", 1.1),
-            ("compile", 0.95),
+        Target(K3, "cuda", "full", "ViT-B-32", "float32", "ema", "ratio", bound, tuple(rivals))
+        for bound, *rivals in (  # plain calls with plain calls, replays with replays: both must
+            (1.3, "torch_fused", "torch_fused_graph"),
+            (2.5, "torch_foreach", "torch_foreach_graph"),
+            (1.1, "apex_swa"),
+            (0.95, "compile", "compile_graph"),
         )
     ),
 ]

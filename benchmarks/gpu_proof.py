@@ -38,6 +38,8 @@ ENOUGH = 5  # seconds without which no stage is started
 BUILT = ROOT / "build" / "gpu_proof"  # the package as built here; used if it is there
 OK, FAILED, TIMED_OUT = "ok", "failed", "timed out"
 K2 = "bench_contrastive_par.py"
+K3 = "bench_adamw_ema.py"
+STEPS = ["pybackdoor", "triton", "torch_fused", "torch_foreach", "apex_swa"]
 PEERS = ["pybackdoor", "eager_shared", "linear_cross_entropy", "linear_cross_entropy_chunked"]
 PEERS += ["liger", "cut_cross_entropy", "memeff", "inf_cl", "open_clip"]
 
@@ -87,7 +89,8 @@ def gpu_stages() -> list[Stage]:
         bench("peers", 90, K2, *on, *few, "--providers", *PEERS),
         bench("dispatch", 30, "bench_dispatch.py", *on),
         bench("step", 60, "bench_step.py", *on, *few),
-        bench("k3", 60, "bench_adamw_ema.py", *on, *few),
+        bench("k3", 60, K3, *on, *few, "--providers", *STEPS),
+        bench("k3_compile", 90, K3, *on, *few, "--providers", "pybackdoor", "compile"),
     ]
 
 
@@ -107,7 +110,7 @@ def cpu_stages() -> list[Stage]:
         bench("peers", 120, K2, *tiny, "--shapes", "33x64", "--providers", *PEERS),
         bench("dispatch", 30, "bench_dispatch.py", *tiny),
         bench("step", 120, "bench_step.py", *tiny),
-        bench("k3", 120, "bench_adamw_ema.py", *tiny),
+        bench("k3", 60, K3, *tiny),
     ]
 
 

@@ -67,9 +67,6 @@ def lse_lines(
         total = tl.zeros((LINES,), tl.float32)
         for start in range(0, other_count, OTHERS):
             other = start + tl.arange(0, OTHERS)
-            product = scores(
-                lines, others, line, other, line_count, other_count, depth, LINES, OTHERS, STEP
-            )
             there = other < other_count
             if ROWS:
                 w = tl.load(weight + line, mask=inside, other=0.0)[:, None]
@@ -81,12 +78,16 @@ def lse_lines(
                 target = tl.load(owner + other, mask=there, other=0)[None, :] + offset
                 bit = tl.load(bits + line, mask=inside, other=0).to(tl.int32)[:, None]
                 off = masked(w, target, bit, line[:, None]) | (w <= 0)
-            value = tl.where(off, float("-inf"), product * s - shift)
-            top = tl.maximum(top, tl.max(value, 1))
-            new = tl.where(tl.abs(top) == float("inf"), 0.0, top)
-            total = tl.where(total == 0, 0.0, total * exp(base - new))
-            total += tl.sum(exp(value - new[:, None]), 1)
-            base = new
+            if tl.min(tl.min(off.to(tl.int32), 1), 0) == 0:
+                product = scores(
+                    lines, others, line, other, line_count, other_count, depth, LINES, OTHERS, STEP
+                )
+                value = tl.where(off, float("-inf"), product * s - shift)
+                top = tl.maximum(top, tl.max(value, 1))
+                new = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+                total = tl.where(total == 0, 0.0, total * exp(base - new))
+                total += tl.sum(exp(value - new[:, None]), 1)
+                base = new
         result = tl.where(total == 0, float("-inf"), base + tl.log(total))
     tl.store(out + line, tl.where(fix, result, 0.0), mask=inside)
 

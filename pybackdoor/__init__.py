@@ -13,6 +13,7 @@ from .losses import ContrastiveLoss
 from .manifest import Manifest
 from .models import load, save
 from .ops import Augment
+from .optim import AdamWEma
 from .par import par_clean
 from .poison import PoisonResult, poison, poison_pairs
 from .triggers import TriggerSpec, apply_trigger, trigger
@@ -20,6 +21,7 @@ from .triggers import TriggerSpec, apply_trigger, trigger
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamWEma",
     "Augment",
     "CleanResult",
     "ContrastiveLoss",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -96,3 +98,11 @@ def choose(x: torch.Tensor | torch.device, op: str, *, warn: bool = True) -> Cho
     if warn:
         _warn_once(f"{op}: runs the slow reference on {device.type} ({reason})")
     return Choice("reference", reason)
+
+
+@contextmanager
+def running_on(device: torch.device) -> Iterator[None]:
+    """An op's own dtypes, whatever autocast says, on a current device, where Triton launches."""
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current, torch.autocast(device.type, enabled=False):
+        yield

@@ -73,7 +73,7 @@ class Ranks:
         """[counts[rank], ...]: this rank's rows of the sum over ranks."""
         if self.size == 1:
             return x
-        if dist.get_backend() == "nccl":
+        if x.is_cuda:  # NCCL
             most = max(counts)
             padded = x.new_zeros((self.size * most, *x.shape[1:]))
             for r, rows in enumerate(x.split(counts)):

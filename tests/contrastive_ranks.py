@@ -15,8 +15,11 @@ SHARES = {1: [23], 2: [14, 9], 4: [9, 1, 0, 13]}[ranks.size]  # unequal, one of 
 found: dict[str, torch.Tensor] = {}
 
 
-def together(name: str, scale: float, spread: float = 1.0, **options) -> None:
-    """The loss and gradients of the whole case, each rank holding its share of the images."""
+def together(name: str, scale: float, spread: float = 1.0, frozen: int = -1, **options) -> None:
+    """The loss and gradients of the whole case, each rank holding its share of the images.
+
+    Rank `frozen` wants no gradient of its features, which are then looked at on no rank.
+    """
     case = random_case(60, 23, 20, seed=3, dtype=torch.float64)
     if spread != 1:
         case["image"] = 0.01 * case["image"] - 1  # all alike, and far from every text
@@ -28,10 +31,15 @@ def together(name: str, scale: float, spread: float = 1.0, **options) -> None:
     part |= {k: case[k][rows] for k in ("text", "text_ref", "weight")}
     part["owner"] = case["owner"][rows] - first
     text, image = (part.pop(k).clone().requires_grad_() for k in ("text", "image"))
+    if ranks.size > 1 and ranks.rank == frozen:
+        for x in (text, image):
+            x.requires_grad_(False)
     s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     result = contrastive_par(text, image, s, **part, counts=SHARES, **options)
     result.loss.backward()
     gathered = {"text": text.grad, "image": image.grad, "scale": s.grad[None]}
+    if frozen >= 0:
+        del gathered["image"], gathered["text"]
     if ranks.size > 1:
         for key, grad in gathered.items():
             every = [None] * ranks.size
@@ -45,6 +53,7 @@ def together(name: str, scale: float, spread: float = 1.0, **options) -> None:
 together("kept", 20.0)
 together("formed again", 20.0, budget=0)
 together("off", 20.0, tau=0.5)
+together("kept, some frozen", 20.0, frozen=1)
 together("columns formed again", 400.0, spread=0.01)
 
 # open_clip's call, equal shares, under the mean that DistributedDataParallel takes

@@ -191,6 +191,37 @@ def test_e_kept_and_formed_again_agree(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(kept[1], starved[1], strict=True))
 
 
+def test_compiled_code_gets_the_sizes_it_was_promised_or_an_error(monkeypatch):
+    case = random_case(30, 30, 16, signs=False, refs=False)
+    step = torch.compile(
+        lambda x, y: contrastive_par(x, y, torch.tensor(9.0)).loss, backend="aot_eager"
+    )
+    monkeypatch.setattr(driver, "empty", _no_memory)
+    with pytest.raises(RuntimeError, match="allocate memory|budget"):
+        step(case["text"].requires_grad_(), case["image"])
+
+
+def test_inference_mode_before_training():
+    case = random_case(21, 21, 16, signs=False, refs=False)
+    with torch.inference_mode():
+        contrastive_par(*case.values(), torch.tensor(9.0))
+    ours(case, 9.0)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_autocast_changes_nothing(onednn, monkeypatch):
+    from pybackdoor.ops import _matmul
+
+    if not onednn:
+        monkeypatch.setattr(_matmul, "_onednn", lambda: None)
+    case = random_case(40, 30, 32)
+    wanted = ours(case, 20.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ours(case, 20.0)
+    for a, b in zip((got[0], *got[1]), (wanted[0], *wanted[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def _no_memory(*_):
     raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
@@ -256,7 +287,7 @@ def test_opcheck(device):
     tensors = [*leaves, owner, segments(owner, 5), *made, case["text_ref"], case["image_ref"]]
     tensors = [x.detach().to(device).requires_grad_(x.requires_grad) for x in tensors]
     for budget in (-1, 0):
-        arguments = (*tensors, True, [], [0.5, 2.15], "auto", budget)
+        arguments = (*tensors, True, [], [0.5, 2.15], "auto", budget, False)
         torch.library.opcheck(torch.ops.pybackdoor.contrastive_par_fwd.default, arguments)
         saved = [x.detach() for x in OP.contrastive_par_fwd(*arguments)]
         plain = [x.detach() for x in tensors]

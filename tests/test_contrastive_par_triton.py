@@ -27,15 +27,24 @@ MODULES = (contrastive_par, contrastive_par_rows, contrastive_par_factors, contr
 HATS = {"bf16": torch.bfloat16, "tf32": torch.float32}
 
 
-def test_the_stages_in_the_interpreter():
-    """In fp32 against fp64; Triton reads TRITON_INTERPRET when a kernel is defined."""
+def interpreted(script: str) -> str:
+    """What a script prints; Triton reads TRITON_INTERPRET when a kernel is defined."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, "-W", "error", str(HERE / "contrastive_par_triton_cases.py")]
+    command = [sys.executable, "-W", "error", str(HERE / script)]
     result = subprocess.run(
         command, env=environment, cwd="/", capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split() == list(CASES)
+    return result.stdout
+
+
+def test_the_stages_in_the_interpreter():
+    """In fp32 against fp64."""
+    assert interpreted("contrastive_par_triton_cases.py").split() == list(CASES)
+
+
+def test_the_whole_op_in_the_interpreter():
+    assert interpreted("contrastive_par_driven.py").split() == ["right"]
 
 
 @pytest.mark.gpu

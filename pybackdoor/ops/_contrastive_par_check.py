@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,6 +36,8 @@ def check_features(
         raise ValueError(
             f"{OP}: image must be [N, {text.shape[1]}] like text, got {list(image.shape)}"
         )
+    if len(image) == 0 and len(text) > 0:
+        raise ValueError(f"{OP}: text rows need images: got {len(text)} rows and no image")
     if image.dtype != text.dtype:
         raise TypeError(f"{OP}: image must be {text.dtype} like text, got {image.dtype}")
     if image.device != text.device:
@@ -68,7 +69,9 @@ def check_options(distance_weight: float, tau: float, precision: str, budget: in
         raise ValueError(
             f"{OP}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
         )
-    if budget is not None and (isinstance(budget, bool) or budget < 0):
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
+        raise TypeError(f"{OP}: budget must be an integer, in bytes, got {budget!r}")
+    if budget is not None and budget < 0:
         raise ValueError(f"{OP}: budget must be a number of bytes, at least 0, got {budget}")
 
 
@@ -190,14 +193,14 @@ def weights(
     return w.contiguous(), v.contiguous(), bits.contiguous()
 
 
-@lru_cache(maxsize=16)
 def plain(
     images: int, total: int, acc: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """owner, segment, weight, column_weight and bits of CLIP's own loss; shared, never written."""
-    owner = torch.arange(images, device=device)
-    w, v, bits = weights(None, None, None, None, owner, images, total, acc, True)
-    return owner.to(torch.int32), segments(owner, images), w, v, bits
+    """owner, segment, weight, column_weight and bits of CLIP's own loss, in three fills."""
+    segment = torch.arange(images + 1, dtype=torch.int32, device=device)
+    w = torch.full((images,), 1 / (2 * max(1, total)), dtype=acc, device=device)
+    bits = torch.full((images,), VALID, dtype=torch.uint8, device=device)
+    return segment[:images], segment, w, w, bits
 
 
 def _first_bad(x: Tensor) -> float:

@@ -82,6 +82,7 @@ def forward(
     counts: list[int],  # images of each rank; empty for one process
     precision: str,
     budget: int,  # bytes of E that may be kept; -1: the backend's own
+    may_drop: bool,  # form E again where there is no memory to keep it
 ) -> tuple[Tensor, Saved]:
     """The six statistics (see stage `close`) and what the backward pass needs."""
     rows, matrices = backend
@@ -103,7 +104,7 @@ def forward(
     if ranks:
         ihat = ranks.gather(ihat, counts)
     shape = shape_of_e(matrices, m, a, dtype, budget)
-    e = _allocate_e(shape, dtype, p) if len(shape) == 2 else None
+    e = _allocate_e(shape, dtype, p, may_drop) if len(shape) == 2 else None
     row_partial, col_partial = matrices.exponentials(p, that, ihat, e, precision)
     rows.sums(p, row_partial, col_partial, line["target"], line["r"], line["c"], log_p)
     if ranks:
@@ -140,10 +141,11 @@ def backward(
     rows, matrices = backend
     ranks = Ranks() if counts else None
     need_text, need_image, need_scale = needs
-    need_text = need_text or (need_scale and not need_image)
+    # The ranks' shares of scale's gradient must be of one tower to add up.
+    need_text = need_text or (need_scale and (ranks is not None or not need_image))
     line = _lines(LINES, saved.lines, p)
     g_text = p.scale.new_empty(p.text.shape) if need_text else None
-    g_image = p.scale.new_empty(saved.ihat.shape) if need_image else None
+    g_image = p.scale.new_empty(saved.ihat.shape) if need_image or ranks else None
     e = saved.e if saved.e.ndim == 2 else None
     matrices.gradients(
         p, saved.that, saved.ihat, e, line["alpha"], line["beta"], g_text, g_image, precision
@@ -152,7 +154,7 @@ def backward(
         p, saved.that, saved.ihat, line["row_fix"], line["col_fix"], line["row_lse"],
         line["col_lse"], saved.flagged, g_text, g_image,
     )  # fmt: skip
-    if ranks and g_image is not None:
+    if ranks:  # every rank, whatever it needs itself
         g_image = ranks.sum_scatter(g_image, counts)
     d_text = torch.empty_like(p.text) if need_text else None
     d_image = torch.empty_like(p.image) if need_image else None
@@ -167,12 +169,12 @@ def backward(
     return d_text if needs[0] else None, d_image, d_scale
 
 
-def _allocate_e(shape: list[int], dtype: torch.dtype, p: Problem) -> Tensor | None:
+def _allocate_e(shape: list[int], dtype: torch.dtype, p: Problem, may_drop: bool) -> Tensor | None:
     """Memory for E; None where there is none left, so that E is formed again in the backward."""
     try:
         return empty(shape, dtype, p.text.device)
     except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
+        if not (may_drop and _lacks_memory(error)):
             raise
         return None
 
@@ -192,5 +194,6 @@ def plain_memory_errors(p: Problem) -> Iterator[None]:
             raise
         raise torch.OutOfMemoryError(
             f"contrastive_par: no memory for {len(p.text)} x {len(p.bits)} pairs of "
-            f"{p.text.shape[1]} features, though E is formed block by block ({error})"
+            f"{p.text.shape[1]} features, E formed block by block or budget bytes of it kept "
+            f"({error})"
         ) from error

@@ -32,6 +32,9 @@ def _run(stage: str, p: Problem, tensors: dict[str, Tensor | None], **plain: obj
     shared = (p.text, p.image, p.text_ref, p.image_ref, p.owner, p.segment, p.weight)
     shared = (*shared, p.column_weight, p.bits, p.scale)
     assert all(t is None or t.device == device for t in (*shared, *tensors.values()))
+    acc = torch.float64 if p.text.dtype == torch.float64 else torch.float32
+    wide = (tensors.get(name) for name in ("scores", "e", "g_text", "g_image"))
+    assert all(t is None or t.dtype == acc for t in wide)
     on_gpu = device.type == "cuda"
     return getattr(_C, f"contrastive_par_{stage}")(
         problem=[_address(t) for t in shared],

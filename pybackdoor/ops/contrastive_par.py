@@ -82,7 +82,7 @@ def _backend_of(device: torch.device) -> driver.Backend:
         if name == "cuda":
             from pybackdoor.ops import _contrastive_par_native as rows
         else:
-            from pybackdoor.kernels import contrastive_par_rows as rows
+            from pybackdoor.ops import _contrastive_par_triton as rows
     return driver.Backend(rows, matrices)
 
 
@@ -134,30 +134,33 @@ def contrastive_par_fwd(
     distance: list[float],
     precision: str,
     budget: int,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The registered op behind `contrastive_par`: statistics, and what the backward pass needs.
 
     column_weight and bits are those of the images of all ranks; distance is the term's weight and
-    threshold; budget the bytes of E to be kept at most, -1 for the backend's own.
+    threshold; budget the bytes of E to be kept at most, -1 for the backend's own. Compiled code
+    relies on the sizes it was promised: there E is not given up where its memory lacks.
     """
     p = _problem(
         *(text, image, scale, owner, segment, weight, column_weight, bits, text_ref, image_ref),
         *(normalize, counts),
     )
-    with driver.plain_memory_errors(p):
+    with _backend.running_on(text.device), driver.plain_memory_errors(p):
         stats, saved = driver.forward(
-            p, driver.Distance(*distance), _backend_of(text.device), counts, precision, budget
-        )
+            p, driver.Distance(*distance), _backend_of(text.device), counts, precision, budget,
+            may_drop=not compiled,
+        )  # fmt: skip
     return stats, *saved
 
 
 @contrastive_par_fwd.register_fake
 def _(
     text, image, scale, owner, segment, weight, column_weight, bits, text_ref, image_ref,
-    normalize, counts, distance, precision, budget,
+    normalize, counts, distance, precision, budget, compiled,
 ):  # fmt: skip
     backend = _backend_of(text.device)
-    m, n, a = len(text), len(image), len(bits)
+    m, n, a = text.shape[0], image.shape[0], bits.shape[0]
     acc = _accumulator(text.dtype)
     dtype = backend.matrices.matrix_dtype(acc, precision)
     shape = driver.shape_of_e(backend.matrices, m, a, dtype, budget)
@@ -199,7 +202,7 @@ def contrastive_par_bwd(
         *(normalize, counts),
     )
     stats, *kept = saved
-    with driver.plain_memory_errors(p):
+    with _backend.running_on(text.device), driver.plain_memory_errors(p):
         grads = driver.backward(
             p, driver.Distance(*distance), _backend_of(text.device), counts, precision,
             driver.Saved(*kept), stats, grad[0].contiguous(), tuple(needs),
@@ -220,7 +223,7 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, normalize, counts, distance, precision, _ = inputs
+    *tensors, normalize, counts, distance, precision, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.options = (normalize, counts, distance, precision)
     ctx.set_materialize_grads(False)
@@ -228,7 +231,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     needs = list(ctx.needs_input_grad[:3])
-    nothing = (None,) * 12
+    nothing = (None,) * 13
     if grad is None:
         return (None,) * 3 + nothing
     tensors, saved = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
@@ -285,10 +288,11 @@ def contrastive_par(
     Args:
         text: [M, D] fp32, bf16, fp16 or fp64 (fp64: on a GPU by the reference).
         image: [N, D], same dtype and device.
-        scale: [] exp(logit_scale), dimensionless, > 0; receives a gradient.
+        scale: [] exp(logit_scale), dimensionless, > 0; receives a gradient. On the CPU beside CUDA
+            features it is copied, and its gradient back, which waits for the device.
         owner: [M] int32 or int64 in [0, N); None: M = N and row i is image i's caption. Rows in
             another than ascending order are sorted first, which copies text. Range is checked on
-            the CPU only: a CUDA owner out of it leaves its row out.
+            the CPU only: a CUDA owner out of it leaves its row out of the contrastive part.
         weight: [M] floating; None: 1 / (2 N). Finite; checked on the CPU only, as the next.
         column_weight: [N] floating, >= 0; None: 1 / (2 N) without owner and weight, else 0.
         valid: [N] bool; False leaves an image and its rows out altogether.
@@ -299,9 +303,10 @@ def contrastive_par(
         normalize: False takes the features as they are, as open_clip's ClipLoss does.
         precision: of the matrix products on a GPU, with fp32 sums: "bf16", "tf32", "tf32x3"
             (three TF32 products: fp32's accuracy), "ieee"; "auto" is bf16 for bf16 features, tf32
-            for fp16, tf32x3 for fp32. A CPU computes all in fp32.
+            for fp16, tf32x3 for fp32. A CPU computes all in fp32. Autocast changes nothing here.
         budget: bytes of E = exp(S) kept for the backward pass; beyond it E is formed again in
-            waves. None: 1 GiB on a GPU, 256 MiB on the CPU.
+            waves, as it is where its memory cannot be had (but for compiled code, which fails
+            there: give it a budget that fits). None: 1 GiB on a GPU, 256 MiB on the CPU.
         counts: images of each rank when the ranks of a process group share one loss: text and
             image are then this rank's own (owner counts from 0 among them), the default weights
             are of the whole, the result is the whole loss on every rank, and the gradients'
@@ -323,16 +328,14 @@ def contrastive_par(
     check_options(distance_weight, tau, precision, budget)
     counts = check_counts(counts, len(image))
     acc, total = _accumulator(text.dtype), sum(counts) if counts else len(image)
-    compiling = torch.compiler.is_compiling()
     if owner is weight is column_weight is valid is suspect is None and len(text) == len(image):
-        make = plain.__wrapped__ if compiling else plain
-        owner, segment, w, v, bits = make(len(image), total, acc, text.device)
+        owner, segment, w, v, bits = plain(len(image), total, acc, text.device)
     else:
         columns = owner is None and weight is None
         owner, order = owners(owner, text, image)
         if order is not None:
-            text = text[order]
-            text_ref = None if text_ref is None else text_ref[order]
+            text = text.index_select(0, order)
+            text_ref = None if text_ref is None else text_ref.index_select(0, order)
             weight = None if weight is None else weight.to(order.device)[order]
         w, v, bits = weights(
             weight, column_weight, valid, suspect, owner, len(image), total, acc, columns
@@ -345,14 +348,15 @@ def contrastive_par(
     fixed = (owner, segment, w, v, bits, text_ref, image_ref, normalize, counts)
     distance = [float(distance_weight), float(tau)]
     if _backend_name(text.device, text.dtype) == "reference":
-        stats = reference.contrastive_par(text, image, scale, *fixed, *distance)
+        with _backend.running_on(text.device):
+            stats = reference.contrastive_par(text, image, scale, *fixed, *distance)
     else:
         differentiable = any(x.requires_grad for x in (text, image, scale))
         if not (differentiable and torch.is_grad_enabled()):
             budget = 0
         stats = contrastive_par_fwd(
             text, image, scale, *fixed, distance, _precision(precision, text.dtype),
-            -1 if budget is None else budget,
+            -1 if budget is None else budget, torch.compiler.is_compiling(),
         )[0]  # fmt: skip
     loss, *rest = stats.unbind()
     return ContrastivePar(loss, *(x.detach() for x in rest))
