@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from _common import OURS, relative_error
+from _common import OURS, forced, relative_error
 from _normalizers import MEAN, NORMALIZERS, STD
 from torch import Tensor
 
@@ -31,19 +29,6 @@ NOISE = 2e-6  # of the normal numbers, formed in fp32
 OWN_NUMBERS = "random numbers of its own"
 
 Call = Callable[[], object]
-
-
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """The op runs on that backend."""
-    before = os.environ.get("PYBACKDOOR_BACKEND")
-    os.environ["PYBACKDOOR_BACKEND"] = backend
-    try:
-        yield
-    finally:
-        del os.environ["PYBACKDOOR_BACKEND"]
-        if before is not None:
-            os.environ["PYBACKDOOR_BACKEND"] = before
 
 
 def under(backend: str, call: Call) -> Call:
