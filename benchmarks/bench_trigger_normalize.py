@@ -120,7 +120,7 @@ class Measurement:
             call = s.calls(name, self.backend)
             error = s.error(name, call())
             if error is not None:
-                check_errors({name: error}, s.tolerance())
+                check_errors({name: error}, s.tolerance(name))
         except torch.OutOfMemoryError:
             note = OUT_OF_MEMORY
         except ImportError as reason:
@@ -192,7 +192,7 @@ def missing(package: str) -> str | None:
 def test_trigger_normalize(benchmark, dtype, provider):
     setting = Forward("blend", SHAPE, dtype, "cpu")
     result = benchmark.pedantic(setting.calls(provider, ""), rounds=3, warmup_rounds=1)
-    check_errors({provider: setting.error(provider, result)}, setting.tolerance())
+    check_errors({provider: setting.error(provider, result)}, setting.tolerance(provider))
 
 
 def test_wrong_numbers_are_refused():
