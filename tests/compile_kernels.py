@@ -90,15 +90,18 @@ def source(variant: Any, form: str) -> ASTSource:
     return ASTSource(fn=variant.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
 
 
-def inspect(cubin: bytes) -> dict[str, Any]:
-    """Registers, stack and shared memory, local memory accesses, kinds of tensor-core product."""
+def inspect(cubin: bytes, matmul: bool) -> dict[str, Any]:
+    """Registers, stack, shared and local memory; of a product, what its machine code shows too.
+
+    Disassembling takes longer than compiling: whatever spills has a stack, which is known without.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool("cuobjdump"), "-res-usage", "-sass", file.name]
+        command = [tool("cuobjdump"), "-res-usage", *(["-sass"] if matmul else []), file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = USAGE.search(text)
-    if usage is None or "EXIT" not in text:
+    if usage is None or (matmul and "EXIT" not in text):
         raise RuntimeError(f"cuobjdump printed neither code nor its resources: {text[:500]}")
     registers, stack, shared, local = map(int, usage.groups())
     return {
@@ -125,7 +128,11 @@ def compile_one(job: tuple[str, int, int, str]) -> dict[str, Any]:
                 "enable_fp_fusion": variant.fp_fusion,
             },
         )
-        return row | {"shared": compiled.metadata.shared} | inspect(compiled.asm["cubin"])
+        return (
+            row
+            | {"shared": compiled.metadata.shared}
+            | inspect(compiled.asm["cubin"], variant.matmul)
+        )
     except Exception as error:  # what a kernel can fail with is the compiler's own affair
         return row | {"error": f"{type(error).__name__}: {error}"[-1500:]}
 
