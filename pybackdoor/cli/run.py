@@ -11,8 +11,8 @@ from typing import Any, TextIO
 from torch import nn
 
 from ..distributed import Ranks
+from ..engine import DeferredInterrupt
 from ..files import writable_folder
-from ..interrupts import DeferredInterrupt
 from ..options import UsageError, write_yaml
 
 _PARTIAL, _HISTORY = "history.partial.jsonl", "history.jsonl"

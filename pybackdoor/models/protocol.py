@@ -4,6 +4,7 @@
 natural logarithm of the scale (open_clip's and Hugging Face's convention).
 """
 
+import hashlib
 import math
 from typing import Any
 
@@ -215,3 +216,18 @@ def check_finite(model: nn.Module, *, what: str = "model") -> None:
             f"check_finite: the weights of {what} must be finite, {len(bad)} tensors are not: "
             f"{listed}"
         )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all weights, in hex.
+
+    Args:
+        model: any module.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,21 +1,22 @@
 """The batches of a run: read, counted over the ranks, and agreed on before any is used.
 
 The ranks exchange one line of numbers per batch: how many pairs each holds, whether one of them
-failed to read its batch, and whether one wants to stop. So a rank that fails takes the others along
-instead of leaving them waiting.
+failed to read its batch, whether one wants to stop, and whether the first wants the state saved. So
+a rank that fails takes the others along instead of leaving them waiting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .batches import Batch, InputRules, read_batch
-from .distributed import Ranks
+from ..batches import Batch, InputRules, read_batch
+from ..distributed import Ranks
 
 _FAILED = -1.0  # what a rank gives for the size of a batch that it cannot read
 
@@ -28,6 +29,8 @@ class Item:
     batch: Batch
     counts: list[int]  # pairs of each rank
     ids: Tensor  # [n] int64, the loader's own or running numbers
+    save: bool  # whether the state is wanted after this batch
+    after: dict[str, Any]  # where the feed stands after it, see Feed.position
 
 
 class Feed:
@@ -39,7 +42,14 @@ class Feed:
         steps: batches wanted; None for ``epochs`` passes.
     Attributes:
         steps: batches planned, the same on every rank.
-        skipped: batches left out since they held a single pair in all, or none on some rank.
+        position: where the next iteration starts: "epoch"; "batches", those read in it; "used", how
+            many of these were usable; "given", usable ones in all; "seen", pairs in all; "skipped",
+            batches left out since they held a single pair in all, or none on some rank, or gave
+            no finite numbers; "loader", its own state, where it has state_dict and
+            load_state_dict. Without these, a position within an epoch is reached by reading what
+            lies before it.
+        waiting: seconds spent waiting for the loader.
+        save: set to have the state saved after the next batch; the first rank's is what counts.
     Raises:
         ValueError: the loader cannot give what is wanted; where possible before the first batch.
     """
@@ -56,55 +66,70 @@ class Feed:
     ) -> None:
         self._loader, self._rules, self._ranks, self._device = loader, rules, ranks, device
         self._epochs = None if steps is not None else epochs
-        self._stopping = False
-        self.skipped = 0
+        self._stopping, self._checked = False, False
+        self._has_state = all(hasattr(loader, n) for n in ("state_dict", "load_state_dict"))
+        self.waiting, self.save = 0.0, False
+        self.position: dict[str, Any] = dict.fromkeys(
+            ("epoch", "batches", "used", "given", "seen", "skipped"), 0
+        )
         self.steps = self._planned(steps, epochs)
 
     def stop(self) -> None:
         """End after the batch in hand; on several ranks, all of them end."""
         self._stopping = True
 
+    def leave_out(self, item: Item, given: int) -> None:
+        """Go on behind a batch that was no step after all, of which ``given`` have been taken."""
+        self.position = {**item.after, "given": given}
+        self.position["skipped"] += 1
+
     def __iter__(self) -> Iterator[Item]:
-        given = seen = epoch = 0
-        while epoch != self._epochs:
-            for holder in (self._loader, getattr(self._loader, "sampler", None)):
-                if hasattr(holder, "set_epoch"):
-                    holder.set_epoch(epoch)
-            used = 0
-            for batch in self._read(first=seen == 0):
-                counts = self._agreed(batch)
+        at = self.position
+        while at["epoch"] != self._epochs:
+            if at["given"] >= self.steps:
+                return
+            for batch in self._read(at):
+                counts, save = self._agreed(batch)
                 if counts is None:
                     return
                 total = sum(counts)
+                after = at | {"batches": at["batches"] + 1}
+                if self._has_state:
+                    after["loader"] = dict(self._loader.state_dict())  # type: ignore[attr-defined]
                 if total < 2 or min(counts) < 1:
-                    if seen == 0:
+                    if at["seen"] == 0:
                         got = counts if self._ranks.size > 1 else total
                         raise ValueError(
                             "a batch must hold at least two pairs, and one on every rank, got "
                             f"{got}: the loss needs negatives"
                         )
-                    self.skipped += 1
+                    at = self.position = after | {"skipped": at["skipped"] + 1}
                     continue
-                if seen == 0:
+                if not self._checked:
                     self._refuse_equal_shares(batch)
-                start = seen + sum(counts[: self._ranks.rank])
+                    self._checked = True
+                start = at["seen"] + sum(counts[: self._ranks.rank])
                 ids = batch.ids
                 if ids is None:
                     ids = torch.arange(start, start + len(batch))
-                seen, used, given = seen + total, used + 1, given + 1
-                yield Item(epoch, batch, counts, ids)
-                if given == self.steps or (self._stopping and self._ranks.size == 1):
+                for name, more in (("used", 1), ("given", 1), ("seen", total)):
+                    after[name] = at[name] + more
+                at = self.position = after
+                yield Item(at["epoch"], batch, counts, ids, save, after)
+                if at["given"] == self.steps or (self._stopping and self._ranks.size == 1):
                     return
-            if used == 0:
+            if at["used"] == 0:
+                epoch = at["epoch"]
                 what = "is empty" if epoch == 0 else f"yields nothing in epoch {epoch + 1}"
                 self._fail(
                     ValueError(
-                        f"loader {what}: wanted batches of at least two pairs, got {seen} pairs so "
-                        "far (a one-shot iterator cannot be walked again: pass a DataLoader or a "
-                        "list)"
+                        f"loader {what}: wanted batches of at least two pairs, got {at['seen']} "
+                        "pairs so far (a one-shot iterator cannot be walked again: pass a "
+                        "DataLoader or a list)"
                     )
                 )
-            epoch += 1
+            at = self.position = at | {"epoch": at["epoch"] + 1, "batches": 0, "used": 0}
+            at.pop("loader", None)
 
     def _planned(self, steps: int | None, epochs: int) -> int:
         try:
@@ -129,12 +154,28 @@ class Feed:
             raise ValueError(f"every rank must take the same number of steps, got {every}")
         return steps
 
-    def _read(self, first: bool) -> Iterator[Batch]:
-        """The loader's batches; an error reaches the other ranks before it is raised."""
+    def _read(self, at: Mapping[str, Any]) -> Iterator[Batch]:
+        """The batches of the epoch from a position on; an error reaches the other ranks first."""
+        for holder in (self._loader, getattr(self._loader, "sampler", None)):
+            if hasattr(holder, "set_epoch"):
+                holder.set_epoch(at["epoch"])
+        first, passed = at["seen"] == 0, 0
+        if at["batches"]:
+            passed = at["batches"]
+            if "loader" in at:
+                self._loader.load_state_dict(at["loader"])  # type: ignore[attr-defined]
+                passed = 0
         items = iter(self._loader)
+        if items is self._loader:  # it goes on from where it is
+            passed = 0
         while True:
             try:
+                began = time.perf_counter()
                 raw = next(items)
+                self.waiting += time.perf_counter() - began
+                if passed:
+                    passed -= 1
+                    continue
                 batch = read_batch(raw, self._rules, first=first)
             except StopIteration:
                 return
@@ -143,16 +184,19 @@ class Feed:
             first = False
             yield batch
 
-    def _agreed(self, batch: Batch) -> list[int] | None:
-        """Pairs on each rank, or None when one of them wants to stop."""
-        rows = self._ranks.agree([len(batch), self._stopping], self._device)
-        for rank, (count, _) in enumerate(rows):
+    def _agreed(self, batch: Batch) -> tuple[list[int] | None, bool]:
+        """Pairs on each rank, or None when one of them wants to stop; whether to save."""
+        mine = [len(batch), self._stopping, self.save]
+        rows = self._ranks.agree(mine, self._device)
+        for rank, (count, *_) in enumerate(rows):
             if count == _FAILED:
                 raise RuntimeError(f"rank {rank} could not read its batch; its own error says why")
-        return None if any(stop for _, stop in rows) else [int(count) for count, _ in rows]
+        self.save = False
+        stop = any(row[1] for row in rows)
+        return None if stop else [int(row[0]) for row in rows], bool(rows[0][2])
 
     def _fail(self, error: Exception) -> NoReturn:
-        self._ranks.agree([_FAILED, 0.0], self._device)
+        self._ranks.agree([_FAILED, 0.0, 0.0], self._device)
         raise error
 
     def _refuse_equal_shares(self, batch: Batch) -> None:

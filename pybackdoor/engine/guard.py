@@ -1,0 +1,139 @@
+"""Nothing that is not finite is applied, saved or carried on.
+
+Each step, one tensor on the device holds the loss and its terms, the largest entry of each gradient
+and of each weight. Whether all are finite is decided there: the optimiser reads the flag, which
+stays up until the host has answered, so that a bad step and those in flight behind it change
+nothing. The numbers travel to the host meanwhile; on a GPU they are read one step later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import Ranks
+from .gradients import Outcome
+
+_SHOWN = 3  # causes that a message lists, and sample ids
+
+
+class NonFiniteError(RuntimeError):
+    """A feature, loss, gradient or weight is not finite; the model keeps its last good weights."""
+
+
+class Fault(NamedTuple):
+    """What was not finite at a step, in words, and whether the weights themselves are."""
+
+    step: int
+    cause: str
+    weights: bool
+
+
+class Checked(NamedTuple):
+    """A step whose numbers have arrived: the record, or the fault."""
+
+    item: Any
+    record: dict[str, float]
+    fault: Fault | None
+
+
+class _Sent(NamedTuple):
+    step: int
+    item: Any
+    outcome: Outcome
+    ids: Tensor
+    values: Tensor
+    names: tuple[str, ...]
+    arrival: torch.cuda.Event | None
+
+
+class Guard:
+    """Watches the steps of one run.
+
+    Args:
+        optimizer: a fused AdamW; skips its step while the flag is up.
+        lag: steps whose numbers may still be on their way; 0 on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+        device: torch.device,
+        lag: int,
+    ) -> None:
+        self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self._state = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point()}
+        self._state |= {
+            n: b for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))
+        }
+        self._ranks, self._device = ranks, device
+        self._lag = lag if device.type == "cuda" else 0
+        self._sent: deque[_Sent] = deque()
+        self.flag = torch.zeros((), device=device)  # 1: something is not finite
+        optimizer.found_inf = self.flag  # type: ignore[attr-defined]
+
+    def watch(self, step: int, item: Any, ids: Tensor, outcome: Outcome) -> None:
+        """Takes a step's numbers, after its backward pass and before the optimiser's step."""
+        grads = [(n, p.grad) for n, p in self._named if p.grad is not None]
+        if not grads:
+            raise ValueError("the loss reaches no parameter of the model: is everything frozen?")
+        largest = torch._foreach_norm([g for _, g in grads], math.inf)
+        largest += torch._foreach_norm(list(self._state.values()), math.inf)
+        scalars = [t.double() for t in outcome.scalars.values()]
+        values = torch.stack([*scalars, *(t.double() for t in largest)])
+        bad = (~values.isfinite()).any().float()
+        self._ranks.max_(bad)
+        torch.maximum(self.flag, bad, out=self.flag)
+        names = (*outcome.scalars, *(f"gradient of {n}" for n, _ in grads), *self._state)
+        values, arrival = torch.cat([values, self.flag.double()[None]]), None
+        if self._device.type == "cuda":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            arrival = torch.cuda.Event()
+            arrival.record()
+        self._sent.append(_Sent(step, item, outcome, ids, values, names, arrival))
+
+    def arrived(self, *, all_of_them: bool = False) -> list[Checked]:
+        """The steps whose numbers are due, in order; those behind a fault are dropped."""
+        found = []
+        while len(self._sent) > (0 if all_of_them else self._lag):
+            sent = self._sent.popleft()
+            if sent.arrival is not None:
+                sent.arrival.synchronize()
+            *values, flag = sent.values.tolist()
+            record = dict(zip(sent.outcome.scalars, values, strict=False))
+            fault = self._fault(sent, values) if flag else None
+            found.append(Checked(sent.item, record, fault))
+            if fault is not None:
+                self._sent.clear()
+        return found
+
+    def lower(self) -> None:
+        """Lets steps be applied again."""
+        self.flag.zero_()
+
+    def _fault(self, sent: _Sent, values: list[float]) -> Fault:
+        broken = [n for n, v in zip(sent.names, values, strict=True) if not math.isfinite(v)]
+        weights = [n for n in broken if n in self._state]
+        causes = [f"weight {n}" for n in weights]
+        for name, rows in sent.outcome.features.items():
+            bad = (~rows.isfinite()).any(-1).nonzero()[:, 0].cpu()
+            if len(bad):
+                ids = sent.ids.cpu()[bad].tolist()
+                listed = ", ".join(map(str, ids[:_SHOWN])) + (", ..." if len(ids) > _SHOWN else "")
+                causes.append(f"{name} of {len(bad)} of {len(rows)} pairs (ids {listed})")
+        causes += [n for n in broken if n not in self._state]
+        if not causes:
+            causes = ["something on another rank"]
+        more = f" and {len(causes) - _SHOWN} more" if len(causes) > _SHOWN else ""
+        return Fault(
+            sent.step,
+            f"step {sent.step}: not finite: {', '.join(causes[:_SHOWN])}{more}",
+            bool(weights),
+        )
