@@ -222,7 +222,10 @@ class BadTeacher(DualEncoder):
 
 
 def test_a_broken_reference_is_named():
-    with pytest.raises(NonFiniteError, match="reference features 1 of 16 of 16 pairs .ids 1016, 1017, 1018, .*, loss, s_t"):
+    with pytest.raises(
+        NonFiniteError,
+        match="reference features 1 of 16 of 16 pairs .ids 1016, 1017, 1018, .*, loss, s_t",
+    ):
         clean(BadTeacher())
 
 

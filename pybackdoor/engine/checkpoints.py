@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,6 +245,17 @@ def train_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
     for number, values in optimizer.state_dict()["state"].items():
         found |= {f"optimizer/{number}/{name}": value for name, value in values.items()}
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
+
+
+def not_finite(tensors: Mapping[str, Tensor], weights: Collection[str]) -> str:
+    """Names the tensors of a state that are not finite, of these weights and of the moments; ""."""
+    found = [
+        name.removeprefix("model/")
+        for name, t in tensors.items()
+        if name.startswith("optimizer/") or name.removeprefix("model/") in weights
+        if not bool(t.isfinite().all())
+    ]
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def restore(

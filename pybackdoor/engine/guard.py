@@ -68,10 +68,15 @@ class Guard:
         lag: int,
     ) -> None:
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self._state = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point()}
+        self._state = {
+            n: p.detach()
+            for n, p in model.named_parameters()
+            if p.is_floating_point() and p.numel()
+        }
         self._state |= {
             n: b for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))
         }
+        self.watched = self._state.keys()  # names of the weights that must be finite
         self._ranks, self._device = ranks, device
         self._lag = lag if device.type == "cuda" else 0
         self._sent: deque[_Sent] = deque()
@@ -80,7 +85,7 @@ class Guard:
 
     def watch(self, step: int, item: Any, ids: Tensor, outcome: Outcome) -> None:
         """Takes a step's numbers, after its backward pass and before the optimiser's step."""
-        grads = [(n, p.grad) for n, p in self._named if p.grad is not None]
+        grads = [(n, p.grad) for n, p in self._named if p.grad is not None and p.numel()]
         if not grads:
             raise ValueError("the loss reaches no parameter of the model: is everything frozen?")
         largest = torch._foreach_norm([g for _, g in grads], math.inf)

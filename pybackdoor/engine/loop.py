@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..batches import InputRules, model_input
 from ..distributed import Ranks
 from ..models import logit_scale_parameters
-from .checkpoints import CheckpointFolder, Checkpoints, restore, train_state
+from .checkpoints import CheckpointFolder, Checkpoints, not_finite, restore, train_state
 from .feed import Feed, Item
 from .gradients import Gradients
 from .guard import Checked, Fault, Guard, NonFiniteError
@@ -229,15 +229,20 @@ class _Run:
         return False
 
     def _take_back(self, item: Item, step: int, fault: Fault) -> None:
-        self.log.faults.append(fault.cause)
-        if len(self.log.faults) > self.settings.max_faults:
-            if len(self.log.faults) > 1:
-                fault = fault._replace(cause=f"{fault.cause}, fault {len(self.log.faults)}")
-            raise NonFiniteError(f"{fault.cause}; the weights of the step before are kept")
-        if fault.weights:
-            raise _Lost(fault)
+        self._count(fault)
         self.guard.lower()
         self.feed.leave_out(item, given=step)
+
+    def _count(self, fault: Fault) -> None:
+        """Notes a fault; raises where it is one too many, or only an earlier state helps."""
+        self.log.faults.append(fault.cause)
+        count = len(self.log.faults)
+        if fault.weights and count <= self.settings.max_faults:
+            raise _Lost(fault)
+        if count > self.settings.max_faults:
+            which = f", fault {count}" if count > 1 else ""
+            kept = "last checkpoint is" if fault.weights else "weights of the step before are"
+            raise NonFiniteError(f"{fault.cause}{which}; the {kept} kept")
 
     def _save(self) -> None:
         if self.folder is None or not self.log.steps:
@@ -246,8 +251,11 @@ class _Run:
             "position": self.feed.position,
             "log": {n: getattr(self.log, n) for n in ("steps", "pairs", "faults", "seconds")},
         }
-        state = train_state(self.model, self.optimizer)
-        self.folder.save(len(self.log.steps), state, content)
+        state, step = train_state(self.model, self.optimizer), len(self.log.steps)
+        broken = not_finite(state, self.guard.watched)
+        if broken:
+            self._count(Fault(step, f"after step {step - 1}: not finite: {broken}", True))
+        self.folder.save(step, state, content)
 
     def _return_to_last(self) -> bool:
         """Puts the newest checkpoint back, on every rank; False where there is none."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .short_text import encode_text
+
 # exp(10) = 22,026; trained CLIP and SigLIP models stay below log(200) = 5.3, while a scale stored
 # as such (1 / 0.07 = 14.3, 100) lies above.
 MAX_LOG_SCALE = 10.0
@@ -168,7 +170,7 @@ def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
     if tokens.ndim != 2 or (context is not None and tokens.shape[1] > context):
         wanted = f"[B, L <= {context}]" if context is not None else "[B, L]"
         raise ValueError(f"text_features: tokens must be {wanted}, got {list(tokens.shape)}")
-    return _unit_rows(model.encode_text(tokens), "encode_text", tokens.shape[0])
+    return _unit_rows(encode_text(model, tokens), "encode_text", tokens.shape[0])
 
 
 def _unit_rows(rows: Any, method: str, batch: int) -> Tensor:
