@@ -181,10 +181,12 @@ def test_info_says_what_was_built(run):
     assert json.loads(out)["version"] == pybackdoor.__version__
 
 
-def test_ctrl_c_keeps_the_last_state(world, tmp_path):
-    """A real SIGINT to a real process: the state reached is saved apart, exit code 130."""
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_last_state_and_resume_goes_on(world, run, tmp_path, number, code):
+    """A real signal to a real process: the state reached is saved apart, and as a checkpoint."""
+    steps = 120
     arguments = [str(a) for a in cleaning(world, tmp_path / "out")]
-    arguments[arguments.index("--steps") + 1] = "100000"
+    arguments[arguments.index("--steps") + 1] = str(steps)
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "pybackdoor", *arguments], env=env, cwd=tmp_path,
@@ -195,10 +197,24 @@ def test_ctrl_c_keeps_the_last_state(world, tmp_path):
     while not (history.exists() and history.read_text().count("\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "steps is kept in" in err
+    assert process.returncode == code and "steps is kept in" in err and "--resume latest" in err
     kept = pybackdoor.load(tmp_path / "out" / "interrupted")
     assert torch.isfinite(kept.model.visual.proj).all()
     assert not (tmp_path / "out" / "open_clip_model.safetensors").exists()
     assert (tmp_path / "out" / "config.yaml").exists()
+    again, _, err = run(*arguments)
+    assert again == 2 and "holds the checkpoints of a run: resume it" in err
+    again, _, err = run(*arguments, "--resume", "latest", "--tau", "2")
+    assert again == 2 and "other settings (tau: was 2.15, is 2.0)" in err
+    again, out, _ = run(*arguments, "--resume", "latest")
+    assert again == 0 and f"in {steps} steps" in out
+    assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == steps
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    whole = [a if a != str(tmp_path / "out") else str(tmp_path / "whole") for a in arguments]
+    assert run(*whole)[0] == 0
+    weights = [
+        (tmp_path / n / "open_clip_model.safetensors").read_bytes() for n in ("out", "whole")
+    ]
+    assert weights[0] == weights[1]

@@ -83,7 +83,7 @@ def run_poison(config: PoisonConfig) -> Outcome:
             lr=config.lr, warmup=config.warmup, weight_decay=config.weight_decay,
             precision=config.precision, seed=config.seed, device=config.device, test=test,
             mean=loaded.preprocess.mean, std=loaded.preprocess.std, progress=config.progress,
-            on_step=run.record,
+            on_step=lambda step, record, model: run.record(step, record),
         )  # fmt: skip
         run.finish(result)
     answer = {"out": config.out, "poisoned": len(result.manifest.samples)}
@@ -115,7 +115,10 @@ def run_clean(config: CleanConfig) -> Outcome:
             weight_decay=config.weight_decay, augment=config.augment,
             precision=config.precision, seed=config.seed, device=config.device,
             mean=loaded.preprocess.mean, std=loaded.preprocess.std,
-            progress=config.progress, on_step=run.record, **own,
+            progress=config.progress, track=run.record, micro_batch=config.micro_batch,
+            compile=config.compile, max_faults=config.max_faults, folder=run.checkpoints,
+            resume=config.resume is not None, save_minutes=config.save_minutes,
+            force=config.force, **own,
         )  # fmt: skip
         run.finish(result)
     return Outcome(0, {"out": config.out, **result.report}, _cleaning_text(config.out, result))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..engine.settings import COMPILE_MODES
 from ..options import REQUIRED, option
 from ..poison import MODES
 
@@ -100,6 +101,19 @@ class CleanConfig(PromptOptions, PairOptions, ModelOptions):
     precision: str = option("bf16", "of the towers; losses are fp32", choices=("bf16", "fp32"))
     seed: int = option(0, "of the order and the augmentation")
     manifest: str | None = option(None, "manifest.json of the planted trigger, kept with the model")
+    resume: str | None = option(
+        None, "latest: continue an interrupted run of the same settings, if --out holds one",
+        choices=("latest",),
+    )  # fmt: skip
+    force: bool = option(False, "resume even though the settings have changed")
+    save_minutes: float = option(10.0, "minutes between checkpoints, kept in --out until the end")
+    micro_batch: int | None = option(
+        None, "pairs encoded at a time, for a batch that does not fit into memory"
+    )
+    compile: str | None = option(
+        None, "mode of torch.compile for both towers", choices=COMPILE_MODES
+    )
+    max_faults: int = option(3, "batches with broken numbers left out before the run is given up")
 
 
 @dataclass(frozen=True)
