@@ -8,7 +8,8 @@ a rank that fails takes the others along instead of leaving them waiting.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -40,6 +41,7 @@ class Feed:
         loader: this rank's own; walked anew for each epoch, after ``set_epoch`` where it or its
             sampler has one.
         steps: batches wanted; None for ``epochs`` passes.
+        patient: a context in which it waits for other ranks.
     Attributes:
         steps: batches planned, the same on every rank.
         position: where the next iteration starts: "epoch"; "batches", those read in it; "used", how
@@ -63,7 +65,9 @@ class Feed:
         *,
         steps: int | None,
         epochs: int,
+        patient: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._patient = patient
         self._loader, self._rules, self._ranks, self._device = loader, rules, ranks, device
         self._epochs = None if steps is not None else epochs
         self._stopping, self._checked = False, False
@@ -187,7 +191,8 @@ class Feed:
     def _agreed(self, batch: Batch) -> tuple[list[int] | None, bool]:
         """Pairs on each rank, or None when one of them wants to stop; whether to save."""
         mine = [len(batch), self._stopping, self.save]
-        rows = self._ranks.agree(mine, self._device)
+        with self._patient():
+            rows = self._ranks.agree(mine, self._device)
         for rank, (count, *_) in enumerate(rows):
             if count == _FAILED:
                 raise RuntimeError(f"rank {rank} could not read its batch; its own error says why")

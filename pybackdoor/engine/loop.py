@@ -26,6 +26,7 @@ from .interrupts import DeferredInterrupt
 from .progress import Progress
 from .settings import PRECISIONS, Objective, Schedule, Settings, StepHook, Tracker, TrainLog
 from .towers import Encoder, TextTrim
+from .watch import Watch
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound on the learned temperature
 _NO_DECAY_NAMES = ("bias", "ln", "bn")
@@ -104,9 +105,11 @@ class _Run:
         self.rules, self.device, self.log = rules, device, log
         self.on_step, self.track = on_step, track
         self.ranks = Ranks.start(device)
+        self.watch = Watch(self.ranks)
         self.feed = Feed(
-            loader, rules, self.ranks, device, steps=settings.steps, epochs=settings.epochs
-        )
+            loader, rules, self.ranks, device, steps=settings.steps, epochs=settings.epochs,
+            patient=self.watch.patient,
+        )  # fmt: skip
         self.train_scale = not settings.freeze_scale and isinstance(model.logit_scale, nn.Parameter)
         if not self.train_scale:
             for p in logit_scale_parameters(model):
@@ -139,7 +142,8 @@ class _Run:
         try:
             if checkpoints is not None:
                 self._return_to_last()
-            self._walk_to_the_end(kept=checkpoints is not None)
+            with self.watch.lost_ranks():
+                self._walk_to_the_end(kept=checkpoints is not None)
         finally:
             if self.folder is not None:
                 self.folder.close()
@@ -150,6 +154,7 @@ class _Run:
         with (
             Progress(self.feed.steps, settings.progress, leader, done) as bar,
             torch.random.fork_rng(devices=cuda),
+            self.watch,
             DeferredInterrupt() as interrupt,
         ):
             while True:
@@ -170,6 +175,7 @@ class _Run:
         for item in self.feed:
             step = item.after["given"] - 1
             self._step(step, item)
+            self.watch.step()
             if self._settle(self.guard.arrived(), bar):
                 return True
             if item.save:
@@ -223,8 +229,9 @@ class _Run:
             if self.track is not None:
                 self.track(step, record)
             if self.on_step is not None:
-                if self.on_step(step, record, self.model) is True:
-                    self.feed.stop()
+                with self.watch.patient():
+                    if self.on_step(step, record, self.model) is True:
+                        self.feed.stop()
                 self.started += time.perf_counter() - now  # the hook's time is its own
         return False
 
@@ -251,6 +258,10 @@ class _Run:
             "position": self.feed.position,
             "log": {n: getattr(self.log, n) for n in ("steps", "pairs", "faults", "seconds")},
         }
+        with self.watch.patient():
+            self._write(content)
+
+    def _write(self, content: Mapping[str, Any]) -> None:
         state, step = train_state(self.model, self.optimizer), len(self.log.steps)
         broken = not_finite(state, self.guard.watched)
         if broken:
