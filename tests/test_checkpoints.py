@@ -176,7 +176,7 @@ def child(folder, *options):
 
 
 def test_kills_at_random_points(tmp_path):
-    """tests/stress/kills.py does this hundreds of times."""
+    """tests/stress/training_kills.py does this hundreds of times."""
     steps, rng = "60", random.Random(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,6 +1,6 @@
 """Kills a training run again and again, and sees that it ends as if nothing had happened.
 
-    python tests/stress/kills.py [--kills 500] [--terms 100] [--disk-errors 50] [--seed 0]
+    python tests/stress/training_kills.py [--kills 500] [--terms 100] [--disk-errors 50] [--seed 0]
 
 Each round starts a process (forked, so that torch is imported once) that resumes the run in the
 same folder and is sent a signal after a random time; a run that comes to its end is compared with
