@@ -74,6 +74,7 @@ def test_clean_saves_what_load_reads_and_leaves_the_input(world, run, tmp_path):
     assert not torch.equal(old.model.visual.proj, new.model.visual.proj)
     lines = (tmp_path / "out" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+    assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "out" / "cleaning.json").read_text())
     assert report["method"] == "par" and report["steps_done"] == 3
     config = tmp_path / "out" / "config.yaml"

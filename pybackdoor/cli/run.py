@@ -13,6 +13,7 @@ from ..distributed import Ranks
 from ..engine import DeferredInterrupt
 from ..files import writable_folder, write_atomically
 from ..options import UsageError, write_yaml
+from ..plots import training_curves
 
 _PARTIAL, _HISTORY = "history.partial.jsonl", "history.jsonl"
 
@@ -29,8 +30,8 @@ class Run:
     """Within the block a command trains; an early end leaves its last state in ``interrupted``.
 
     A model that the folder holds is replaced by ``finish`` alone. ``history.partial.jsonl`` grows
-    by a line per step; at the end ``history.jsonl`` has the whole, and the checkpoints go. Only the
-    first of several processes writes.
+    by a line per step; at the end ``history.jsonl`` has the whole, ``training.png`` draws it, and
+    the checkpoints go. Only the first of several processes writes.
 
     Args:
         config: saved as ``config.yaml`` before the first step.
@@ -69,6 +70,7 @@ class Run:
                 self._keep(self._out, result)
                 lines = "".join(json.dumps(record) + "\n" for record in result.history)
                 write_atomically(self._out / _HISTORY, lines.encode())
+                training_curves(result.history, self._out / "training.png")
                 (self._out / _PARTIAL).unlink(missing_ok=True)
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
                 interrupt.check()

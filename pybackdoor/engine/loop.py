@@ -152,7 +152,7 @@ class _Run:
         settings, cuda = self.settings, [self.device] if self.device.type == "cuda" else []
         done, leader = len(self.log.steps), self.ranks.rank == 0
         with (
-            Progress(self.feed.steps, settings.progress, leader, done) as bar,
+            Progress(self.feed.steps, settings.progress, leader, done, self.device) as bar,
             torch.random.fork_rng(devices=cuda),
             self.watch,
             DeferredInterrupt() as interrupt,
