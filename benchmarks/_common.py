@@ -18,7 +18,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -113,6 +114,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     options.add_argument("--repeats", type=int, default=15, help="timed runs of each variant")
     return options
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """Forces pybackdoor's backend."""
+    before = os.environ.get("PYBACKDOOR_BACKEND")
+    os.environ["PYBACKDOOR_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        del os.environ["PYBACKDOOR_BACKEND"]
+        if before is not None:
+            os.environ["PYBACKDOOR_BACKEND"] = before
 
 
 def strict(value):

@@ -24,10 +24,8 @@ there are the passes around it.
 from __future__ import annotations
 
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,7 +34,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _ceilings import ceilings
-from _common import OURS, OUT_OF_MEMORY, Report, check_errors, make_row, parser
+from _common import OURS, OUT_OF_MEMORY, Report, check_errors, forced, make_row, parser
 from _memory import peak_growth, release_memory
 from _peers import Unfit
 from _timing import captured, count_launches, interleave
@@ -77,19 +75,6 @@ SHAPES = {
     "ViT-B-32 part": clip((768, 512), 32, 1, 4_940),
     "tiny": clip((12, 8), 4, 1, 50),
 }
-
-
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """Forces pybackdoor's backend."""
-    before = os.environ.get("PYBACKDOOR_BACKEND")
-    os.environ["PYBACKDOOR_BACKEND"] = backend
-    try:
-        yield
-    finally:
-        del os.environ["PYBACKDOOR_BACKEND"]
-        if before is not None:
-            os.environ["PYBACKDOOR_BACKEND"] = before
 
 
 class Provider:

@@ -3,23 +3,30 @@
     python benchmarks/bench_trigger_normalize.py --quick --json result.json
     pytest benchmarks/bench_trigger_normalize.py
 
-All providers get the same uint8 NHWC images and give NCHW:
+All providers get the same uint8 NHWC images and give NCHW. Mode forward, without gradients:
     pybackdoor             the op
     pybackdoor_fresh       the op, with its pool of freed results emptied before each call (CPU)
+    triton                 the op's Triton kernels (CUDA)
     eager                  the natural chain on the batch: ToTensor, trigger, 8-bit, ToTensor,
-                           Normalize, cast to the output's dtype
+                           (noise), Normalize, (erasing), cast to the output's dtype
     eager_inplace          the same tuned by hand
     compile                torch.compile of eager
-    compile_into           compile writing into one tensor made beforehand
-    torchvision_normalize  mode none: adds no trigger and does not quantise
-    kornia_normalize       mode none: the same
+    compile_into           compile writing into one tensor made beforehand (CPU)
+    torchvision_normalize, kornia_normalize, cvcuda_normalize, dali_normalize
+                           case none: they add no trigger and do not quantise
+
+Mode backward: the gradients of a blend's pattern and mask, which both cover the image, without
+quantisation; the forward pass is run beforehand, and its graph kept. eager and compile go through
+autograd; eager_by_hand is the op's formulas in PyTorch without it. Mode full: both passes.
 
 Memory on the CPU. pybackdoor takes its result from the pool, so from the second call on the pages
-are there already. pybackdoor_fresh gets its result, and eager, eager_inplace, compile and the two
+are there already. pybackdoor_fresh gets its result, and eager, eager_inplace, compile and the
 peers their result and each temporary, from malloc in every call: up to 32 MiB that is memory freed
 before, beyond it fresh pages, and their faults and release are in the time. compile_into touches
 no fresh page: its one result lives through all calls. The ratio without the pool's help is that of
 pybackdoor_fresh to eager and compile; with it on both sides, pybackdoor to compile_into.
+The op's gradients are small, so that mode backward has no fresh provider; what eager forms on the
+way to its own is as large as the gradient it is given.
 On CUDA all take their memory from torch's caching allocator.
 """
 
@@ -34,240 +41,158 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _ceilings import ceilings
 from _common import (
+    OURS,
+    OUT_OF_MEMORY,
     Report,
     check_errors,
     dtype_name,
     interleave,
     load_at_start,
+    make_row,
     parser,
     relative_error,
     release_memory,
 )
-
-from pybackdoor._native import _C
-from pybackdoor.ops import TriggerTable, trigger_normalize
+from _normalizers import NORMALIZERS
+from _trigger_setting import CASES, MODES, OWN_NUMBERS, Forward, Setting
 
 KERNEL = "trigger_normalize"
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-STRENGTH = 0.2
-# A few ulp at the scale of the largest output.
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
-# grid_sample and its compilation contract to FMA or not: a warped level may be the next one. That
-# is 1 / 255 / std, over an output of at least (1 - mean) / std: 1 / 255 / (1 - mean), rounded up.
-ONE_LEVEL = 8e-3
-MODES = ("none", "patch", "blend", "warp")
-TINY = [("patch", (2, 48, 48, 3), torch.float32)]
-QUICK = [("blend", (128, 224, 224, 3), dtype) for dtype in (torch.float32, torch.bfloat16)]
-FULL = [
-    (mode, shape, dtype)
-    for shape in ((32, 224, 224, 3), (128, 224, 224, 3))
-    for mode in MODES
-    for dtype in (torch.float32, torch.bfloat16)
+FP32, BF16 = torch.float32, torch.bfloat16
+TINY = [
+    ("forward", "patch", (2, 48, 48, 3), FP32),
+    ("forward", "augment", (2, 48, 48, 3), BF16),
+    ("backward", "blend", (2, 48, 48, 3), FP32),
+    ("full", "blend", (2, 48, 48, 3), FP32),
 ]
+SHAPE, CUDA_SHAPE = (128, 224, 224, 3), (1024, 224, 224, 3)
+CPU_QUICK = [("forward", "blend", SHAPE, dtype) for dtype in (FP32, BF16)]
+CPU_QUICK += [("backward", "blend", SHAPE, FP32), ("full", "blend", SHAPE, FP32)]
+CPU_FULL = [
+    ("forward", case, shape, dtype)
+    for shape in ((32, 224, 224, 3), SHAPE)
+    for case in CASES
+    for dtype in (FP32, BF16)
+]
+CPU_FULL += [
+    (mode, "blend", SHAPE, dtype) for mode in ("backward", "full") for dtype in (FP32, BF16)
+]
+CUDA_QUICK = [("forward", "blend", CUDA_SHAPE, BF16), ("backward", "blend", CUDA_SHAPE, BF16)]
+CUDA_QUICK += [("forward", "augment", CUDA_SHAPE, BF16)]
+CUDA_FULL = [("forward", case, CUDA_SHAPE, BF16) for case in CASES]
+CUDA_FULL += [("forward", "blend", CUDA_SHAPE, FP32)]
+CUDA_FULL += [(mode, "blend", CUDA_SHAPE, BF16) for mode in ("backward", "full")]
 
 
-class Setting:
-    """Images, a trigger and the constants of one benchmark."""
+class Measurement:
+    """The providers of one setting, checked, then timed."""
 
-    backend = "inductor"  # of torch.compile
+    def __init__(self, setting: Setting, report: Report, backend: str):
+        self.setting, self.report, self.backend = setting, report, backend
+        self.found: dict[str, Callable[[], object]] = {}
+        self.facts: dict[str, dict] = {}
+        self.wrong: list[str] = []
 
-    def __init__(self, mode: str, shape: tuple[int, ...], dtype: torch.dtype, device: str):
-        generator = torch.Generator().manual_seed(0)
-        self.mode, self.dtype = mode, dtype
-        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        height, width = shape[1:3]
-        self.mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
-        self.std = torch.tensor(STD, device=device).view(3, 1, 1)
-        self.images = images.to(device)
-        self.corner = (height // 2, width // 2)
-        table = None
-        if mode == "patch":
-            table = TriggerTable("patch", pattern=torch.rand(1, 3, 16, 16, generator=generator))
-        elif mode == "blend":
-            table = TriggerTable(
-                "blend", pattern=torch.rand(1, 3, height, width, generator=generator)
-            )
-        elif mode == "warp":
-            theta = torch.eye(2, 3)[None]
-            grid = F.affine_grid(theta, (1, 3, height, width), align_corners=True)
-            jitter = torch.rand(grid.shape, generator=generator) * 2 - 1
-            table = TriggerTable("warp", grid=(grid + jitter / width).clamp(-1, 1))
-        self.table = None if table is None else table.to(device)
-        position = torch.tensor([self.corner], dtype=torch.int16).expand(shape[0], 2)
-        self.position = position.to(device) if mode == "patch" else None
-
-    def pybackdoor(self) -> Tensor:
-        """The op."""
-        strength = STRENGTH if self.mode == "blend" else None
-        return trigger_normalize(
-            self.images,
-            mean=MEAN,
-            std=STD,
-            triggers=self.table,
-            position=self.position,
-            strength=strength,
-            dtype=self.dtype,
+    def row(self, name: str, **fields) -> None:
+        """Adds a row of this setting to the report."""
+        s = self.setting
+        row = make_row(
+            KERNEL,
+            name,
+            s.mode,
+            s.shape,
+            s.dtype,
+            s.device,
+            case=s.case,
+            num_bytes=s.num_bytes(),
+            ceilings=ceilings(s.device, self.report.options.tiny),
+            **fields,
         )
+        self.report.add(row)
 
-    def pybackdoor_fresh(self) -> Tensor:
-        """The op without memory from earlier calls."""
-        _C.empty_pool()
-        return self.pybackdoor()
+    def check(self, name: str) -> None:
+        """Runs a provider once, and keeps it for the timing if its numbers are right."""
+        s, error, note = self.setting, None, None
+        try:
+            call = s.calls(name, self.backend)
+            error = s.error(name, call())
+            if error is not None:
+                check_errors({name: error}, s.tolerance(name))
+        except torch.OutOfMemoryError:
+            note = OUT_OF_MEMORY
+        except ImportError as reason:
+            self.report.note(f"{name} left out: {reason}")
+            return
+        except Exception as reason:  # a peer may fail in any way; ours fails the run at its end
+            lines = str(reason).strip().splitlines() or [""]
+            note = f"failed: {type(reason).__name__}: {lines[0][:120]}"
+        if note is None:
+            self.found[name] = call
+            self.facts[name] = {"rel_error": error, "note": OWN_NUMBERS if error is None else None}
+            return
+        # Only here is the error's traceback, and with it the memory, free.
+        self.row(name, note=note, times=(math.inf,) * 3 if note == OUT_OF_MEMORY else None)
+        if name in (OURS, "pybackdoor_fresh", "triton"):
+            self.wrong.append(note)
+        release_memory()
 
-    def tolerance(self) -> float:
-        """What a relative error may be."""
-        return TOLERANCES[self.dtype] + (ONE_LEVEL if self.mode == "warp" else 0)
-
-    def trigger(self, x: Tensor) -> Tensor:
-        """The trigger on [B, 3, H, W] floats, as one writes it."""
-        if self.mode == "patch":
-            (y0, x0), pattern = self.corner, self.table.pattern[0]
-            x = x.clone()
-            x[:, :, y0 : y0 + 16, x0 : x0 + 16] = pattern
-        elif self.mode == "blend":
-            x = STRENGTH * self.table.pattern + (1 - STRENGTH) * x
-        elif self.mode == "warp":
-            grid = self.table.grid.expand(len(x), -1, -1, -1)
-            x = F.grid_sample(x, grid, align_corners=True)
-        return x
-
-    def eager(self) -> Tensor:
-        """ToTensor, trigger, to 8 bits, ToTensor, Normalize."""
-        x = self.images.permute(0, 3, 1, 2).contiguous().float() / 255
-        if self.mode != "none":
-            x = self.trigger(x)
-            x = (x * 255).to(torch.uint8)
-            x = x.float() / 255
-        return ((x - self.mean) / self.std).to(self.dtype)
-
-    def eager_inplace(self) -> Tensor:
-        """The chain with its temporaries taken out by hand."""
-        x = self.images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        x.div_(255)
-        if self.mode == "patch":
-            y0, x0 = self.corner
-            x[:, :, y0 : y0 + 16, x0 : x0 + 16] = self.table.pattern[0]
-        elif self.mode == "blend":
-            x.mul_(1 - STRENGTH).add_(self.table.pattern * STRENGTH)
-        elif self.mode == "warp":
-            x = self.trigger(x)
-        if self.mode != "none":
-            x.mul_(255).trunc_().div_(255)
-        return x.sub_(self.mean).div_(self.std).to(self.dtype)
-
-    def compile_into(self) -> Callable[[], Tensor]:
-        """torch.compile of eager into one tensor, used again by every call."""
-        out = torch.empty_like(self.eager())
-        compiled = torch.compile(
-            lambda: out.copy_(self.eager()), dynamic=False, backend=self.backend
-        )
-        return lambda: compiled()
-
-    def exact(self) -> Tensor:
-        """The chain in fp64; levels at the edge of two come from fp32, as the definition says."""
-        x = self.images.permute(0, 3, 1, 2).float() / 255
-        levels = (
-            (self.trigger(x) * 255).to(torch.int64).double()
-            if self.mode != "none"
-            else x.double() * 255
-        )
-        return (levels.round() / 255 - self.mean.double()) / self.std.double()
-
-    def providers(self, notes: list[str]) -> dict[str, Callable[[], Tensor]]:
-        """Name -> function; what is not installed is noted."""
-        compiled = torch.compile(self.eager, dynamic=False, backend=self.backend)
-        found = {"pybackdoor": self.pybackdoor}
-        if self.images.device.type == "cpu":
-            found["pybackdoor_fresh"] = self.pybackdoor_fresh
-        found |= {
-            "eager": self.eager,
-            "eager_inplace": self.eager_inplace,
-            "compile": compiled,
-            "compile_into": self.compile_into(),
-        }
-        if self.mode != "none":
-            return found
-        from torchvision.transforms.v2 import functional as tv
-
-        def planar() -> Tensor:
-            return self.images.permute(0, 3, 1, 2).contiguous()
-
-        def torchvision_normalize() -> Tensor:
-            x = tv.to_dtype(planar(), torch.float32, scale=True)
-            return tv.normalize(x, list(MEAN), list(STD)).to(self.dtype)
-
-        found["torchvision_normalize"] = torchvision_normalize
-        if importlib.util.find_spec("kornia") is None:
-            note = "kornia is not installed: kornia_normalize left out"
-            if note not in notes:
-                notes.append(note)
-            return found
-        from kornia.enhance import normalize
-
-        mean, std = self.mean.flatten(), self.std.flatten()
-        found["kornia_normalize"] = lambda: normalize(planar().float() / 255, mean, std).to(
-            self.dtype
-        )
-        return found
+    def time(self) -> None:
+        """Rows of all providers whose numbers are right."""
+        s = self.setting
+        times = interleave(self.found, s.device, repeats=self.report.options.repeats)
+        for name, spread in times.items():
+            self.row(name, times=spread, **self.facts[name])
 
 
 def measure(
     mode: str,
+    case: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    device: str,
-    repeats: int,
-    notes: list[str],
-) -> list[dict]:
+    report: Report,
+    backend: str = "inductor",
+) -> None:
     """The rows of one setting: numbers first, then times.
 
     Raises:
-        ValueError: a provider's numbers are wrong.
+        ValueError: the op's own numbers are wrong; the others' rows are there all the same.
     """
     torch._dynamo.reset()
     release_memory()
-    setting = Setting(mode, shape, dtype, device)
-    providers = setting.providers(notes)
-    exact = setting.exact()
-    errors = {name: relative_error(run(), exact) for name, run in providers.items()}
-    check_errors(errors, setting.tolerance())
-    del exact
-    times = interleave(providers, device, repeats=repeats)
-    elements = setting.images.numel()
-    rows = []
-    for name, (median, p20, p80) in times.items():
-        rows.append(
-            {
-                "kernel": KERNEL,
-                "provider": name,
-                "mode": mode,
-                "shape": "x".join(map(str, shape)),
-                "dtype": dtype_name(dtype),
-                "device": device,
-                "threads": torch.get_num_threads(),
-                "ms_median": median,
-                "ms_p20": p20,
-                "ms_p80": p80,
-                "rel_error": errors[name],
-                "images_per_s": shape[0] / median * 1e3,
-                "gb_per_s": elements * (1 + dtype.itemsize) / median / 1e6,
-            }
-        )
-    return rows
+    device = report.options.device
+    setting = MODES[mode](case, shape, dtype, device)
+    measurement = Measurement(setting, report, backend)
+    for name in setting.names():
+        if name in NORMALIZERS and not usable(name, device):
+            continue
+        measurement.check(name)
+    measurement.time()
+    if measurement.wrong:
+        raise ValueError(f"{KERNEL} {mode} {case} {dtype_name(dtype)}: {measurement.wrong[0]}")
+
+
+def usable(name: str, device: str) -> bool:
+    """Whether a peer is installed and runs on that device."""
+    package, _, on_cpu = NORMALIZERS[name]
+    return (device == "cuda" or on_cpu) and missing(package) is None
+
+
+def missing(package: str) -> str | None:
+    """Why a package cannot be imported; None if it is there."""
+    top = package.split(".")[0]
+    found = importlib.util.find_spec(top) and importlib.util.find_spec(package)
+    return None if found else f"{package} is not installed"
 
 
 @pytest.mark.parametrize("provider", ["pybackdoor", "pybackdoor_fresh", "eager"])
-@pytest.mark.parametrize("mode,shape,dtype", QUICK, ids=["float32", "bfloat16"])
-def test_trigger_normalize(benchmark, mode, shape, dtype, provider):
-    setting = Setting(mode, shape, dtype, "cpu")
-    result = benchmark.pedantic(getattr(setting, provider), rounds=3, warmup_rounds=1)
-    check_errors({provider: relative_error(result, setting.exact())}, setting.tolerance())
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_trigger_normalize(benchmark, dtype, provider):
+    setting = Forward("blend", SHAPE, dtype, "cpu")
+    result = benchmark.pedantic(setting.calls(provider, ""), rounds=3, warmup_rounds=1)
+    check_errors({provider: setting.error(provider, result)}, setting.tolerance(provider))
 
 
 def test_wrong_numbers_are_refused():
@@ -289,12 +214,27 @@ def test_a_busy_machine_is_noted(monkeypatch):
 def main() -> None:
     options = parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(options.threads)
-    report = Report(options)
+    report, failures = Report(options), []
+    cuda = options.device == "cuda"
     if options.tiny:
-        Setting.backend = "aot_eager"
-    for mode, shape, dtype in TINY if options.tiny else QUICK if options.quick else FULL:
-        report.add(*measure(mode, shape, dtype, options.device, options.repeats, report.notes))
+        settings = TINY
+    elif options.quick:
+        settings = CUDA_QUICK if cuda else CPU_QUICK
+    else:
+        settings = CUDA_FULL if cuda else CPU_FULL
+    for name, (package, _, on_cpu) in NORMALIZERS.items():
+        if (cuda or on_cpu) and missing(package):
+            report.note(f"{missing(package)}: {name} left out")
+    if cuda and options.quick and any(not missing(p) for p in ("kornia", "cvcuda", "nvidia.dali")):
+        settings = [*settings, ("forward", "none", CUDA_SHAPE, BF16)]
+    for setting in settings:
+        try:
+            measure(*setting, report, "aot_eager" if options.tiny else "inductor")
+        except ValueError as error:
+            failures.append(str(error))
     report.close()
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

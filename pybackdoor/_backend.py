@@ -18,7 +18,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 # What each op has, besides the reference; kernels/<op>.py is its Triton twin.
 NATIVE_CPU = frozenset({"adamw_ema", "contrastive_par", "trigger_normalize"})  # or torch's best
 NATIVE_CUDA = frozenset({"adamw_ema", "contrastive_par", "trigger_normalize"})
-TRITON = frozenset({"adamw_ema", "contrastive_par"})
+TRITON = frozenset({"adamw_ema", "contrastive_par", "trigger_normalize"})
 TRITON_MATRICES = frozenset({"contrastive_par"})  # matrix products in Triton under either backend
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -112,8 +113,8 @@ def test_a_forced_backend_is_taken_back(monkeypatch):
         if before:
             monkeypatch.setenv("PYBACKDOOR_BACKEND", before)
         with bench.forced("triton"):
-            assert bench.os.environ["PYBACKDOOR_BACKEND"] == "triton"
-        assert bench.os.environ.get("PYBACKDOOR_BACKEND") == before
+            assert os.environ["PYBACKDOOR_BACKEND"] == "triton"
+        assert os.environ.get("PYBACKDOOR_BACKEND") == before
 
 
 @pytest.mark.gpu
