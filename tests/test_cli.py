@@ -18,6 +18,7 @@ from PIL import Image
 
 import pybackdoor
 from pybackdoor.cli import main
+from pybackdoor.files import hold
 from pybackdoor.models import create, save
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
@@ -168,6 +169,15 @@ def test_unknown_flags_and_commands_are_refused(run):
         with pytest.raises(SystemExit) as stop:
             main(list(arguments))
         assert stop.value.code == 2
+
+
+def test_a_folder_in_use_is_left_alone(world, run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with hold(out):
+        code, _, err = run(*cleaning(world, out))
+    assert code == 2 and "is in use by process" in err
+    assert [p.name for p in out.iterdir()] == [".lock"]
 
 
 def test_debug_shows_the_traceback(world, run, tmp_path):

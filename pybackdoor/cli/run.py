@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from ..distributed import Ranks
 from ..engine import DeferredInterrupt
-from ..files import writable_folder, write_atomically
+from ..files import hold, writable_folder, write_atomically
 from ..options import UsageError, write_yaml
 from ..plots import training_curves
 
@@ -50,10 +50,11 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self._out, self._keep, self._config = folder, keep, config
         self._history: TextIO | None = None
+        self._lock: TextIO | None = None
 
     def __enter__(self) -> Run:
         if self._leader:
-            writable_folder(self._out)
+            self._lock = hold(writable_folder(self._out))
             write_yaml(self._config, self._out / "config.yaml")
             self._history = open(self._out / _PARTIAL, "w", encoding="utf-8", buffering=1)
         return self
@@ -76,6 +77,13 @@ class Run:
                 interrupt.check()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self._end(error)
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+
+    def _end(self, error: BaseException | None) -> None:
         if self._history is not None:
             self._history.close()
         result = getattr(error, "result", None)

@@ -2,7 +2,7 @@
 
 A checkpoint is `step_N.safetensors` with the tensors and `step_N.json` with the rest and the
 SHA-256 of the tensors; the second, renamed into place last, is what makes it exist. The newest two
-are kept. Nothing in them is executed when they are read. `lock` keeps a second run out.
+are kept. Nothing in them is executed when they are read. `.lock` keeps a second run out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 import warnings
 from collections.abc import Collection, Mapping
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import file_sha256, sync_folder, writable_folder, write_atomically
+from ..files import file_sha256, hold, sync_folder, writable_folder, write_atomically
 
 _KEPT = 2
 _SCHEMA = "pybackdoor.checkpoint/1"
@@ -78,7 +77,7 @@ class CheckpointFolder:
     def __init__(self, settings: Checkpoints, config: Mapping[str, Any]) -> None:
         self._settings, self._config = settings, json.loads(json.dumps(config))
         self.folder = writable_folder(settings.folder)
-        self._lock = _lock(self.folder / "lock")
+        self._lock = hold(self.folder)
         self._saved = time.monotonic()
         self._bytes = 0
         try:
@@ -214,29 +213,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
-
-
-def _lock(path: Path):
-    """The open, locked file; closing it, or the end of the process, lets go."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    file = open(path, "a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise RuntimeError(f"{path.parent} is in use by {holder}") from None
-    except OSError:  # a file system without locks
-        file.close()
-        return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
 
 
 def train_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
