@@ -136,8 +136,8 @@ def model_input(
     uint8 pixels take one pass of ``trigger_normalize``. Floats are the user's own normalisation:
     they are erased, and get noise only where mean and std say what a pixel is.
     """
-    images = batch.images.to(device)
-    ids = ids.to(device)
+    images = batch.images.to(device, non_blocking=True)
+    ids = ids.to(device, non_blocking=True)
     if images.dtype == torch.uint8:
         return trigger_normalize(
             images,

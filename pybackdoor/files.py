@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import socket
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,6 +93,19 @@ def file_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+_held: weakref.WeakSet[TextIO] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A forked child, as a loader's worker is, must not keep its parent's folders locked."""
+    for file in list(_held):
+        os.close(file.fileno())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
+
 def hold(folder: Path) -> TextIO | None:
     """Keeps other processes that hold a folder out of it, until the file returned is closed.
 
@@ -115,6 +129,7 @@ def hold(folder: Path) -> TextIO | None:
     except OSError:  # a file system without locks
         file.close()
         return None
+    _held.add(file)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

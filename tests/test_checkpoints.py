@@ -1,6 +1,7 @@
 """A run that is killed, stopped, damaged or out of disk goes on as if nothing had happened."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_child import clean, failing
+from training_child import clean, failing, loader
 
-from pybackdoor.engine import Checkpoints
+import pybackdoor
+from pybackdoor.engine import Checkpoints, checkpoints
 from pybackdoor.engine.checkpoints import CheckpointFolder, train_state
 from pybackdoor.engine.interrupts import Terminated
+from pybackdoor.files import hold
 
 HERE = Path(__file__).resolve().parent
 STEPS = 13  # 5 batches an epoch: stops fall within and at the end of epochs
@@ -51,8 +54,6 @@ def test_a_resumed_run_ends_with_the_same_bits(whole, tmp_path, stops):
 
 
 def test_a_loader_without_a_state_is_read_up_to_the_place(tmp_path):
-    import pybackdoor
-
     class Shuffled(list):
         """As a DataLoader with a sampler: an order for each epoch."""
 
@@ -78,31 +79,127 @@ def test_a_loader_without_a_state_is_read_up_to_the_place(tmp_path):
 
 
 def test_damage_of_any_bit_is_found_and_the_checkpoint_before_is_used(whole, tmp_path):
-    clean(tmp_path, STEPS, on_step=stop_at(8), save_minutes=0)
-    newest = max(tmp_path.glob("step_*.json"), key=lambda p: int(p.stem[5:]))
+    sound, hurt = tmp_path / "sound", tmp_path / "hurt"
+    clean(sound, STEPS, on_step=stop_at(8), save_minutes=0)
     rng = random.Random(0)
-    for path in (newest, newest.with_suffix(".safetensors")):
+    for name in ("step_9.json", "step_9.safetensors"):
         for _ in range(20):
-            kept = path.read_bytes()
-            place = rng.randrange(len(kept))
-            path.write_bytes(
-                kept[:place] + bytes([kept[place] ^ (1 << rng.randrange(8))]) + kept[place + 1 :]
-            )
-            folder = CheckpointFolder(Checkpoints(tmp_path, resume=True, force=True), {})
+            shutil.copytree(sound, hurt)
+            content = bytearray((hurt / name).read_bytes())
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            (hurt / name).write_bytes(content)
+            folder = CheckpointFolder(Checkpoints(hurt, resume=True, force=True), {})
             with folder, pytest.warns(UserWarning, match="checkpoint 9 .*is damaged"):
                 assert folder.latest().content["step"] == 8
-            path.write_bytes(kept)
-    newest.with_suffix(".safetensors").write_bytes(b"")
+            assert (hurt / f"damaged_{name}").exists()
+            shutil.rmtree(hurt)
+    (sound / "step_9.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match="checkpoint 9 in .* is damaged and left out"):
-        same(clean(tmp_path, STEPS), whole)
+        same(clean(sound, STEPS), whole)
 
 
-def test_checkpoints_that_are_all_damaged_start_the_run_anew(whole, tmp_path):
+def test_checkpoints_that_are_all_damaged_start_the_run_anew_and_make_room(whole, tmp_path):
     clean(tmp_path, STEPS, on_step=stop_at(8), save_minutes=0)
     for path in tmp_path.glob("step_*.safetensors"):
         path.unlink()
+    (tmp_path / "step_4_good.safetensors").touch()  # somebody's own
     with pytest.warns(UserWarning, match="is damaged"):
-        same(clean(tmp_path, STEPS), whole)
+        clean(tmp_path, STEPS, on_step=stop_at(3), save_minutes=0)
+    kept = {p.name for p in tmp_path.glob("step_*")}
+    assert kept == {"step_3.json", "step_3.safetensors", "step_4.json", "step_4.safetensors",
+                    "step_4_good.safetensors"}  # fmt: skip
+    same(clean(tmp_path, STEPS), whole)
+
+
+def test_another_version_s_checkpoint_is_not_taken_for_damage(tmp_path, monkeypatch):
+    clean(tmp_path, STEPS, on_step=stop_at(3))
+    monkeypatch.setattr(checkpoints, "_SCHEMA", "pybackdoor.checkpoint/9")
+    with pytest.raises(ValueError, match="of the format 'pybackdoor.checkpoint/1', this"):
+        clean(tmp_path, STEPS)
+
+
+def test_moments_lie_as_their_weights_do(tmp_path):
+    from dual_encoder import MEAN, STD, DualEncoder
+
+    def run(**options):
+        model = DualEncoder().to(memory_format=torch.channels_last)
+        fixed = {"precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
+        return pybackdoor.par_clean(model, loader(), steps=8, **fixed | options)
+
+    run(folder=tmp_path, on_step=stop_at(3))
+    same(run(folder=tmp_path, resume=True), run())
+
+
+def test_a_shuffled_data_loader_is_resumed(tmp_path):
+    from dual_encoder import MEAN, STD, DualEncoder, random_pairs
+    from torch.utils.data import DataLoader
+
+    whole = random_pairs(80, 80)[0]
+    rows = list(zip(whole["images"], whole["tokens"], whole["ids"], strict=True))
+
+    def run(at=None, **options):
+        model, calls = DualEncoder(), []
+
+        def spoiled(batch):
+            images, tokens, ids = torch.utils.data.default_collate(batch)
+            images = images.permute(0, 3, 1, 2).float() / 64 - 2
+            if len(calls) == at:
+                images[0, 0, 0, 0] = math.nan
+            calls.append(ids)
+            return images, tokens, ids
+
+        batches = DataLoader(rows, 16, shuffle=True, collate_fn=spoiled)
+        fixed = {"precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
+        fixed |= {"augment": False, "epochs": 3}
+        return pybackdoor.par_clean(model, batches, **fixed | options), calls
+
+    for stop in (2, 6, 9):
+        run(folder=tmp_path, resume=True, on_step=stop_at(stop))
+    same(run(folder=tmp_path, resume=True)[0], run()[0])
+    _, calls = run(at=1, epochs=1)  # left out, and the rest is read again
+    assert [len(c) for c in calls] == [16] * 7
+    assert torch.equal(calls[0], calls[2]) and torch.equal(calls[1], calls[3])
+    assert torch.cat(calls[2:]).unique().numel() == 80
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
+def test_a_file_that_may_not_grow_costs_a_checkpoint(whole, tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.warns(RuntimeWarning, match="no checkpoint at step 13: .*the last one is kept"):
+            got = clean(tmp_path, STEPS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    same(got, whole)
+    assert not list(tmp_path.glob("step_*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_worker_of_a_killed_run_holds_no_lock(tmp_path):
+    script = f"""
+import os, time
+from pathlib import Path
+from pybackdoor.files import hold
+lock = hold(Path({str(tmp_path)!r}))
+if os.fork() == 0:
+    time.sleep(30)
+print("READY", flush=True)
+time.sleep(30)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout.readline() == "READY\n"
+        process.kill()
+        process.wait()
+        hold(tmp_path).close()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 A checkpoint is `step_N.safetensors` with the tensors and `step_N.json` with the rest and the
 SHA-256 of the tensors; the second, renamed into place last, is what makes it exist. The newest two
-are kept. Nothing in them is executed when they are read. `.lock` keeps a second run out.
+valid ones are kept. Nothing in them is executed when they are read. `.lock` keeps a second run out.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import shutil
 import time
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..files import file_sha256, hold, sync_folder, writable_folder, write_atomically
 
-_KEPT = 2
 _SCHEMA = "pybackdoor.checkpoint/1"
 _HEADROOM = 1.05  # of a checkpoint's size: what must be free before one is written
 
@@ -51,16 +53,11 @@ class Checkpoints:
             raise ValueError(f"minutes between checkpoints must be at least 0, got {self.minutes}")
 
 
-class State:
-    """What a checkpoint holds.
+class State(NamedTuple):
+    """What a checkpoint holds."""
 
-    Attributes:
-        tensors: name -> CPU tensor.
-        content: JSON-ready: "step", "config" and whatever the run adds.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
-        self.tensors, self.content = tensors, content
+    tensors: dict[str, Tensor]  # on the CPU
+    content: dict[str, Any]  # JSON-ready: "step", "config" and whatever the run adds
 
 
 class CheckpointFolder:
@@ -79,7 +76,7 @@ class CheckpointFolder:
         self.folder = writable_folder(settings.folder)
         self._lock = hold(self.folder)
         self._saved = time.monotonic()
-        self._bytes = 0
+        self.step: int | None = None  # of the newest checkpoint known to be valid
         try:
             if not settings.resume and self._steps():
                 raise ValueError(
@@ -95,20 +92,26 @@ class CheckpointFolder:
         return time.monotonic() - self._saved >= 60 * self._settings.minutes
 
     def latest(self) -> State | None:
-        """The newest valid checkpoint; those that are not are named in a warning.
+        """The newest valid checkpoint; those that are not are put aside, and named in a warning.
 
         Raises:
-            ValueError: it is of other settings, each difference is listed; unless ``force``.
+            ValueError: it is of other settings, each difference is listed; unless ``force``. Or it
+                is of another version's format.
+            OSError: it cannot be read, though it is there.
         """
         for step in reversed(self._steps()):
             try:
                 state = self._read(step)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (_Damaged, FileNotFoundError) as error:
                 warnings.warn(
                     f"checkpoint {step} in {self.folder} is damaged and left out: {error}",
                     UserWarning,
                     stacklevel=3,
                 )
+                for suffix in (".json", ".safetensors"):
+                    path = self.folder / f"step_{step}{suffix}"
+                    with suppress(OSError):
+                        path.rename(path.with_name(f"damaged_{path.name}"))
                 continue
             changed = _differences(state.content["config"], self._config)
             if changed and not self._settings.force:
@@ -116,6 +119,7 @@ class CheckpointFolder:
                     f"{self.folder} holds a run with other settings ({'; '.join(changed)}): "
                     "resume it with the same, choose another folder, or force it"
                 )
+            self.step = step
             return state
         return None
 
@@ -134,13 +138,14 @@ class CheckpointFolder:
             return False
         try:
             self._write(step, tensors, content)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             warnings.warn(
                 f"no checkpoint at step {step}: {error}; the last one is kept",
                 RuntimeWarning,
                 stacklevel=3,
             )
             return False
+        self.step = step
         return True
 
     def close(self) -> None:
@@ -156,12 +161,10 @@ class CheckpointFolder:
         self.close()
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
-        from safetensors.torch import save_file
-
         path = self.folder / f"step_{step}.safetensors"
         part = path.with_suffix(".tmp")
         try:
-            save_file({n: t.contiguous() for n, t in tensors.items()}, part)
+            safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, part)
             digest = file_sha256(part)
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
@@ -175,9 +178,10 @@ class CheckpointFolder:
         sealed = {"content": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         write_atomically(path.with_suffix(".json"), json.dumps(sealed).encode())
         sync_folder(self.folder)
-        keep = set(self._steps()[-_KEPT:])
+        keep = {step, *([] if self.step is None else [self.step])}
         for old in self.folder.glob("step_*"):
-            if _step_of(old) not in keep:
+            number = _step_of(old)
+            if number is not None and number not in keep:
                 # The record first: a checkpoint without its tensors would look damaged.
                 for suffix in (".json", ".safetensors", ".tmp"):
                     old.with_suffix(suffix).unlink(missing_ok=True)
@@ -187,19 +191,28 @@ class CheckpointFolder:
         return sorted(step for step in found if step is not None)
 
     def _read(self, step: int) -> State:
-        from safetensors.torch import load_file
-
         path = self.folder / f"step_{step}.safetensors"
-        sealed = json.loads(path.with_suffix(".json").read_bytes())
-        text = sealed["content"]
-        if hashlib.sha256(text.encode()).hexdigest() != sealed["sha256"]:
-            raise ValueError("its record is not what was written")
+        try:
+            sealed = json.loads(path.with_suffix(".json").read_bytes())
+            text, digest = sealed["content"], sealed["sha256"]
+            intact = hashlib.sha256(text.encode()).hexdigest() == digest
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _Damaged(f"its record cannot be read ({error})") from None
+        if not intact:
+            raise _Damaged("its record is not what was written")
         content = json.loads(text)
         if content["schema"] != _SCHEMA:
-            raise ValueError(f"its format is {content['schema']!r}, this version reads {_SCHEMA!r}")
+            raise ValueError(
+                f"the checkpoints in {self.folder} are of the format {content['schema']!r}, this "
+                f"version reads {_SCHEMA!r}: resume with the version that wrote them"
+            )
         if file_sha256(path) != content["sha256"]:
-            raise ValueError("its tensors are not what was written")
-        return State(load_file(path), content)
+            raise _Damaged("its tensors are not what was written")
+        return State(safetensors.torch.load_file(path), content)
+
+
+class _Damaged(Exception):
+    """A checkpoint is not what was written."""
 
 
 def _step_of(path: Path) -> int | None:
@@ -254,10 +267,14 @@ def restore(
     with torch.no_grad():
         for name, tensor in kept.items():
             weights[name].copy_(tensor)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             _, number, key = name.split("/")
+            like = params[int(number)]
+            if tensor.shape == like.shape and tensor.ndim:  # moments lie as their weights do
+                tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
             state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 

@@ -7,6 +7,7 @@ a rank that fails takes the others along instead of leaving them waiting.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..batches import Batch, InputRules, read_batch
 from ..distributed import Ranks
 
+_AT_WILL = 1  # below the numbers of the signals that end a run
 _FAILED = -1.0  # what a rank gives for the size of a batch that it cannot read
 
 
@@ -41,6 +43,7 @@ class Feed:
         loader: this rank's own; walked anew for each epoch, after ``set_epoch`` where it or its
             sampler has one.
         steps: batches wanted; None for ``epochs`` passes.
+        seed: of what a loader without a state of its own draws from torch's generator.
         patient: a context in which it waits for other ranks.
     Attributes:
         steps: batches planned, the same on every rank.
@@ -50,6 +53,8 @@ class Feed:
             no finite numbers; "loader", its own state, where it has state_dict and
             load_state_dict. Without these, a position within an epoch is reached by reading what
             lies before it.
+        signal: what has ended the feed early, the same on every rank: 0, nothing; a signal's
+            number; 1, ``stop`` without one.
         waiting: seconds spent waiting for the loader.
         save: set to have the state saved after the next batch; the first rank's is what counts.
     Raises:
@@ -65,22 +70,25 @@ class Feed:
         *,
         steps: int | None,
         epochs: int,
+        seed: int = 0,
         patient: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._patient = patient
         self._loader, self._rules, self._ranks, self._device = loader, rules, ranks, device
         self._epochs = None if steps is not None else epochs
-        self._stopping, self._checked = False, False
-        self._has_state = all(hasattr(loader, n) for n in ("state_dict", "load_state_dict"))
+        self._stopping, self._checked = 0, False
+        self._has_state = _has_state(loader)
+        self._seed = seed
+        self.signal = 0
         self.waiting, self.save = 0.0, False
         self.position: dict[str, Any] = dict.fromkeys(
             ("epoch", "batches", "used", "given", "seen", "skipped"), 0
         )
         self.steps = self._planned(steps, epochs)
 
-    def stop(self) -> None:
-        """End after the batch in hand; on several ranks, all of them end."""
-        self._stopping = True
+    def stop(self, signal: int = _AT_WILL) -> None:
+        """End after the batch in hand; on several ranks, all of them end, and know the signal."""
+        self._stopping = max(self._stopping, signal)
 
     def leave_out(self, item: Item, given: int) -> None:
         """Go on behind a batch that was no step after all, of which ``given`` have been taken."""
@@ -120,7 +128,10 @@ class Feed:
                     after[name] = at[name] + more
                 at = self.position = after
                 yield Item(at["epoch"], batch, counts, ids, save, after)
-                if at["given"] == self.steps or (self._stopping and self._ranks.size == 1):
+                if self._stopping and self._ranks.size == 1:
+                    self.signal = self._stopping
+                    return
+                if at["given"] == self.steps:
                     return
             if at["used"] == 0:
                 epoch = at["epoch"]
@@ -148,7 +159,7 @@ class Feed:
             steps = epochs * length
         if steps < 1 or length == 0:
             raise ValueError("loader is empty: wanted at least one batch of two pairs, got none")
-        if length is not None and steps > length and iter(self._loader) is self._loader:
+        if length is not None and steps > length and hasattr(self._loader, "__next__"):
             raise ValueError(
                 f"loader is a one-shot iterator of {length} batches, {steps} are wanted: pass the "
                 "DataLoader or list itself"
@@ -169,17 +180,23 @@ class Feed:
             if "loader" in at:
                 self._loader.load_state_dict(at["loader"])  # type: ignore[attr-defined]
                 passed = 0
+        # What a DataLoader draws its order from, the same when the epoch is read again.
+        torch.default_generator.manual_seed(
+            (self._seed * 0x9E3779B97F4A7C15 + at["epoch"] * self._ranks.size + self._ranks.rank)
+            % 2**63
+        )
         items = iter(self._loader)
         if items is self._loader:  # it goes on from where it is
             passed = 0
         while True:
             try:
+                with self._patient():  # until the place is reached
+                    while passed:
+                        next(items)
+                        passed -= 1
                 began = time.perf_counter()
                 raw = next(items)
                 self.waiting += time.perf_counter() - began
-                if passed:
-                    passed -= 1
-                    continue
                 batch = read_batch(raw, self._rules, first=first)
             except StopIteration:
                 return
@@ -197,8 +214,8 @@ class Feed:
             if count == _FAILED:
                 raise RuntimeError(f"rank {rank} could not read its batch; its own error says why")
         self.save = False
-        stop = any(row[1] for row in rows)
-        return None if stop else [int(row[0]) for row in rows], bool(rows[0][2])
+        self.signal = int(max(row[1] for row in rows))
+        return None if self.signal else [int(row[0]) for row in rows], bool(rows[0][2])
 
     def _fail(self, error: Exception) -> NoReturn:
         self._ranks.agree([_FAILED, 0.0, 0.0], self._device)
@@ -215,3 +232,14 @@ class Feed:
                 f"all {self._ranks.size} ranks hold the same first batch: each must yield its own "
                 "share (PairLoader does; a DataLoader needs a DistributedSampler)"
             )
+
+
+def _has_state(loader: Any) -> bool:
+    """Whether the loader tells its place in a form that a checkpoint can hold."""
+    if not all(hasattr(loader, name) for name in ("state_dict", "load_state_dict")):
+        return False
+    try:
+        json.dumps(loader.state_dict())
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -90,7 +90,10 @@ class Gradients:
         return Outcome(scalars, named)
 
     def _towers(self, step: int, part: int, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(hash((self._seed, step, part)) & (2**63 - 1))
+        seed = (self._seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if x.is_cuda:
+            torch.cuda.manual_seed(seed)  # of this device alone
         return self._encode.image(self._model, x), self._encode.text(self._model, tokens)
 
 

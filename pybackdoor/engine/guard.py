@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..distributed import Ranks
 from .gradients import Outcome
 
+_BATCHNORM = nn.modules.batchnorm._BatchNorm
 _SHOWN = 3  # causes that a message lists, and sample ids
 
 
@@ -73,30 +75,43 @@ class Guard:
             for n, p in model.named_parameters()
             if p.is_floating_point() and p.numel()
         }
+        live = [m for m in model.modules() if isinstance(m, _BATCHNORM) and m.training]
+        self._moving = [b for m in live for b in m.buffers(recurse=False)]
+        moving = set(map(id, self._moving))
         self._state |= {
-            n: b for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))
+            n: b
+            for n, b in model.named_buffers()
+            if n.endswith(("running_mean", "running_var")) and id(b) not in moving
         }
+        self._before: list[Tensor] = []
         self.watched = self._state.keys()  # names of the weights that must be finite
         self._ranks, self._device = ranks, device
         self._lag = lag if device.type == "cuda" else 0
         self._sent: deque[_Sent] = deque()
-        self.flag = torch.zeros((), device=device)  # 1: something is not finite
-        optimizer.found_inf = self.flag  # type: ignore[attr-defined]
+        # 1: something is not finite; the weights themselves are not
+        self.flags = torch.zeros(2, device=device)
+        optimizer.found_inf = self.flags[0]  # type: ignore[attr-defined]
+
+    def begin(self) -> None:
+        """Before a step's forward pass: what it changes by itself is kept."""
+        self._before = [b.clone() for b in self._moving]
 
     def watch(self, step: int, item: Any, ids: Tensor, outcome: Outcome) -> None:
         """Takes a step's numbers, after its backward pass and before the optimiser's step."""
         grads = [(n, p.grad) for n, p in self._named if p.grad is not None and p.numel()]
         if not grads:
             raise ValueError("the loss reaches no parameter of the model: is everything frozen?")
-        largest = torch._foreach_norm([g for _, g in grads], math.inf)
-        largest += torch._foreach_norm(list(self._state.values()), math.inf)
-        scalars = [t.double() for t in outcome.scalars.values()]
-        values = torch.stack([*scalars, *(t.double() for t in largest)])
-        bad = (~values.isfinite()).any().float()
+        scalars = _stacked(list(outcome.scalars.values()))
+        gradients = _stacked(torch._foreach_norm([g for _, g in grads], math.inf))
+        weights = _stacked(torch._foreach_norm(list(self._state.values()), math.inf))
+        values = torch.cat([scalars, gradients, weights])
+        bad = torch.stack([(~x.isfinite()).any() for x in (values, weights)]).float()
         self._ranks.max_(bad)
-        torch.maximum(self.flag, bad, out=self.flag)
+        torch.maximum(self.flags, bad, out=self.flags)
+        for buffer, before in zip(self._moving, self._before, strict=True):
+            buffer.copy_(torch.where(self.flags[0] > 0, before, buffer))
         names = (*outcome.scalars, *(f"gradient of {n}" for n, _ in grads), *self._state)
-        values, arrival = torch.cat([values, self.flag.double()[None]]), None
+        values, arrival = torch.cat([values, self.flags.double()]), None
         if self._device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
@@ -111,9 +126,9 @@ class Guard:
             sent = self._sent.popleft()
             if sent.arrival is not None:
                 sent.arrival.synchronize()
-            *values, flag = sent.values.tolist()
+            *values, flag, weights = sent.values.tolist()
             record = dict(zip(sent.outcome.scalars, values, strict=False))
-            fault = self._fault(sent, values) if flag else None
+            fault = self._fault(sent, values, bool(weights)) if flag else None
             found.append(Checked(sent.item, record, fault))
             if fault is not None:
                 self._sent.clear()
@@ -121,9 +136,9 @@ class Guard:
 
     def lower(self) -> None:
         """Lets steps be applied again."""
-        self.flag.zero_()
+        self.flags.zero_()
 
-    def _fault(self, sent: _Sent, values: list[float]) -> Fault:
+    def _fault(self, sent: _Sent, values: list[float], of_weights: bool) -> Fault:
         broken = [n for n, v in zip(sent.names, values, strict=True) if not math.isfinite(v)]
         weights = [n for n in broken if n in self._state]
         causes = [f"weight {n}" for n in weights]
@@ -140,5 +155,12 @@ class Guard:
         return Fault(
             sent.step,
             f"step {sent.step}: not finite: {', '.join(causes[:_SHOWN])}{more}",
-            bool(weights),
+            of_weights,
         )
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """[] tensors as one in fp64."""
+    if len({v.dtype for v in values}) > 1:
+        values = [v.double() for v in values]
+    return torch.stack(list(values)).double()

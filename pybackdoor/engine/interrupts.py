@@ -36,21 +36,22 @@ class DeferredInterrupt:
             signal.signal(number, previous or signal.SIG_DFL)  # type: ignore[arg-type]
 
     @property
-    def pending(self) -> bool:
-        """Whether a signal waits."""
-        return self._pending is not None
+    def pending(self) -> int:
+        """The number of the signal that waits; 0 for none."""
+        return self._pending or 0
 
     def check(self) -> None:
         """Raise what the signal asks for if one came since the block began."""
         if self._pending is not None:
             number, self._pending = self._pending, None
-            raise _exception(number)
+            raise exception_of(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._pending is not None:
-            raise _exception(number)
+            raise exception_of(number)
         self._pending = number
 
 
-def _exception(number: int) -> KeyboardInterrupt:
+def exception_of(number: int) -> KeyboardInterrupt:
+    """What a signal raises."""
     return Terminated("terminated") if number == signal.SIGTERM else KeyboardInterrupt()

@@ -18,17 +18,25 @@ from torch import Tensor, nn
 from ..batches import InputRules, model_input
 from ..distributed import Ranks
 from ..models import logit_scale_parameters
-from .checkpoints import CheckpointFolder, Checkpoints, not_finite, restore, train_state
+from .checkpoints import (
+    CheckpointFolder,
+    Checkpoints,
+    State,
+    not_finite,
+    restore,
+    train_state,
+)
 from .feed import Feed, Item
 from .gradients import Gradients
 from .guard import Checked, Fault, Guard, NonFiniteError
-from .interrupts import DeferredInterrupt
+from .interrupts import DeferredInterrupt, exception_of
 from .progress import Progress
 from .settings import PRECISIONS, Objective, Schedule, Settings, StepHook, Tracker, TrainLog
 from .towers import Encoder, TextTrim
 from .watch import Watch
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound on the learned temperature
+_KEPT_OF_LOG = ("steps", "pairs", "faults", "seconds", "waiting")
 _NO_DECAY_NAMES = ("bias", "ln", "bn")
 
 
@@ -108,7 +116,7 @@ class _Run:
         self.watch = Watch(self.ranks)
         self.feed = Feed(
             loader, rules, self.ranks, device, steps=settings.steps, epochs=settings.epochs,
-            patient=self.watch.patient,
+            seed=settings.seed, patient=self.watch.patient,
         )  # fmt: skip
         self.train_scale = not settings.freeze_scale and isinstance(model.logit_scale, nn.Parameter)
         if not self.train_scale:
@@ -131,50 +139,67 @@ class _Run:
             micro_batch=settings.micro_batch, seed=settings.seed + 0x9E3779B1 * self.ranks.rank,
         )  # fmt: skip
         # With a hook, which looks at the model of each step, the host keeps up with the device.
-        lag = 0 if on_step is not None else 1
+        hooks = self.ranks.agree([on_step is not None], device)
+        lag = 0 if any(hook for (hook,) in hooks) else 1
         self.guard = Guard(model, self.optimizer, self.ranks, device, lag)
         self.started = time.perf_counter()
         self.folder: CheckpointFolder | None = None
 
     def go(self, checkpoints: Checkpoints | None, config: Mapping[str, Any]) -> None:
-        if checkpoints is not None and self.ranks.rank == 0:
-            self.folder = CheckpointFolder(checkpoints, config)
+        cuda = [self.device] if self.device.type == "cuda" else []
         try:
             if checkpoints is not None:
-                self._return_to_last()
-            with self.watch.lost_ranks():
-                self._walk_to_the_end(kept=checkpoints is not None)
+                self._open(checkpoints, config)
+            with torch.random.fork_rng(devices=cuda), DeferredInterrupt() as interrupt:
+                with self.watch, self.watch.lost_ranks():
+                    self._run(interrupt, kept=checkpoints is not None)
+                if self.feed.signal > 1:
+                    raise exception_of(self.feed.signal)
+                if self.ranks.size == 1:  # it may have come with the last step
+                    interrupt.check()
         finally:
+            self.log.skipped_batches = self.feed.position["skipped"]
             if self.folder is not None:
                 self.folder.close()
 
-    def _walk_to_the_end(self, kept: bool) -> None:
-        settings, cuda = self.settings, [self.device] if self.device.type == "cuda" else []
+    def _open(self, checkpoints: Checkpoints, config: Mapping[str, Any]) -> None:
+        """Takes the folder and returns to its newest state; all ranks, or none."""
+        refusal, state = None, None
+        if self.ranks.rank == 0:
+            try:
+                self.folder = CheckpointFolder(checkpoints, config)
+                state = self.folder.latest()
+            except Exception as error:
+                refusal = error
+        said = self.ranks.from_first(None if refusal is None else str(refusal))
+        if refusal is not None:
+            raise refusal
+        if said is not None:
+            raise RuntimeError(f"rank 0 cannot use the folder of checkpoints: {said}")
+        self._return_to(state)
+
+    def _run(self, interrupt: DeferredInterrupt, kept: bool) -> None:
         done, leader = len(self.log.steps), self.ranks.rank == 0
-        with (
-            Progress(self.feed.steps, settings.progress, leader, done, self.device) as bar,
-            torch.random.fork_rng(devices=cuda),
-            self.watch,
-            DeferredInterrupt() as interrupt,
-        ):
+        with Progress(self.feed.steps, self.settings.progress, leader, done, self.device) as bar:
+            self._when_to_save()
             while True:
                 try:
                     if not self._walk(bar, interrupt):
-                        break
+                        if kept:
+                            self._save()
+                        return
                 except _Lost as lost:
-                    if not kept or not self._return_to_last():
-                        cause = f"{lost.fault.cause}; no earlier state is kept"
-                        raise NonFiniteError(cause) from None
+                    with self.watch.patient():
+                        state = None if self.folder is None else self.folder.latest()
+                        if not kept or not self._return_to(state):
+                            cause = f"{lost.fault.cause}; no earlier state is kept"
+                            raise NonFiniteError(cause) from None
                     bar.back_to(len(self.log.steps))
-            if kept:
-                self._save()
-            interrupt.check()
 
     def _walk(self, bar: Progress, interrupt: DeferredInterrupt) -> bool:
         """Steps until the feed ends; True where a batch was left out and the walk starts anew."""
         for item in self.feed:
-            step = item.after["given"] - 1
-            self._step(step, item)
+            self._step(item.after["given"] - 1, item)
             self.watch.step()
             if self._settle(self.guard.arrived(), bar):
                 return True
@@ -183,9 +208,12 @@ class _Run:
                     return True
                 self._save()
             if interrupt.pending:
-                self.feed.stop()
-            self.feed.save = self.folder is not None and self.folder.due()
+                self.feed.stop(interrupt.pending)
+            self._when_to_save()
         return self._settle(self.guard.arrived(all_of_them=True), bar)
+
+    def _when_to_save(self) -> None:
+        self.feed.save = self.folder is not None and self.folder.due()
 
     def _step(self, step: int, item: Item) -> None:
         x = model_input(
@@ -199,6 +227,7 @@ class _Run:
             view=item.epoch,
         )
         tokens = self.trim(item.batch.tokens).to(self.device, non_blocking=True)
+        self.guard.begin()
         self.optimizer.zero_grad(set_to_none=True)
         counts = item.counts if self.ranks.size > 1 else None
         outcome = self.gradients(step, x, tokens, counts)
@@ -225,7 +254,7 @@ class _Run:
             log.skipped_batches = item.after["skipped"]
             log.steps.append({"step": step, "epoch": item.epoch, **record})
             share = log.waiting / max(log.seconds, 1e-9)
-            bar.advance(record, log.pairs / log.seconds, share)
+            bar.advance(record, log.pairs / max(log.seconds, 1e-9), share)
             if self.track is not None:
                 self.track(step, record)
             if self.on_step is not None:
@@ -252,25 +281,28 @@ class _Run:
             raise NonFiniteError(f"{fault.cause}{which}; the {kept} kept")
 
     def _save(self) -> None:
-        if self.folder is None or not self.log.steps:
+        """Every rank looks at its own weights; the first one writes."""
+        step = len(self.log.steps)
+        if step == 0 or (self.folder is not None and self.folder.step == step):
+            step = 0
+        if not any(mine for (mine,) in self.ranks.agree([step], self.device)):
             return
-        content = {
-            "position": self.feed.position,
-            "log": {n: getattr(self.log, n) for n in ("steps", "pairs", "faults", "seconds")},
-        }
         with self.watch.patient():
-            self._write(content)
+            tensors = train_state(self.model, self.optimizer)
+            broken = not_finite(tensors, self.guard.watched)
+            found = self.ranks.agree([bool(broken)], self.device)
+            if any(bad for (bad,) in found):
+                cause = f"after step {step - 1}: not finite: {broken or 'a weight of another rank'}"
+                self._count(Fault(step, cause, True))
+            if self.folder is not None:
+                content = {
+                    "position": self.feed.position,
+                    "log": {n: getattr(self.log, n) for n in _KEPT_OF_LOG},
+                }
+                self.folder.save(step, tensors, content)
 
-    def _write(self, content: Mapping[str, Any]) -> None:
-        state, step = train_state(self.model, self.optimizer), len(self.log.steps)
-        broken = not_finite(state, self.guard.watched)
-        if broken:
-            self._count(Fault(step, f"after step {step - 1}: not finite: {broken}", True))
-        self.folder.save(step, state, content)
-
-    def _return_to_last(self) -> bool:
-        """Puts the newest checkpoint back, on every rank; False where there is none."""
-        state = None if self.folder is None else self.folder.latest()
+    def _return_to(self, state: State | None) -> bool:
+        """Puts the first rank's state back, on every rank; False where it has none."""
         content = self.ranks.from_first(None if state is None else state.content)
         if content is None:
             return False

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..models import image_features, text_features
 
 _STEP = 16  # lengths of captions are multiples of it: few shapes to compile for
+_VARIANTS = 64
 _SAME = 2e-5  # of a unit row's entries in fp32: rounding; a pooled padding moves them by 1e-2
 
 
@@ -25,6 +26,9 @@ class Encoder:
         self, autocast: torch.dtype | None, device: torch.device, compile: str | None = None
     ) -> None:
         self._autocast, self._device, self._mode = autocast, device, compile
+        if compile is not None:  # two models, with and without gradients, each at a few lengths
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, _VARIANTS)
         self._compiled: dict[tuple[int, str], Callable[[nn.Module, Tensor], Tensor]] = {}
 
     def input_dtype(self, model: nn.Module) -> torch.dtype:
@@ -47,7 +51,10 @@ class Encoder:
         key = id(model), eager.__name__
         if key not in self._compiled:
             self._compiled[key] = torch.compile(eager, mode=self._mode, dynamic=False)
-        return self._compiled[key]
+        compiled = self._compiled[key]
+        if self._mode == "default":
+            return compiled
+        return lambda *x: compiled(*x).clone()  # a CUDA graph's output lasts until its next replay
 
     def _context(self) -> torch.autocast:
         enabled = self._autocast is not None
@@ -85,7 +92,9 @@ class TextTrim:
         try:
             whole = text_features(self._model, tokens.to(device))
             short = text_features(self._model, tokens[:, :length].to(device))
-        except (RuntimeError, ValueError, IndexError):  # the tower takes one length only
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, AssertionError):  # it takes one length only
             return False
         finally:
             for module, training in modes:

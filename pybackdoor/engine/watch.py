@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
 from ..distributed import Ranks
+from .guard import NonFiniteError
 
 LIMIT = 30.0  # seconds
 _PATIENCE = 20  # times the longest step so far: what a step may take
@@ -31,22 +32,21 @@ class Watch:
             another one.
     """
 
+    _runs = 0
+
     def __init__(self, ranks: Ranks, limit: float | None = None) -> None:
         self._ranks = ranks
         self._limit = limit or float(os.environ.get("PYBACKDOOR_RANK_TIMEOUT", LIMIT))
         if not self._limit > 0:
             raise ValueError(f"PYBACKDOOR_RANK_TIMEOUT must be positive seconds, got {self._limit}")
-        self._since: float | None = None  # nobody knows how long the first step takes
-        self._longest, self._calm = 0.0, 0
+        self._since, self._longest, self._calm = time.monotonic(), 0.0, 0
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def step(self) -> None:
         """The loop has got on by a step."""
         now = time.monotonic()
-        if self._since is not None:
-            self._longest = max(self._longest, now - self._since)
-        self._since = now
+        self._longest, self._since = max(self._longest, now - self._since), now
 
     @contextmanager
     def patient(self) -> Iterator[None]:
@@ -56,8 +56,7 @@ class Watch:
             yield
         finally:
             self._calm -= 1
-            if self._since is not None:
-                self._since = time.monotonic()
+            self._since = time.monotonic()
 
     @contextmanager
     def lost_ranks(self) -> Iterator[None]:
@@ -74,19 +73,26 @@ class Watch:
     def __enter__(self) -> Watch:
         if self._ranks.size > 1:
             store = dist.distributed_c10d._get_default_store()
-            self._store = dist.PrefixStore("pybackdoor_watch", store)
+            if hasattr(store, "clone"):  # a connection of its own: a wait on the other blocks it
+                store = store.clone()
+            Watch._runs += 1  # the same number on every rank
+            self._store = dist.PrefixStore(f"pybackdoor_watch_{Watch._runs}", store)
+            self._since = time.monotonic()
             self._thread = threading.Thread(target=self._work, name="pybackdoor-watch", daemon=True)
             self._thread.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """A rank that fails by itself falls silent: the others may be waiting for it."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
-            self._beat(-1)  # left in peace
+            if kind is None or issubclass(kind, NonFiniteError):  # which every rank raises
+                with suppress(RuntimeError):
+                    self._beat(-1)
 
     def _gets_on(self) -> bool:
-        if self._calm > 0 or self._since is None:
+        if self._calm > 0 or self._longest == 0:  # nobody knows how long the first step takes
             return True
         return time.monotonic() - self._since < max(self._limit, _PATIENCE * self._longest)
 
