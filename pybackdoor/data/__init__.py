@@ -7,8 +7,11 @@ from .cache import default_cache_dir
 from .decode import decode_image
 from .ledger import BadRow, Ledger
 from .loader import PairLoader
+from .ondemand import OnDemandImages
 from .pairs import Labelled, Pairs, pairs_from_labelled
 from .preprocess import BrokenImage, Preprocessing
+from .remote import Retry
+from .shards import pairs_from_shards
 from .sources import (
     labelled_from_arrays,
     labelled_from_csv,
@@ -18,6 +21,7 @@ from .sources import (
     pairs_from_folder,
 )
 from .store import ArrayImages, CachedImages, ImageStore, Overlay
+from .strings import Strings
 from .templates import TEMPLATES, read_classes, resolve_templates
 
 __all__ = [
@@ -29,10 +33,13 @@ __all__ = [
     "ImageStore",
     "Labelled",
     "Ledger",
+    "OnDemandImages",
     "Overlay",
     "PairLoader",
     "Pairs",
     "Preprocessing",
+    "Retry",
+    "Strings",
     "decode_image",
     "default_cache_dir",
     "labelled_from_arrays",
@@ -42,6 +49,7 @@ __all__ = [
     "pairs_from_csv",
     "pairs_from_folder",
     "pairs_from_labelled",
+    "pairs_from_shards",
     "read_classes",
     "resolve_templates",
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..files import write_atomically
 
@@ -50,13 +52,18 @@ class Ledger:
         """Bad rows that are accepted."""
         return math.floor(self.max_bad * self.total + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
-    def add(self, row: int, location: str, reason: str) -> None:
+    def add(self, row: int, location: str, reason: str, *, write: bool = False) -> None:
         """Count a bad row.
 
+        Args:
+            write: add its line to the file at once; else ``save`` writes all of them.
         Raises:
             ValueError: it is one too many; the ledger file is written first.
         """
-        self.rows.append(BadRow(row, location, reason))
+        bad = BadRow(row, location, reason)
+        self.rows.append(bad)
+        if write and self.path is not None:
+            append_line(self.path, asdict(bad))
         if len(self.rows) <= self.allowed:
             return
         self.save()
@@ -80,3 +87,12 @@ class Ledger:
             write_atomically(self.path, content)
         else:
             self.path.unlink()
+
+
+def append_line(path: Path, content: Any) -> None:
+    """Add a line of JSON to a file in one write, so that lines of several processes stay whole."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(fd, json.dumps(content).encode() + b"\n")
+    finally:
+        os.close(fd)

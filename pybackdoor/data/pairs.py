@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +11,11 @@ import numpy as np
 
 from ._keyed import keyed_words
 from .ledger import Ledger
-from .store import ImageStore, check_indices, subset_images
+from .store import ImageStore, attempt, check_indices, subset_images
+from .strings import Strings
 from .templates import fill, resolve_templates
 
+_DECODED_AT_ONCE = 256  # images held while all of them are decoded
 _TEMPLATE_STREAM = 0x7465_6D70  # keeps the choice of template apart from other uses of the seed
 
 
@@ -21,19 +25,21 @@ class Pairs:
 
     Attributes:
         images: N images; ``images.take([n] indices)`` copies them out as [n, H, W, 3] uint8.
-        captions: N strings.
+        captions: N strings, packed as `Strings` whatever sequence is given.
         ids: [N] int64, the row in the source; a skipped row shifts no other.
-        locations: N strings, a path or "array:index".
+        locations: N strings, a path, "shard#member" or "array:index"; packed likewise.
         ledger: rows of the source that were left out; None for pairs made in memory.
     """
 
     images: ImageStore
-    captions: list[str]
+    captions: Sequence[str]
     ids: np.ndarray
-    locations: list[str]
+    locations: Sequence[str]
     ledger: Ledger | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "captions", Strings.of(self.captions))
+        object.__setattr__(self, "locations", Strings.of(self.locations))
         _same_length(
             "Pairs", self.images, captions=self.captions, ids=self.ids, locations=self.locations
         )
@@ -46,11 +52,33 @@ class Pairs:
         rows = check_indices(indices, len(self))
         return Pairs(
             subset_images(self.images, rows),
-            [self.captions[row] for row in rows],
+            Strings.of(self.captions).take(rows),
             self.ids[rows],
-            [self.locations[row] for row in rows],
+            Strings.of(self.locations).take(rows),
             self.ledger,
         )
+
+    def decoded(self, progress: bool | None = None) -> Pairs:
+        """The pairs whose images can be decoded, all of them decoded now and kept in the cache.
+
+        Args:
+            progress: show a bar; None = on a terminal.
+        Raises:
+            ValueError: more images are broken than the source's max_bad allows.
+        """
+        if not hasattr(self.images, "attempt"):
+            return self
+        from tqdm import tqdm
+
+        good = np.ones(len(self), bool)
+        show = sys.stderr.isatty() if progress is None else progress
+        bar = tqdm(total=len(self), desc="decoding images", unit="img", disable=not show)
+        with bar:
+            for start in range(0, len(self), _DECODED_AT_ONCE):
+                rows = np.arange(start, min(start + _DECODED_AT_ONCE, len(self)))
+                good[[start + at for at in attempt(self.images, rows)[1]]] = False
+                bar.update(len(rows))
+        return self if good.all() else self.subset(np.flatnonzero(good))
 
 
 @dataclass(frozen=True, eq=False)

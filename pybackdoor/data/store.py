@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,13 +136,27 @@ class Overlay:
 
     def take(self, indices: Any) -> np.ndarray:
         """[n, H, W, 3] uint8 copy."""
+        return self._patched(indices, lambda rows: (self._base.take(rows), {}))[0]
+
+    def attempt(self, indices: Any) -> tuple[np.ndarray, dict[int, str]]:
+        """As `attempt` of the base; what is replaced cannot be broken."""
+        return self._patched(indices, lambda rows: attempt(self._base, rows))
+
+    def _patched(
+        self, indices: Any, taken: Callable[[np.ndarray], tuple[np.ndarray, dict[int, str]]]
+    ) -> tuple[np.ndarray, dict[int, str]]:
         indices = check_indices(indices, len(self))
-        images = self._base.take(indices)
-        if len(self._rows):
-            slot = np.minimum(np.searchsorted(self._rows, indices), len(self._rows) - 1)
-            hit = self._rows[slot] == indices
-            images[hit] = self._patches[slot[hit]]
-        return images
+        if not len(self._rows):
+            return taken(indices)
+        slot = np.minimum(np.searchsorted(self._rows, indices), len(self._rows) - 1)
+        hit = self._rows[slot] == indices
+        if not hit.any():
+            return taken(indices)
+        images = np.empty((len(indices), *self.image_size, 3), np.uint8)
+        images[hit] = self._patches[slot[hit]]
+        rest = np.flatnonzero(~hit)
+        images[rest], bad = taken(indices[rest])
+        return images, {int(rest[at]): reason for at, reason in bad.items()}
 
 
 class SubsetImages:
@@ -158,6 +172,16 @@ class SubsetImages:
     def take(self, indices: Any) -> np.ndarray:
         """[n, H, W, 3] uint8 copy."""
         return self.base.take(self.rows[check_indices(indices, len(self))])
+
+    def attempt(self, indices: Any) -> tuple[np.ndarray, dict[int, str]]:
+        """As `attempt` of the base."""
+        return attempt(self.base, self.rows[check_indices(indices, len(self))])
+
+
+def attempt(store: ImageStore, indices: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+    """Images, and {place in indices: reason} of the broken ones, where a store can have any."""
+    own = getattr(store, "attempt", None)
+    return (store.take(indices), {}) if own is None else own(indices)
 
 
 def subset_images(store: ImageStore, indices: Any) -> ImageStore:

@@ -1,0 +1,265 @@
+"""Images decoded when they are first wanted, in threads, and kept for the next time."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .cache import default_cache_dir
+from .decode import decode_bytes
+from .index import Index, IndexWriter, explained, file_stem, hashed, open_index, open_lock
+from .ledger import Ledger, append_line
+from .pairs import Pairs
+from .preprocess import BrokenImage, Preprocessing
+from .rows import DiskRows, MemoryRows, NoRows, Rows
+from .store import check_indices
+from .strings import Strings
+
+CACHES = ("disk", "ram", "none")
+_FORMAT = 1  # raise when decoding changes
+
+
+class ImageSource(Protocol):
+    """Image files by row."""
+
+    def stamp(self, row: int) -> int:
+        """[0, 2^64): changes with the file; raises BrokenImage when there is none."""
+        ...
+
+    def read(self, row: int) -> bytes:
+        """The file's content; raises BrokenImage when it cannot be had."""
+        ...
+
+
+class OnDemandImages:
+    """N images, decoded in threads when first taken and kept in a `Rows`.
+
+    A broken image is counted in the ledger once, and remembered. `take` refuses it with
+    `BrokenImage`; `attempt` says which ones are broken, and `PairLoader` puts other pairs in
+    their place.
+
+    Args:
+        source: the files.
+        preprocessing: from a file to its pixels.
+        rows: where decoded images are kept.
+        ids: [N] rows in the source, for the ledger.
+        locations: N strings, likewise.
+        ledger: counts the broken ones.
+        memory: file that remembers the broken ones between runs; None = nothing does.
+        num_workers: decoding threads; None = the cores this process may use.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        preprocessing: Preprocessing,
+        rows: Rows,
+        *,
+        ids: np.ndarray,
+        locations: Sequence[str],
+        ledger: Ledger,
+        memory: Path | None = None,
+        num_workers: int | None = None,
+    ) -> None:
+        if num_workers is not None and num_workers < 1:
+            raise ValueError(f"{ledger.op}: num_workers must be at least 1, got {num_workers}")
+        self.image_size = preprocessing.image_size
+        self._source, self._preprocessing, self._rows = source, preprocessing, rows
+        self._ids, self._locations, self._ledger = ids, locations, ledger
+        self._memory, self._workers = memory, num_workers or cores()
+        self._lock = threading.Lock()
+        self._broken: dict[int, tuple[int | None, str]] = {}  # row -> (stamp, reason)
+        self._pool: ThreadPoolExecutor | None = None
+        self._pid = os.getpid()
+        self._recall()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def take(self, indices: Any) -> np.ndarray:
+        """[n, H, W, 3] uint8 copy.
+
+        Raises:
+            BrokenImage: one of them cannot be decoded.
+        """
+        rows = check_indices(indices, len(self))
+        pixels, bad = self.attempt(rows)
+        for at, reason in bad.items():
+            raise BrokenImage(
+                f"image {rows[at]} ({self._locations[int(rows[at])]}) cannot be used: {reason}; "
+                "Pairs.decoded() leaves such images out"
+            )
+        return pixels
+
+    def attempt(self, indices: Any) -> tuple[np.ndarray, dict[int, str]]:
+        """The images at [n] indices, and which of them are broken.
+
+        Returns:
+            [n, H, W, 3] uint8, and {place in indices: reason}; a broken image's pixels are
+            undefined.
+        Raises:
+            ValueError: more images are broken than the ledger allows.
+            OSError: a remote file stays out of reach.
+        """
+        rows = check_indices(indices, len(self))
+        out = np.empty((len(rows), *self.image_size, 3), np.uint8)
+        numbers = rows.tolist()
+        bad: dict[int, str] = {}
+
+        def some(places: range) -> None:
+            for place in places:
+                reason = self._one(numbers[place], out[place])
+                if reason:
+                    bad[place] = reason
+
+        pieces = min(len(rows), 4 * self._workers)
+        if self._workers == 1 or pieces < 2:
+            some(range(len(rows)))
+        else:
+            list(self._threads().map(some, (range(i, len(rows), pieces) for i in range(pieces))))
+        return out, dict(sorted(bad.items()))
+
+    def _one(self, row: int, out: np.ndarray) -> str | None:
+        """Fill out with a row's image, or say why not."""
+        stamp = None
+        try:
+            stamp = self._source.stamp(row)
+            known = self._broken.get(row)
+            if known is not None and known[0] == stamp:
+                return known[1]
+            if not self._rows.get(row, stamp, out):
+                pixels = decode_bytes(self._source.read(row), self._preprocessing)
+                self._rows.put(row, stamp, pixels)
+                out[...] = pixels
+            return None
+        except BrokenImage as error:
+            reason = str(error)
+        with self._lock:
+            if self._broken.get(row) != (stamp, reason):
+                new = row not in self._broken
+                self._broken[row] = stamp, reason
+                if self._memory is not None:
+                    with suppress(OSError):  # a cache on read-only media stays usable
+                        append_line(self._memory, [row, stamp, reason])
+                if new:
+                    place = int(self._ids[row]), self._locations[row]
+                    self._ledger.add(*place, reason, write=True)
+        return reason
+
+    def _recall(self) -> None:
+        """Take what earlier runs found broken; a row without its stamp of then is looked at anew."""
+        if self._memory is None or not self._memory.exists():
+            return
+        for line in self._memory.read_bytes().splitlines():
+            try:
+                row, stamp, reason = json.loads(line)
+                if not 0 <= row < len(self) or self._source.stamp(row) != stamp:
+                    continue
+            except (ValueError, TypeError):  # half a line, or a file that is gone
+                continue
+            if row not in self._broken:
+                self._broken[row] = stamp, str(reason)
+                self._ledger.add(int(self._ids[row]), self._locations[row], str(reason))
+
+    def _threads(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None or self._pid != os.getpid():  # threads do not survive a fork
+                self._pid = os.getpid()
+                self._pool = ThreadPoolExecutor(self._workers, "pybackdoor-decode")
+            return self._pool
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What every indexed source of pairs has in common.
+
+    Attributes:
+        op: function named in errors.
+        source: names the files of the cache.
+        The others as in `pairs_from_shards`.
+    """
+
+    op: str
+    source: str
+    preprocessing: Preprocessing
+    cache: str
+    cache_dir: str | Path | None
+    max_bad: float
+    num_workers: int | None
+
+    def __post_init__(self) -> None:
+        if self.cache not in CACHES:
+            raise ValueError(
+                f"{self.op}: cache must be one of {', '.join(CACHES)}, got {self.cache!r}"
+            )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cache_dir) if self.cache_dir is not None else default_cache_dir()
+
+    def index(self, spec: Any, states: Any, build: Callable[[IndexWriter], dict]) -> Index:
+        """The index of a source.
+
+        Args:
+            spec: the source and the options, JSON-able; other specs lie beside each other.
+            states: the files' sizes and times; other states replace each other.
+        """
+        name = file_stem(self.source, hashed(self.op, spec))
+        path = self.folder / f"{name}.index"
+        return open_index(self.op, path, hashed(self.op, spec, states), build)
+
+    def pairs(self, index: Index, source: ImageSource) -> Pairs:
+        """Pairs over an index with the columns id, caption, location and bad."""
+        import PIL
+
+        ids, locations = index.array("id"), index.strings("location")
+        height, width = self.preprocessing.image_size
+        kind = hashed(asdict(self.preprocessing))[:8]
+        stem = f"{index.path.stem}-{height}x{width}-{kind}"
+        state = hashed(_FORMAT, PIL.__version__, index.key)[:16]
+        base = index.path.with_name(f"{stem}-{state}")
+        ledger = Ledger(
+            self.op, index.meta["total"], self.max_bad, base.with_name(f"{stem}.bad.jsonl")
+        )
+        for line in index.strings("bad"):
+            ledger.add(*json.loads(line))
+        if not len(ids):
+            ledger.save()
+            raise ValueError(f"{self.op}: {self.source} has no usable rows, ledger: {ledger.path}")
+        rows: Rows = NoRows()
+        if self.cache == "ram":
+            rows = MemoryRows(self.op, len(ids), self.preprocessing.image_size)
+        elif self.cache == "disk":
+            with explained(self.op, "image cache", base.parent), open_lock(index.path):
+                for old in base.parent.glob(f"{stem}-*"):
+                    if old.suffix in (".px", ".row", ".broken") and old.stem != base.name:
+                        old.unlink()
+                rows = DiskRows(self.op, base, len(ids), self.preprocessing.image_size)
+        images = OnDemandImages(
+            source, self.preprocessing, rows, ids=ids, locations=locations, ledger=ledger,
+            memory=base.with_name(f"{base.name}.broken"), num_workers=self.num_workers,
+        )  # fmt: skip
+        ledger.save()
+        return Pairs(images, index.strings("caption"), ids, locations, ledger)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def shown(progress: bool | None) -> bool:
+    """Whether to show a progress bar."""
+    return sys.stderr.isatty() if progress is None else progress
