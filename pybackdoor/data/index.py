@@ -64,7 +64,8 @@ class Index:
         """A column of strings."""
         checksums = [self.columns[f"{name}.{part}"][3] for part in ("blob", "ends")]
         identity = f"{self.key}:{name}:{checksums}"
-        return Strings(self.array(f"{name}.blob"), self.array(f"{name}.ends"), identity)
+        blob, ends = (self.array(f"{name}.{part}") for part in ("blob", "ends"))
+        return Strings(blob, ends, identity, self.path)
 
     def verify(self) -> None:
         """Read every column and compare its checksum.

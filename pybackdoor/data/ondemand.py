@@ -23,7 +23,6 @@ from .pairs import Pairs
 from .preprocess import BrokenImage, Preprocessing
 from .rows import DiskRows, MemoryRows, NoRows, Rows
 from .store import check_indices
-from .strings import Strings
 
 CACHES = ("disk", "ram", "none")
 _FORMAT = 1  # raise when decoding changes
@@ -157,7 +156,7 @@ class OnDemandImages:
         return reason
 
     def _recall(self) -> None:
-        """Take what earlier runs found broken; a row without its stamp of then is looked at anew."""
+        """Take what earlier runs found broken; a file that has changed since is looked at anew."""
         if self._memory is None or not self._memory.exists():
             return
         for line in self._memory.read_bytes().splitlines():
@@ -216,7 +215,13 @@ class Indexed:
         """
         name = file_stem(self.source, hashed(self.op, spec))
         path = self.folder / f"{name}.index"
-        return open_index(self.op, path, hashed(self.op, spec, states), build)
+
+        def rebuilt(writer: IndexWriter) -> dict:
+            for old in self.folder.glob(f"{name}-*.tokens"):  # of the source's state before
+                old.unlink()
+            return build(writer)
+
+        return open_index(self.op, path, hashed(self.op, spec, states), rebuilt)
 
     def pairs(self, index: Index, source: ImageSource) -> Pairs:
         """Pairs over an index with the columns id, caption, location and bad."""

@@ -62,6 +62,9 @@ class Retry:
         raise AssertionError
 
 
+PATIENCE = Retry()
+
+
 def _within(seconds: float, call: Callable[[], T]) -> T:
     """A call's result, or TimeoutError; a call that hangs is left to its daemon thread."""
     done = threading.Event()
@@ -157,9 +160,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError as error:
-        raise ImportError(
-            f"reading {url} needs fsspec: pip install 'pybackdoor[data]'"
-        ) from error
+        raise ImportError(f"reading {url} needs fsspec: pip install 'pybackdoor[data]'") from error
     return fsspec.core.url_to_fs(url)
 
 

@@ -19,7 +19,7 @@ from .index import Index, IndexWriter
 from .ondemand import Indexed, shown
 from .pairs import Pairs
 from .preprocess import Preprocessing, size_pair
-from .remote import File, OpenFiles, Retry, Windowed, filesystem, is_remote, open_file
+from .remote import PATIENCE, File, OpenFiles, Retry, Windowed, filesystem, is_remote, open_file
 from .tar import Flaw, Member, scan
 
 IMAGES = frozenset(
@@ -41,7 +41,7 @@ def pairs_from_shards(
     cache: str = "disk",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
-    retry: Retry = Retry(),
+    retry: Retry = PATIENCE,
     num_workers: int | None = None,
     progress: bool | None = None,
 ) -> Pairs:
@@ -200,14 +200,15 @@ class Shard:
     count: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
 
-    def flaw(self, location: str, reason: str) -> None:
-        self.bad.append((self.count, location, reason))
+    def next_row(self) -> int:
         self.count += 1
+        return self.count - 1
 
 
 @dataclass
 class _Sample:
     key: str
+    row: int
     image: Member | None = None
     texts: dict[str, Any] = field(default_factory=dict)  # extension -> bytes, or _Unusable
     flaw: str = ""
@@ -226,17 +227,18 @@ def read_shard(file: File, name: str) -> Shard:
     for item in scan(window.read, file.size):
         key, extension = _split(item.name)
         if isinstance(item, Flaw) and not (item.name and extension):
-            shard.flaw(f"{name}#{item.name or f'byte {item.at}'}", item.reason)
+            where = f"{name}#{item.name or f'byte {item.at}'}"
+            shard.bad.append((shard.next_row(), where, item.reason))
             continue
         if unsafe := _unsafe(item.name):
-            shard.flaw(f"{name}#{item.name}", unsafe)
+            shard.bad.append((shard.next_row(), f"{name}#{item.name}", unsafe))
             continue
         if not extension or key.rsplit("/", 1)[-1].startswith("__"):
             shard.skipped[extension or "no extension"] += 1
             continue
         if sample is None or sample.key != key:
             _close(shard, sample, name)
-            sample = _Sample(key)
+            sample = _Sample(key, shard.next_row())
             if key in seen:
                 sample.flaw = "its key occurs twice in the shard"
             seen.add(key)
@@ -248,7 +250,8 @@ def read_shard(file: File, name: str) -> Shard:
             sample.texts[extension] = _content(item, extension, window)
         elif extension in sample.texts or extension in IMAGES:
             if extension in sample.texts or _split(sample.image.name)[1] == extension:
-                shard.flaw(f"{name}#{item.name}", "a second member of the same name")
+                reason = "a second member of the same name"
+                shard.bad.append((shard.next_row(), f"{name}#{item.name}", reason))
             else:
                 shard.skipped[extension] += 1
         else:
@@ -272,14 +275,13 @@ def _close(shard: Shard, sample: _Sample | None, name: str) -> None:
             raise _Unusable(f"its image has {sample.image.size} bytes")
         caption = _caption(sample)
     except _Unusable as error:
-        shard.flaw(f"{name}#{sample.key}", str(error))
+        shard.bad.append((sample.row, f"{name}#{sample.key}", str(error)))
         return
-    shard.rows.append(shard.count)
+    shard.rows.append(sample.row)
     shard.offsets.append(sample.image.offset)
     shard.sizes.append(sample.image.size)
     shard.captions.append(caption)
     shard.locations.append(f"{name}#{sample.image.name}")
-    shard.count += 1
 
 
 def _content(member: Member, extension: str, window: Windowed) -> bytes | _Unusable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -21,11 +22,18 @@ class Strings(Sequence[str]):
     Args:
         blob: [bytes] uint8.
         ends: [M + 1] integers, string i is ``blob[ends[i]:ends[i + 1]]``.
-        identity: names the content when it comes from a file, for what is kept beside it.
+        identity: names the content when it comes from a file.
+        home: that file; what is derived from the strings is kept beside it.
     """
 
-    def __init__(self, blob: np.ndarray, ends: np.ndarray, identity: str | None = None) -> None:
-        self._blob, self._ends = np.asarray(blob), np.asarray(ends)
+    def __init__(
+        self,
+        blob: np.ndarray,
+        ends: np.ndarray,
+        identity: str | None = None,
+        home: Path | None = None,
+    ) -> None:
+        self._blob, self._ends, self.home = np.asarray(blob), np.asarray(ends), home
         self._rows: np.ndarray | None = None  # [n] place of each string in ends; None = all
         self._changed: dict[int, str] = {}  # position in this sequence -> its other string
         self._identity = identity
@@ -64,7 +72,7 @@ class Strings(Sequence[str]):
         return view
 
     def _view(self, rows: np.ndarray | None) -> Strings:
-        view = Strings(self._blob, self._ends, self._identity)
+        view = Strings(self._blob, self._ends, self._identity, self.home)
         view._rows = rows
         return view
 
@@ -99,9 +107,7 @@ class Strings(Sequence[str]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str | bytes):
             return NotImplemented
-        return len(self) == len(other) and all(
-            a == b for a, b in zip(self, other, strict=True)
-        )
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]
 

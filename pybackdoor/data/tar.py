@@ -17,7 +17,7 @@ _LONGEST_PAX = 1 << 20
 _WINDOW = 1 << 20  # read at once when looking for a header
 _END_PADDING = 1 << 20  # zeros after the end mark that no archiver exceeds
 
-_FILES, _FOLDER, _PAX_GLOBAL = b"\0" b"07", b"5", b"g"
+_FILES, _FOLDER, _PAX_GLOBAL = (b"\x00", b"0", b"7"), b"5", b"g"
 _REFUSED = {
     b"1": "hard link", b"2": "symbolic link", b"3": "character device", b"4": "block device",
     b"6": "FIFO", b"S": "sparse file",
@@ -99,8 +99,9 @@ def scan(read: Read, size: int) -> Iterator[Member | Flaw]:
                 if kind in _REFUSED and kind != b"S":
                     length = 0  # links and devices have no content, whatever they say
             at += BLOCK + -(-length // BLOCK) * BLOCK
-            if at > size:
-                raise _Bad("")
+            if at > size:  # the last member is whole, what fills up its block is not
+                yield Flaw("", size, "cut: it has no end mark")
+                return
         except _Bad as error:
             if str(error):
                 yield Flaw(given.get("path", ""), at, str(error))
