@@ -185,10 +185,10 @@ def open_index(op: str, path: Path, key: str, build: Callable[[IndexWriter], dic
     Raises:
         OSError: the folder cannot be written, saying so.
     """
-    found = _intact(op, path, key, warn=False)
-    if found is not None:
-        return found
     with explained(op, "index", path.parent):
+        found = _intact(op, path, key, warn=False)
+        if found is not None:
+            return found
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open_lock(path)
     with lock:

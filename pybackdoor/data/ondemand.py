@@ -245,10 +245,10 @@ class Indexed:
         if self.cache == "ram":
             rows = MemoryRows(self.op, len(ids), self.preprocessing.image_size)
         elif self.cache == "disk":
-            with explained(self.op, "image cache", base.parent), open_lock(index.path):
-                for old in base.parent.glob(f"{stem}-*"):
-                    if old.suffix in (".px", ".row", ".broken") and old.stem != base.name:
-                        old.unlink()
+            with explained(self.op, "image cache", base.parent):
+                if not base.with_name(f"{base.name}.row").exists():  # else read-only media do
+                    with open_lock(index.path):
+                        _remove_outdated(base, stem)
                 rows = DiskRows(self.op, base, len(ids), self.preprocessing.image_size)
         images = OnDemandImages(
             source, self.preprocessing, rows, ids=ids, locations=locations, ledger=ledger,
@@ -256,6 +256,13 @@ class Indexed:
         )  # fmt: skip
         ledger.save()
         return Pairs(images, index.strings("caption"), ids, locations, ledger)
+
+
+def _remove_outdated(base: Path, stem: str) -> None:
+    """Delete the images of other states of a source; who has them open keeps them."""
+    for old in base.parent.glob(f"{stem}-*"):
+        if old.suffix in (".px", ".row", ".broken") and old.stem != base.name:
+            old.unlink()
 
 
 def cores() -> int:
