@@ -178,11 +178,15 @@ def tokenizer_identity(tokenizer: Any, captions: Sequence[str]) -> str:
     lengths = [getattr(t, n, None) for t in (tokenizer, inner) for n in _LENGTHS]
     clean = getattr(getattr(tokenizer, "clean_fn", None), "__qualname__", None)
     some = np.unique(np.linspace(0, len(captions) - 1, _PROBES).astype(np.int64)).tolist()
-    probes = [captions[i] for i in some] + _HARD
-    tokens = adapted(tokenizer)(probes)
+    call = adapted(tokenizer)
+    tokens = call([captions[i] for i in some]).tolist()
+    try:
+        tokens += call(_HARD).tolist()
+    except Exception as error:  # they are not the user's captions: it may refuse them
+        tokens.append(type(error).__name__)
     kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
     name = getattr(tokenizer, "__qualname__", None)  # of a function
-    return hashed(kind, name, lengths, clean, vocabulary, tokens.tolist())
+    return hashed(kind, name, lengths, clean, vocabulary, tokens)
 
 
 @dataclass(frozen=True)

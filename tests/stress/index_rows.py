@@ -73,7 +73,7 @@ def measure(folder: Path, rows: int) -> None:
     batches = iter(loader)
     next(batches)
     first = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     print(f"{len(pairs)} {imported} {opened} {memory - imported} {first} {rss() - imported} "
           f"{peak - imported}")  # fmt: skip
 
@@ -91,7 +91,7 @@ def main() -> int:
         write_shards(folder, options.rows)
         command = [sys.executable, __file__, "--rows", str(options.rows), "--measure", name]
         for what in ("building", "opening"):
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             count, imported, opened, memory, first, after, peak = map(float, out.split())
             print(
                 f"{what} {count:,.0f} rows: {opened:.2f} s, +{memory:.0f} MB; first batch after "
