@@ -72,7 +72,7 @@ def test_names_of_shards(tmp_path):
     ],
 )  # fmt: skip
 def test_brace_patterns(pattern, names):
-    from pybackdoor.data.shards import braces
+    from pybackdoor.data.names import braces
 
     assert list(braces(pattern)) == names
 
@@ -83,7 +83,7 @@ def test_brace_patterns(pattern, names):
         ("pipe:cat x.tar", ValueError, "pipe: runs a command"),
         ("x.tar.gz", ValueError, r"uncompressed \.tar files, got .*x.tar.gz"),
         ("none-*.tar", ValueError, "no file matches"),
-        ([], ValueError, "at least one shard"),
+        ([], ValueError, "at least one file"),
         ("missing.tar", FileNotFoundError, "missing.tar"),
     ],
 )

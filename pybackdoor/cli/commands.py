@@ -68,7 +68,7 @@ def run_poison(config: PoisonConfig) -> Outcome:
         raise UsageError("--trigger and --target are required: what to plant, and what it yields")
     spec = inputs.read_trigger(config)
     loaded = inputs.read_model(config)
-    pairs = inputs.read_pairs(config, loaded)
+    pairs = inputs.read_pairs(config, loaded, whole=True)
     test = inputs.read_labelled(config.test, config, loaded) if config.test else None
 
     def keep(folder: Path, result: PoisonResult) -> None:
@@ -127,7 +127,7 @@ def run_eval(config: EvalConfig) -> Outcome:
     loaded = inputs.read_model(config)
     spec, target = inputs.attack(config, loaded)
     test = inputs.read_labelled(config.test, config, loaded, config.max_bad)
-    pairs = inputs.read_pairs(config, loaded) if config.pairs else None
+    pairs = inputs.read_pairs(config, loaded, whole=True) if config.pairs else None
     device = pick_device(config.device)
     others = {
         name: load(source).model.to(device)

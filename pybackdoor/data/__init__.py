@@ -3,20 +3,20 @@
 Importing this starts neither Pillow nor open_clip; the functions that need them do.
 """
 
+from .arrays import labelled_from_arrays, pairs_from_arrays
 from .cache import default_cache_dir
 from .decode import decode_image
 from .ledger import BadRow, Ledger
 from .loader import PairLoader
 from .ondemand import OnDemandImages
 from .pairs import Labelled, Pairs, pairs_from_labelled
+from .parquet import pairs_from_hf, pairs_from_parquet
 from .preprocess import BrokenImage, Preprocessing
 from .remote import Retry
 from .shards import pairs_from_shards
 from .sources import (
-    labelled_from_arrays,
     labelled_from_csv,
     labelled_from_folder,
-    pairs_from_arrays,
     pairs_from_csv,
     pairs_from_folder,
 )
@@ -48,7 +48,9 @@ __all__ = [
     "pairs_from_arrays",
     "pairs_from_csv",
     "pairs_from_folder",
+    "pairs_from_hf",
     "pairs_from_labelled",
+    "pairs_from_parquet",
     "pairs_from_shards",
     "read_classes",
     "resolve_templates",

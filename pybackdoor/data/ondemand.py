@@ -31,6 +31,8 @@ _FORMAT = 1  # raise when decoding changes
 class ImageSource(Protocol):
     """Image files by row."""
 
+    constant: bool  # whether no stamp can change while the source is open
+
     def stamp(self, row: int) -> int:
         """[0, 2^64): changes with the file; raises BrokenImage when there is none."""
         ...
@@ -127,6 +129,20 @@ class OnDemandImages:
         else:
             list(self._threads().map(some, (range(i, len(rows), pieces) for i in range(pieces))))
         return out, dict(sorted(bad.items()))
+
+    def pending(self) -> np.ndarray:
+        """[N] bool: which images are neither kept nor known to be broken, and may be either."""
+        known = self._rows.kept() if self._source.constant else None
+        mask = np.ones(len(self), bool) if known is None else ~known
+        if self._source.constant:
+            mask[list(self._broken)] = False
+        return mask
+
+    def broken(self) -> np.ndarray:
+        """[N] bool: which images are known to be broken."""
+        mask = np.zeros(len(self), bool)
+        mask[list(self._broken)] = True
+        return mask
 
     def _one(self, row: int, out: np.ndarray) -> str | None:
         """Fill out with a row's image, or say why not."""

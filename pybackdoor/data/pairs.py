@@ -11,7 +11,7 @@ import numpy as np
 
 from ._keyed import keyed_words
 from .ledger import Ledger
-from .store import ImageStore, attempt, check_indices, subset_images
+from .store import ImageStore, attempt, broken, check_indices, pending, subset_images
 from .strings import Strings
 from .templates import fill, resolve_templates
 
@@ -66,17 +66,14 @@ class Pairs:
         Raises:
             ValueError: more images are broken than the source's max_bad allows.
         """
-        if not hasattr(self.images, "attempt"):
-            return self
         from tqdm import tqdm
 
-        good = np.ones(len(self), bool)
-        show = sys.stderr.isatty() if progress is None else progress
-        bar = tqdm(total=len(self), desc="decoding images", unit="img", disable=not show)
-        with bar:
-            for start in range(0, len(self), _DECODED_AT_ONCE):
-                rows = np.arange(start, min(start + _DECODED_AT_ONCE, len(self)))
-                good[[start + at for at in attempt(self.images, rows)[1]]] = False
+        todo, good = np.flatnonzero(pending(self.images)), ~broken(self.images)
+        show = len(todo) > 0 and (sys.stderr.isatty() if progress is None else progress)
+        with tqdm(total=len(todo), desc="decoding images", unit="img", disable=not show) as bar:
+            for start in range(0, len(todo), _DECODED_AT_ONCE):
+                rows = todo[start : start + _DECODED_AT_ONCE]
+                good[rows[list(attempt(self.images, rows)[1])]] = False
                 bar.update(len(rows))
         return self if good.all() else self.subset(np.flatnonzero(good))
 

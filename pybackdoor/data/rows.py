@@ -39,6 +39,10 @@ class Rows(Protocol):
         """Keep a row's image."""
         ...
 
+    def kept(self) -> np.ndarray | None:
+        """[N] bool: rows with an image, unchecked; None = no row has one."""
+        ...
+
 
 class NoRows:
     """Keeps nothing."""
@@ -48,6 +52,9 @@ class NoRows:
 
     def put(self, row: int, stamp: int, pixels: np.ndarray) -> None:
         pass
+
+    def kept(self) -> np.ndarray | None:
+        return None
 
 
 class MemoryRows:
@@ -79,6 +86,11 @@ class MemoryRows:
     def put(self, row: int, stamp: int, pixels: np.ndarray) -> None:
         self._pixels[row] = pixels
         self._stamps[row] = stamp
+
+    def kept(self) -> np.ndarray | None:
+        mask = np.zeros(len(self._pixels), bool)
+        mask[list(self._stamps)] = True
+        return mask
 
 
 class DiskRows:
@@ -146,13 +158,15 @@ class DiskRows:
                     stacklevel=2,
                 )
 
-    def missing(self) -> int:
-        """Rows without a record."""
-        records = np.fromfile(self._records, np.dtype([("c", "<u4"), ("s", "<u4"), ("t", "<u8")]))
-        return int(np.count_nonzero(records["s"] != _VALID))
+    def kept(self) -> np.ndarray | None:
+        count = len(self._checked)
+        records = np.fromfile(self._records, np.dtype("<u4,<u4,<u8"), count)
+        mask = np.zeros(count, bool)
+        mask[: len(records)] = records["f1"] == _VALID
+        return mask
 
     def _check_space(self) -> None:
-        needed = self.missing() * self._row_bytes
+        needed = int(np.count_nonzero(~self.kept())) * self._row_bytes
         free = shutil.disk_usage(self.path.parent).free
         if free < needed:
             raise OSError(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import glob
-import itertools
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from .index import Index, IndexWriter
+from .names import file_names
 from .ondemand import Indexed, shown
 from .pairs import Pairs
-from .preprocess import Preprocessing, size_pair
-from .remote import PATIENCE, File, OpenFiles, Retry, Windowed, filesystem, is_remote, open_file
+from .preprocess import LARGEST_FILE, Preprocessing, size_pair
+from .remote import PATIENCE, File, OpenFiles, Retry, Windowed, open_file
 from .tar import Flaw, Member, scan
 
 IMAGES = frozenset(
@@ -27,8 +25,6 @@ IMAGES = frozenset(
 )
 _TEXTS = ("txt", "caption")  # the first of these, else the "caption" of json
 _LONGEST_TEXT = 1 << 20  # bytes of a caption or json member
-_LARGEST_IMAGE = 1 << 28  # bytes of an image member
-_MOST_SHARDS = 1_000_000
 _FORMAT = 1  # raise when other members are chosen or captions read differently
 
 
@@ -74,7 +70,7 @@ def pairs_from_shards(
     """
     op = "pairs_from_shards"
     preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
-    names = shard_names(op, source)
+    names = file_names(op, source, ".tar")
     reader = Indexed(op, str(names[0]), preprocessing, cache, cache_dir, max_bad, num_workers)
     states = [open_file(name, retry).state for name in names]
     index = reader.index(
@@ -83,62 +79,10 @@ def pairs_from_shards(
     return reader.pairs(index, _ShardBytes(index, names, retry))
 
 
-def shard_names(op: str, source: str | Path | Sequence[str | Path]) -> list[str]:
-    """The shards that a path, pattern, URL or several of them name, absolute, in order."""
-    several = [source] if isinstance(source, str | Path) else list(source)
-    names = [name for one in several for name in _expanded(op, os.fspath(one))]
-    for name in names:
-        if not name.lower().endswith(".tar"):
-            raise ValueError(
-                f"{op}: shards must be uncompressed .tar files, got {name!r} (a compressed one "
-                "cannot be read by place: unpack it first)"
-            )
-    if not names:
-        raise ValueError(f"{op}: source must name at least one shard, got {source!r}")
-    return names
-
-
-def _expanded(op: str, pattern: str) -> Iterator[str]:
-    if pattern.startswith("pipe:"):
-        raise ValueError(f"{op}: pipe: runs a command and is not supported, got {pattern!r}")
-    remote = is_remote(pattern)
-    if not remote and os.path.isdir(pattern):
-        pattern = os.path.join(glob.escape(pattern), "*.tar")
-    elif not remote and os.path.exists(pattern):  # whatever characters are in its name
-        yield os.path.abspath(pattern)
-        return
-    for name in itertools.islice(braces(pattern), _MOST_SHARDS):
-        if not re.search(r"[*?\[]", name):
-            yield name if remote else os.path.abspath(name)
-            continue
-        if remote:
-            system, path = filesystem(name)
-            found = [system.unstrip_protocol(one) for one in sorted(system.glob(path))]
-        else:
-            found = [os.path.abspath(one) for one in sorted(glob.glob(name))]
-        if not found:
-            raise ValueError(f"{op}: no file matches {name!r}")
-        yield from found
-
-
-def braces(pattern: str) -> Iterator[str]:
-    """A pattern's names: {00000..00010} counts, keeping leading zeros; {a,b} lists."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    first, last, listed = match.groups()
-    if listed is not None:
-        middles: Any = listed.split(",")
-    else:
-        width = len(first) if first[0] == "0" or len(first) == len(last) else 0
-        middles = (f"{i:0{width}}" for i in range(int(first), int(last) + 1))
-    for middle in middles:
-        yield from braces(pattern[: match.start()] + middle + pattern[match.end() :])
-
-
 class _ShardBytes:
     """The image files of an index's rows, each a piece of a shard."""
+
+    constant = True
 
     def __init__(self, index: Index, names: list[str], retry: Retry) -> None:
         self._shard, self._offset = index.array("shard"), index.array("offset")
@@ -271,7 +215,7 @@ def _close(shard: Shard, sample: _Sample | None, name: str) -> None:
             raise _Unusable("it has no image")
         if sample.image.size == 0:
             raise _Unusable("its image has zero bytes")
-        if sample.image.size > _LARGEST_IMAGE:
+        if sample.image.size > LARGEST_FILE:
             raise _Unusable(f"its image has {sample.image.size} bytes")
         caption = _caption(sample)
     except _Unusable as error:

@@ -1,4 +1,4 @@
-"""Pairs and labelled sets from csv and tsv files, image folders and arrays."""
+"""Pairs and labelled sets from csv and tsv files and image folders."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from .cache import Slot, default_cache_dir, open_cache
+from .files import indexed_table
 from .labels import class_list, label_numbers
 from .ledger import Ledger
+from .ondemand import Indexed
 from .pairs import Labelled, Pairs, pairs_from_labelled
 from .preprocess import Preprocessing, size_pair
-from .store import ArrayImages, ImageStore, pixel_array, subset_images
+from .store import ImageStore, subset_images
 from .tables import CAPTION_KEYS, IMAGE_KEYS, LABEL_KEYS, read_columns
 
 EXTENSIONS = frozenset(
@@ -34,6 +36,7 @@ def pairs_from_csv(
     caption_key: str | None = None,
     delimiter: str | None = None,
     root: str | Path | None = None,
+    cache: str | None = None,
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     num_workers: int | None = None,
@@ -41,8 +44,8 @@ def pairs_from_csv(
 ) -> Pairs:
     """Pairs from a csv or tsv file with a header.
 
-    The images are decoded once into the cache. A row with a broken image, an empty caption or
-    another number of fields than the header is left out, counted and written to the ledger.
+    A row with an empty caption or another number of fields than the header is left out, counted
+    and written to the ledger; so is one with a broken image, when it is met.
 
     Args:
         path: the file; ``image,caption`` and ``filepath<tab>title`` are known headers.
@@ -51,6 +54,8 @@ def pairs_from_csv(
         image_key, caption_key: column names, when the header has others.
         delimiter: None = tab or comma, whichever gives the columns.
         root: folder of relative image paths; None = the file's own.
+        cache: None = decode all images now, into files; "disk", "ram" or "none" = index the
+            table, decode images when they are wanted and keep them there, see `OnDemandImages`.
         cache_dir: None = `default_cache_dir()`.
         max_bad: share of the rows that may be bad, in [0, 1]; 0 for evaluation.
         num_workers: decoding threads; None = one per core.
@@ -60,13 +65,15 @@ def pairs_from_csv(
         OSError: file unreadable, cache folder not writable, disk full.
     """
     op, path = "pairs_from_csv", Path(path)
-    table = read_columns(
-        op, path, _keys(image_key, IMAGE_KEYS), _keys(caption_key, CAPTION_KEYS), delimiter
-    )
-    reader = _Reader(
-        op, os.path.abspath(path), Preprocessing(size_pair(image_size), resize_mode, interpolation),
-        cache_dir, max_bad, num_workers, progress,
-    )  # fmt: skip
+    keys = _keys(image_key, IMAGE_KEYS), _keys(caption_key, CAPTION_KEYS)
+    preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
+    source = os.path.abspath(path)
+    if cache is not None:
+        folder = os.path.abspath(path.parent if root is None else root)
+        indexed = Indexed(op, source, preprocessing, cache, cache_dir, max_bad, num_workers)
+        return indexed_table(indexed, path, *keys, delimiter, folder, progress)
+    table = read_columns(op, path, *keys, delimiter)
+    reader = _Reader(op, source, preprocessing, cache_dir, max_bad, num_workers, progress)
     images, rows, ledger, locations = reader.read(_resolved(table.images, path, root), table.bad)
     return Pairs(images, [table.texts[row] for row in rows], rows, locations, ledger)
 
@@ -178,81 +185,6 @@ def pairs_from_folder(
     return pairs_from_labelled(labelled, templates, seed)
 
 
-def labelled_from_arrays(
-    images: Any,
-    labels: Any,
-    classes: Sequence[str],
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    resize_mode: str = "shortest",
-    interpolation: str = "bicubic",
-) -> Labelled:
-    """A labelled set in memory.
-
-    Args:
-        images: [N, H, W, 3] or grey [N, H, W], uint8 array or CPU tensor; kept, not copied.
-        labels: N integers in [0, len(classes)), or N class names.
-        classes: class names.
-        image_size: resize to this; None = keep the size.
-        resize_mode, interpolation: as in `Preprocessing`.
-    Raises:
-        TypeError, ValueError: dtype, shape or length, a label not in classes.
-    """
-    op = "labelled_from_arrays"
-    store = _array_store(op, images, image_size, resize_mode, interpolation)
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or len(labels) != len(store):
-        raise ValueError(f"{op}: labels must be [{len(store)}], got {list(labels.shape)}")
-    names, numbers = label_numbers(op, labels, classes, lambda i: f"label {i}")
-    return Labelled(store, numbers, names, np.arange(len(store)), _array_locations(len(store)))
-
-
-def pairs_from_arrays(
-    images: Any,
-    captions: Sequence[str] | None = None,
-    *,
-    labels: Any = None,
-    classes: Sequence[str] | None = None,
-    templates: Any = None,
-    image_size: int | tuple[int, int] | None = None,
-    resize_mode: str = "shortest",
-    interpolation: str = "bicubic",
-    seed: int = 0,
-) -> Pairs:
-    """Pairs in memory: images with captions, or with labels, classes and templates.
-
-    Args:
-        images, image_size, resize_mode, interpolation: as in `labelled_from_arrays`.
-        captions: N strings, none empty.
-        labels, classes, templates, seed: instead of captions; see `pairs_from_labelled`.
-    Raises:
-        TypeError, ValueError: as `labelled_from_arrays`; an empty caption, named by its index.
-    """
-    op = "pairs_from_arrays"
-    by_label = {"labels": labels, "classes": classes, "templates": templates}
-    given = [name for name, value in by_label.items() if value is not None]
-    if len(given) != (0 if captions is not None else 3):
-        got = given + ["captions"] * (captions is not None)
-        raise ValueError(
-            f"{op}: give captions, or labels with classes and templates; got {got or 'neither'}"
-        )
-    if captions is None:
-        assert classes is not None
-        labelled = labelled_from_arrays(
-            images, labels, classes, image_size=image_size, resize_mode=resize_mode,
-            interpolation=interpolation,
-        )  # fmt: skip
-        return pairs_from_labelled(labelled, templates, seed)
-    store = _array_store(op, images, image_size, resize_mode, interpolation)
-    captions = list(captions)
-    for index, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise TypeError(f"{op}: caption {index} must be a str, got {type(caption).__name__}")
-        if not caption.strip():
-            raise ValueError(f"{op}: caption {index} is empty")
-    return Pairs(store, captions, np.arange(len(store)), _array_locations(len(store)))
-
-
 @dataclass(frozen=True)
 class _Reader:
     """Image files into the cache, with a ledger of the rows that are left out."""
@@ -357,32 +289,6 @@ def _image_files(folder: str) -> list[str]:
             if name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS:
                 found.append(os.path.join(where, name))
     return sorted(found)
-
-
-def _array_store(
-    op: str,
-    images: Any,
-    image_size: int | tuple[int, int] | None,
-    resize_mode: str,
-    interpolation: str,
-) -> ArrayImages:
-    pixels = pixel_array(images, op)
-    if image_size is None:
-        return ArrayImages(pixels)
-    preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
-    if preprocessing.image_size == pixels.shape[1:3]:
-        return ArrayImages(pixels)
-    from PIL import Image
-
-    resized = np.empty((len(pixels), *preprocessing.image_size, *pixels.shape[3:]), np.uint8)
-    for index, image in enumerate(pixels):
-        rgb = preprocessing(Image.fromarray(image))
-        resized[index] = rgb if pixels.ndim == 4 else rgb[..., 0]
-    return ArrayImages(resized)
-
-
-def _array_locations(count: int) -> list[str]:
-    return [f"array:{index}" for index in range(count)]
 
 
 def _keys(explicit: str | None, known: Sequence[str]) -> Sequence[str]:

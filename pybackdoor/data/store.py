@@ -178,6 +178,22 @@ class SubsetImages:
         return attempt(self.base, self.rows[check_indices(indices, len(self))])
 
 
+def pending(store: ImageStore) -> np.ndarray:
+    """[N] bool: images of which it is not known whether they can be decoded."""
+    if isinstance(store, SubsetImages):
+        return pending(store.base)[store.rows]
+    own = getattr(store, "pending", None)
+    return np.full(len(store), hasattr(store, "attempt")) if own is None else own()
+
+
+def broken(store: ImageStore) -> np.ndarray:
+    """[N] bool: images that are known to be broken."""
+    if isinstance(store, SubsetImages):
+        return broken(store.base)[store.rows]
+    own = getattr(store, "broken", None)
+    return np.zeros(len(store), bool) if own is None else own()
+
+
 def attempt(store: ImageStore, indices: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
     """Images, and {place in indices: reason} of the broken ones, where a store can have any."""
     own = getattr(store, "attempt", None)
