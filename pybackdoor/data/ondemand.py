@@ -117,17 +117,18 @@ class OnDemandImages:
         numbers = rows.tolist()
         bad: dict[int, str] = {}
 
-        def some(places: range) -> None:
-            for place in places:
+        todo = iter(range(len(rows)))  # shared: the threads keep side by side in the source
+
+        def work(_: int) -> None:
+            for place in todo:
                 reason = self._one(numbers[place], out[place])
                 if reason:
                     bad[place] = reason
 
-        pieces = min(len(rows), 4 * self._workers)
-        if self._workers == 1 or pieces < 2:
-            some(range(len(rows)))
+        if min(self._workers, len(rows)) < 2:
+            work(0)
         else:
-            list(self._threads().map(some, (range(i, len(rows), pieces) for i in range(pieces))))
+            list(self._threads().map(work, range(self._workers)))
         return out, dict(sorted(bad.items()))
 
     def pending(self) -> np.ndarray:

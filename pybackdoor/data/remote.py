@@ -172,6 +172,7 @@ class Windowed:
 
     def read(self, offset: int, count: int) -> bytes:
         """Up to count bytes; fewer only at the file's end."""
+        count = min(count, max(self._file.size - offset, 0))
         start = offset - self._start
         if start < 0 or start + count > len(self._content):
             self._content = self._file.read(offset, max(count, self._file.window))

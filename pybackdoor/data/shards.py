@@ -25,6 +25,8 @@ IMAGES = frozenset(
 )
 _TEXTS = ("txt", "caption")  # the first of these, else the "caption" of json
 _LONGEST_TEXT = 1 << 20  # bytes of a caption or json member
+# Where an image is, in one record: a random row then touches one page of the index.
+_PLACE = np.dtype([("shard", "<i4"), ("size", "<i4"), ("offset", "<i8")])
 _FORMAT = 1  # raise when other members are chosen or captions read differently
 
 
@@ -85,14 +87,13 @@ class _ShardBytes:
     constant = True
 
     def __init__(self, index: Index, names: list[str], retry: Retry) -> None:
-        self._shard, self._offset = index.array("shard"), index.array("offset")
-        self._size = index.array("size")
+        self._place = index.array("place").view(_PLACE)
         self._files = OpenFiles(names, retry)
 
     def read(self, row: int) -> bytes:
         """The file's content."""
-        place = int(self._shard[row]), int(self._offset[row]), int(self._size[row])
-        return self._files.read(*place)
+        shard, size, offset = self._place[row].item()
+        return self._files.read(shard, offset, size)
 
     def stamp(self, row: int) -> int:
         """0: the index's key already tells one state of the shards from another."""
@@ -111,9 +112,9 @@ def _build(
         found = read_shard(open_file(name, retry), name)
         rows = row + np.array(found.rows, np.int64)
         writer.append("id", rows)
-        writer.append("shard", np.full(len(rows), number, np.int32))
-        writer.append("offset", np.array(found.offsets, np.int64))
-        writer.append("size", np.array(found.sizes, np.int64))
+        place = np.empty(len(rows), _PLACE)
+        place["shard"], place["size"], place["offset"] = number, found.sizes, found.offsets
+        writer.append("place", place.view(np.uint8))
         writer.append_strings("caption", found.captions)
         writer.append_strings("location", found.locations)
         writer.append_strings(
