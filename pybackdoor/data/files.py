@@ -41,7 +41,10 @@ def indexed_table(
         return _build(reader.op, path, image_keys, caption_keys, delimiter, root, writer, progress)
 
     index = reader.index(spec, [info.st_size, info.st_mtime_ns], build)
-    return reader.pairs(index, FileBytes(index.strings("location")))
+    paths = index.strings("location")
+    if "image" in index.columns:
+        paths = paths.take(index.array("first"))
+    return reader.pairs(index, FileBytes(paths))
 
 
 class FileBytes:
@@ -83,11 +86,18 @@ def _build(
 
     table = read_columns(op, path, image_keys, caption_keys, delimiter)
     good = np.array([row for row in range(len(table.texts)) if row not in table.bad], np.int64)
+    number: dict[str, int] = {}
+    image = np.array(
+        [number.setdefault(table.images[row], len(number)) for row in good.tolist()], np.int32
+    )
     writer.append("id", good)
-    chunks = range(0, len(good), _CHUNK)
-    bar = tqdm(chunks, desc="indexing the table", unit=f"x{_CHUNK}", disable=not shown(progress))
+    if len(number) < len(good):  # files with several captions: decoded and kept once
+        writer.append("image", image)
+        writer.append("first", np.unique(image, return_index=True)[1])
     writer.append_strings("caption", [])
     writer.append_strings("location", [])
+    chunks = range(0, len(good), _CHUNK)
+    bar = tqdm(chunks, desc="indexing the table", unit=f"x{_CHUNK}", disable=not shown(progress))
     for start in bar:
         rows = good[start : start + _CHUNK].tolist()
         writer.append_strings("caption", (table.texts[row] for row in rows))

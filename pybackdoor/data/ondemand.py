@@ -22,7 +22,7 @@ from .ledger import Ledger, append_line
 from .pairs import Pairs
 from .preprocess import BrokenImage, Preprocessing
 from .rows import DiskRows, MemoryRows, NoRows, Rows
-from .store import check_indices
+from .store import ImageStore, check_indices, subset_images
 
 CACHES = ("disk", "ram", "none")
 _FORMAT = 1  # raise when decoding changes
@@ -53,9 +53,9 @@ class OnDemandImages:
         source: the files.
         preprocessing: from a file to its pixels.
         rows: where decoded images are kept.
-        ids: [N] rows in the source, for the ledger.
-        locations: N strings, likewise.
-        ledger: counts the broken ones.
+        locations: N strings, for messages.
+        rows_of: the rows in the source that an image stands for, by the image's number.
+        ledger: counts the rows of the broken ones.
         memory: file that remembers the broken ones between runs; None = nothing does.
         num_workers: decoding threads; None = the cores this process may use.
     """
@@ -66,8 +66,8 @@ class OnDemandImages:
         preprocessing: Preprocessing,
         rows: Rows,
         *,
-        ids: np.ndarray,
         locations: Sequence[str],
+        rows_of: Callable[[int], Sequence[int]],
         ledger: Ledger,
         memory: Path | None = None,
         num_workers: int | None = None,
@@ -76,7 +76,7 @@ class OnDemandImages:
             raise ValueError(f"{ledger.op}: num_workers must be at least 1, got {num_workers}")
         self.image_size = preprocessing.image_size
         self._source, self._preprocessing, self._rows = source, preprocessing, rows
-        self._ids, self._locations, self._ledger = ids, locations, ledger
+        self._locations, self._rows_of, self._ledger = locations, rows_of, ledger
         self._memory, self._workers = memory, num_workers or cores()
         self._lock = threading.Lock()
         self._broken: dict[int, tuple[int | None, str]] = {}  # row -> (stamp, reason)
@@ -85,7 +85,7 @@ class OnDemandImages:
         self._recall()
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._locations)
 
     def take(self, indices: Any) -> np.ndarray:
         """[n, H, W, 3] uint8 copy.
@@ -168,8 +168,7 @@ class OnDemandImages:
                     with suppress(OSError):  # a cache on read-only media stays usable
                         append_line(self._memory, [row, stamp, reason])
                 if new:
-                    place = int(self._ids[row]), self._locations[row]
-                    self._ledger.add(*place, reason, write=True)
+                    self._count(row, reason, write=True)
         return reason
 
     def _recall(self) -> None:
@@ -185,7 +184,11 @@ class OnDemandImages:
                 continue
             if row not in self._broken:
                 self._broken[row] = stamp, str(reason)
-                self._ledger.add(int(self._ids[row]), self._locations[row], str(reason))
+                self._count(row, str(reason), write=False)
+
+    def _count(self, image: int, reason: str, *, write: bool) -> None:
+        for row in self._rows_of(image):
+            self._ledger.add(row, self._locations[image], reason, write=write)
 
     def _threads(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -258,21 +261,57 @@ class Indexed:
         if not len(ids):
             ledger.save()
             raise ValueError(f"{self.op}: {self.source} has no usable rows, ledger: {ledger.path}")
+        images: ImageStore
+        if "image" in index.columns:
+            of, first = index.array("image"), index.array("first")
+            store = self._store(index, source, base, stem, locations.take(first), ledger,
+                                _Inverse(of, ids))  # fmt: skip
+            images = subset_images(store, of)
+        else:
+            images = self._store(index, source, base, stem, locations, ledger,
+                                 lambda image: [int(ids[image])])  # fmt: skip
+        ledger.save()
+        return Pairs(images, index.strings("caption"), ids, locations, ledger)
+
+    def _store(
+        self,
+        index: Index,
+        source: ImageSource,
+        base: Path,
+        stem: str,
+        locations: Sequence[str],
+        ledger: Ledger,
+        rows_of: Callable[[int], Sequence[int]],
+    ) -> OnDemandImages:
+        count, size = len(locations), self.preprocessing.image_size
         rows: Rows = NoRows()
         if self.cache == "ram":
-            rows = MemoryRows(self.op, len(ids), self.preprocessing.image_size)
+            rows = MemoryRows(self.op, count, size)
         elif self.cache == "disk":
             with explained(self.op, "image cache", base.parent):
                 if not base.with_name(f"{base.name}.row").exists():  # else read-only media do
                     with open_lock(index.path):
                         _remove_outdated(base, stem)
-                rows = DiskRows(self.op, base, len(ids), self.preprocessing.image_size)
-        images = OnDemandImages(
-            source, self.preprocessing, rows, ids=ids, locations=locations, ledger=ledger,
+                rows = DiskRows(self.op, base, count, size)
+        return OnDemandImages(
+            source, self.preprocessing, rows, locations=locations, rows_of=rows_of, ledger=ledger,
             memory=base.with_name(f"{base.name}.broken"), num_workers=self.num_workers,
         )  # fmt: skip
-        ledger.save()
-        return Pairs(images, index.strings("caption"), ids, locations, ledger)
+
+
+class _Inverse:
+    """Which rows name an image; sorted when first asked, which a clean source never does."""
+
+    def __init__(self, image_of: np.ndarray, ids: np.ndarray) -> None:
+        self._of, self._ids = image_of, ids
+        self._order: np.ndarray | None = None
+
+    def __call__(self, image: int) -> list[int]:
+        if self._order is None:
+            self._order = np.argsort(self._of, kind="stable")
+            self._sorted = self._of[self._order]
+        start, stop = np.searchsorted(self._sorted, [image, image + 1])
+        return self._ids[self._order[start:stop]].tolist()
 
 
 def _remove_outdated(base: Path, stem: str) -> None:
