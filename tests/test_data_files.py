@@ -22,15 +22,12 @@ def pixels(*seeds):
     return np.stack([Preprocessing(8)(Image.fromarray(noise(20, 24, seed))) for seed in seeds])
 
 
-def test_same_as_decoding_all_at_once(tmp_path, decoded):  # noqa: F811
+def test_images_on_demand(tmp_path, decoded):  # noqa: F811
     table = image_table(tmp_path, 6)
     for cache in ("disk", "ram", "none"):
         pairs = read(table, tmp_path / "cache", cache=cache)
-        wanted = read(table, tmp_path / "other", cache=None)
-        for name in ("captions", "locations"):
-            assert getattr(pairs, name) == getattr(wanted, name)
-        assert pairs.ids.tolist() == wanted.ids.tolist()
-        np.testing.assert_array_equal(pairs.images.take(range(6)), wanted.images.take(range(6)))
+        np.testing.assert_array_equal(pairs.images.take(range(6)), pixels(*range(6)))
+        assert pairs.locations == [str(tmp_path / f"{i}.png") for i in range(6)]
     del decoded[:]
     read(table, tmp_path / "cache").images.take(range(6))
     assert not decoded

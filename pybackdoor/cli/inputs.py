@@ -46,8 +46,6 @@ def read_pairs(
         pairs = data.pairs_from_shards(source, **cache, **common)
     elif kind == "parquet":
         pairs = data.pairs_from_parquet(source, **keys, **cache, **common)
-    elif whole:
-        return data.pairs_from_csv(source, **keys, **common)
     else:
         pairs = data.pairs_from_csv(source, **keys, **cache, **common)
     return pairs.decoded(config.progress) if whole else pairs

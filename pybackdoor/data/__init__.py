@@ -4,11 +4,10 @@ Importing this starts neither Pillow nor open_clip; the functions that need them
 """
 
 from .arrays import labelled_from_arrays, pairs_from_arrays
-from .cache import default_cache_dir
 from .decode import decode_image
 from .ledger import BadRow, Ledger
 from .loader import PairLoader
-from .ondemand import OnDemandImages
+from .ondemand import OnDemandImages, default_cache_dir
 from .pairs import Labelled, Pairs, pairs_from_labelled
 from .parquet import pairs_from_hf, pairs_from_parquet
 from .preprocess import BrokenImage, Preprocessing
@@ -20,7 +19,7 @@ from .sources import (
     pairs_from_csv,
     pairs_from_folder,
 )
-from .store import ArrayImages, CachedImages, ImageStore, Overlay
+from .store import ArrayImages, ImageStore, Overlay
 from .strings import Strings
 from .templates import TEMPLATES, read_classes, resolve_templates
 
@@ -29,7 +28,6 @@ __all__ = [
     "ArrayImages",
     "BadRow",
     "BrokenImage",
-    "CachedImages",
     "ImageStore",
     "Labelled",
     "Ledger",

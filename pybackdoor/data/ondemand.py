@@ -6,16 +6,16 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from .cache import default_cache_dir
 from .decode import decode_bytes
 from .index import Index, IndexWriter, explained, file_stem, hashed, open_index, open_lock
 from .ledger import Ledger, append_line
@@ -67,7 +67,7 @@ class OnDemandImages:
         rows: Rows,
         *,
         locations: Sequence[str],
-        rows_of: Callable[[int], Sequence[int]],
+        rows_of: RowsOf,
         ledger: Ledger,
         memory: Path | None = None,
         num_workers: int | None = None,
@@ -119,25 +119,47 @@ class OnDemandImages:
 
         todo = iter(range(len(rows)))  # shared: the threads keep side by side in the source
 
-        def work(_: int) -> None:
+        def work() -> None:
             for place in todo:
                 reason = self._one(numbers[place], out[place])
                 if reason:
                     bad[place] = reason
 
         if min(self._workers, len(rows)) < 2:
-            work(0)
+            work()
         else:
-            list(self._threads().map(work, range(self._workers)))
+            working = [self._threads().submit(work) for _ in range(self._workers)]
+            try:
+                for one in working:
+                    one.result()
+            except BaseException:
+                deque(todo, maxlen=0)  # so that the others stop
+                wait(working)
+                raise
         return out, dict(sorted(bad.items()))
 
     def pending(self) -> np.ndarray:
         """[N] bool: which images are neither kept nor known to be broken, and may be either."""
-        known = self._rows.kept() if self._source.constant else None
-        mask = np.ones(len(self), bool) if known is None else ~known
         if self._source.constant:
+            mask = ~self._rows.kept()
             mask[list(self._broken)] = False
+            return mask
+        mask = np.ones(len(self), bool)
+        for row in range(len(self)):
+            with suppress(BrokenImage):
+                stamp = self._source.stamp(row)
+                known = self._broken.get(row, (None, ""))[0] == stamp
+                mask[row] = not (known or self._rows.has(row, stamp))
         return mask
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the cache's lock, so that of several processes one decodes everything."""
+        with ExitStack() as stack:
+            if isinstance(self._rows, DiskRows):
+                with suppress(OSError):  # read-only media
+                    stack.enter_context(open_lock(self._rows.path))
+            yield
 
     def broken(self) -> np.ndarray:
         """[N] bool: which images are known to be broken."""
@@ -189,6 +211,13 @@ class OnDemandImages:
     def _count(self, image: int, reason: str, *, write: bool) -> None:
         for row in self._rows_of(image):
             self._ledger.add(row, self._locations[image], reason, write=write)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lock": None, "_pool": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def _threads(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -244,69 +273,90 @@ class Indexed:
         return open_index(self.op, path, hashed(self.op, spec, states), rebuilt)
 
     def pairs(self, index: Index, source: ImageSource) -> Pairs:
-        """Pairs over an index with the columns id, caption, location and bad."""
-        import PIL
+        """Pairs over an index with the columns id, caption, location and bad.
 
+        Rows that share an image have it in the columns image, its number, and first, the first
+        row of each number.
+        """
         ids, locations = index.array("id"), index.strings("location")
-        height, width = self.preprocessing.image_size
-        kind = hashed(asdict(self.preprocessing))[:8]
-        stem = f"{index.path.stem}-{height}x{width}-{kind}"
-        state = hashed(_FORMAT, PIL.__version__, index.key)[:16]
-        base = index.path.with_name(f"{stem}-{state}")
-        ledger = Ledger(
-            self.op, index.meta["total"], self.max_bad, base.with_name(f"{stem}.bad.jsonl")
-        )
-        for line in index.strings("bad"):
-            ledger.add(*json.loads(line))
+        place = self.place(index.path.stem, index.key)
+        ledger = self.ledger(place, index.meta["total"], map(json.loads, index.strings("bad")))
         if not len(ids):
             ledger.save()
             raise ValueError(f"{self.op}: {self.source} has no usable rows, ledger: {ledger.path}")
         images: ImageStore
         if "image" in index.columns:
-            of, first = index.array("image"), index.array("first")
-            store = self._store(index, source, base, stem, locations.take(first), ledger,
-                                _Inverse(of, ids))  # fmt: skip
-            images = subset_images(store, of)
+            of, first = index.array("image"), locations.take(index.array("first"))
+            images = self.store(place, source, first, RowsOf(ids, of), ledger)
+            images = subset_images(images, of)
         else:
-            images = self._store(index, source, base, stem, locations, ledger,
-                                 lambda image: [int(ids[image])])  # fmt: skip
-        ledger.save()
+            images = self.store(place, source, locations, RowsOf(ids), ledger)
         return Pairs(images, index.strings("caption"), ids, locations, ledger)
 
-    def _store(
+    def place(self, name: str, key: str) -> Path:
+        """Where the images of a source's state lie: the path of their files without suffixes."""
+        import PIL
+
+        height, width = self.preprocessing.image_size
+        kind = hashed(asdict(self.preprocessing))[:8]
+        state = hashed(_FORMAT, PIL.__version__, key)[:16]
+        return self.folder / f"{name}-{height}x{width}-{kind}-{state}"
+
+    def ledger(self, place: Path, total: int, bad: Iterable[Sequence[Any]]) -> Ledger:
+        """A ledger of the rows that are bad whatever the images hold.
+
+        Raises:
+            ValueError: they are too many.
+        """
+        path = place.with_name(f"{_without_state(place)}.bad.jsonl")
+        ledger = Ledger(self.op, total, self.max_bad, path)
+        for line in bad:
+            ledger.add(*line)
+        return ledger
+
+    def store(
         self,
-        index: Index,
+        place: Path,
         source: ImageSource,
-        base: Path,
-        stem: str,
         locations: Sequence[str],
+        rows_of: RowsOf,
         ledger: Ledger,
-        rows_of: Callable[[int], Sequence[int]],
     ) -> OnDemandImages:
+        """The images, in the cache that was chosen; the broken ones of earlier runs are known."""
         count, size = len(locations), self.preprocessing.image_size
-        rows: Rows = NoRows()
+        rows: Rows = NoRows(count)
         if self.cache == "ram":
             rows = MemoryRows(self.op, count, size)
         elif self.cache == "disk":
-            with explained(self.op, "image cache", base.parent):
-                if not base.with_name(f"{base.name}.row").exists():  # else read-only media do
-                    with open_lock(index.path):
-                        _remove_outdated(base, stem)
-                rows = DiskRows(self.op, base, count, size)
-        return OnDemandImages(
+            with explained(self.op, "image cache", place.parent):
+                if not place.with_name(f"{place.name}.row").exists():  # else read-only media do
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    with open_lock(place.with_name(_without_state(place))):
+                        _remove_outdated(place)
+                rows = DiskRows(self.op, place, count, size)
+        images = OnDemandImages(
             source, self.preprocessing, rows, locations=locations, rows_of=rows_of, ledger=ledger,
-            memory=base.with_name(f"{base.name}.broken"), num_workers=self.num_workers,
+            memory=place.with_name(f"{place.name}.broken"), num_workers=self.num_workers,
         )  # fmt: skip
+        ledger.save()
+        return images
 
 
-class _Inverse:
-    """Which rows name an image; sorted when first asked, which a clean source never does."""
+class RowsOf:
+    """Which rows of the source stand for an image; sorted when first asked.
 
-    def __init__(self, image_of: np.ndarray, ids: np.ndarray) -> None:
-        self._of, self._ids = image_of, ids
+    Args:
+        ids: [N] rows in the source.
+        image_of: [N] image of each; None = each its own.
+    """
+
+    def __init__(self, ids: np.ndarray, image_of: np.ndarray | None = None) -> None:
+        self._ids, self._of = ids, image_of
         self._order: np.ndarray | None = None
 
     def __call__(self, image: int) -> list[int]:
+        if self._of is None:
+            return [int(self._ids[image])]
         if self._order is None:
             self._order = np.argsort(self._of, kind="stable")
             self._sorted = self._of[self._order]
@@ -314,11 +364,22 @@ class _Inverse:
         return self._ids[self._order[start:stop]].tolist()
 
 
-def _remove_outdated(base: Path, stem: str) -> None:
+def _without_state(place: Path) -> str:
+    return place.name.rpartition("-")[0]
+
+
+def _remove_outdated(place: Path) -> None:
     """Delete the images of other states of a source; who has them open keeps them."""
-    for old in base.parent.glob(f"{stem}-*"):
-        if old.suffix in (".px", ".row", ".broken") and old.stem != base.name:
+    for old in place.parent.glob(f"{_without_state(place)}-*"):
+        if old.suffix in (".px", ".row", ".broken") and old.stem != place.name:
             old.unlink()
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/pybackdoor/images, or the same in ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    return base / "pybackdoor" / "images"
 
 
 def cores() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +10,10 @@ import numpy as np
 
 from ._keyed import keyed_words
 from .ledger import Ledger
-from .store import ImageStore, attempt, broken, check_indices, pending, subset_images
+from .store import ImageStore, check_indices, decode_all, subset_images
 from .strings import Strings
 from .templates import fill, resolve_templates
 
-_DECODED_AT_ONCE = 256  # images held while all of them are decoded
 _TEMPLATE_STREAM = 0x7465_6D70  # keeps the choice of template apart from other uses of the seed
 
 
@@ -64,17 +62,15 @@ class Pairs:
         Args:
             progress: show a bar; None = on a terminal.
         Raises:
-            ValueError: more images are broken than the source's max_bad allows.
+            ValueError: more images are broken than the source's max_bad allows, or all are.
         """
-        from tqdm import tqdm
-
-        todo, good = np.flatnonzero(pending(self.images)), ~broken(self.images)
-        show = len(todo) > 0 and (sys.stderr.isatty() if progress is None else progress)
-        with tqdm(total=len(todo), desc="decoding images", unit="img", disable=not show) as bar:
-            for start in range(0, len(todo), _DECODED_AT_ONCE):
-                rows = todo[start : start + _DECODED_AT_ONCE]
-                good[rows[list(attempt(self.images, rows)[1])]] = False
-                bar.update(len(rows))
+        good = decode_all(self.images, progress)
+        if self.ledger is not None:
+            self.ledger.save()
+            if not good.any():
+                raise ValueError(
+                    f"{self.ledger.op}: the source has no usable rows, ledger: {self.ledger.path}"
+                )
         return self if good.all() else self.subset(np.flatnonzero(good))
 
 

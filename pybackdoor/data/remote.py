@@ -202,6 +202,9 @@ class OpenFiles:
             raise BrokenImage(f"{count} bytes were asked for, {len(content)} came")
         return content
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenFiles, (self._names, self._retry, self._most)
+
     def _file(self, number: int) -> LocalFile | RemoteFile:
         with self._lock:
             file = self._open.pop(number, None)

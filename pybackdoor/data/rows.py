@@ -20,7 +20,7 @@ import warnings
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,13 +39,20 @@ class Rows(Protocol):
         """Keep a row's image."""
         ...
 
-    def kept(self) -> np.ndarray | None:
-        """[N] bool: rows with an image, unchecked; None = no row has one."""
+    def has(self, row: int, stamp: int) -> bool:
+        """Whether a row has an image of this stamp; its pixels are not looked at."""
+        ...
+
+    def kept(self) -> np.ndarray:
+        """[N] bool: rows with an image of any stamp, unchecked."""
         ...
 
 
 class NoRows:
     """Keeps nothing."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
 
     def get(self, row: int, stamp: int, out: np.ndarray) -> bool:
         return False
@@ -53,8 +60,11 @@ class NoRows:
     def put(self, row: int, stamp: int, pixels: np.ndarray) -> None:
         pass
 
-    def kept(self) -> np.ndarray | None:
-        return None
+    def has(self, row: int, stamp: int) -> bool:
+        return False
+
+    def kept(self) -> np.ndarray:
+        return np.zeros(self._count, bool)
 
 
 class MemoryRows:
@@ -87,7 +97,10 @@ class MemoryRows:
         self._pixels[row] = pixels
         self._stamps[row] = stamp
 
-    def kept(self) -> np.ndarray | None:
+    def has(self, row: int, stamp: int) -> bool:
+        return self._stamps.get(row) == stamp
+
+    def kept(self) -> np.ndarray:
         mask = np.zeros(len(self._pixels), bool)
         mask[list(self._stamps)] = True
         return mask
@@ -122,11 +135,8 @@ class DiskRows:
             self._full = True  # read-only media: what is there is used
 
     def get(self, row: int, stamp: int, out: np.ndarray) -> bool:
-        record = os.pread(self._record_fd, _RECORD.size, row * _RECORD.size)
-        if len(record) < _RECORD.size:
-            return False
-        checksum, state, written = _RECORD.unpack(record)
-        if state != _VALID or written != stamp:
+        checksum = self._record(row, stamp)
+        if checksum is None:
             return False
         flat = out.reshape(-1)
         if os.preadv(self._fd, [flat.data], row * self._row_bytes) != self._row_bytes:
@@ -136,6 +146,14 @@ class DiskRows:
                 return False
             self._checked[row] = True
         return True
+
+    def _record(self, row: int, stamp: int) -> int | None:
+        """The checksum of a row's image of this stamp; None = there is none."""
+        record = os.pread(self._record_fd, _RECORD.size, row * _RECORD.size)
+        if len(record) < _RECORD.size:
+            return None
+        checksum, state, written = _RECORD.unpack(record)
+        return checksum if state == _VALID and written == stamp else None
 
     def put(self, row: int, stamp: int, pixels: np.ndarray) -> None:
         if self._full:
@@ -158,7 +176,10 @@ class DiskRows:
                     stacklevel=2,
                 )
 
-    def kept(self) -> np.ndarray | None:
+    def has(self, row: int, stamp: int) -> bool:
+        return self._record(row, stamp) is not None
+
+    def kept(self) -> np.ndarray:
         count = len(self._checked)
         records = np.fromfile(self._records, np.dtype("<u4,<u4,<u8"), count)
         mask = np.zeros(count, bool)
@@ -173,6 +194,9 @@ class DiskRows:
                 errno.ENOSPC,
                 f'{needed:,} bytes are needed, {free:,} are free (cache="none" needs none)',
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DiskRows, (self._op, self.path, len(self._checked), self._shape[:2])
 
     def __del__(self) -> None:
         for fd in (self._fd, self._record_fd):

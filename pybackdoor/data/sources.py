@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from .cache import Slot, default_cache_dir, open_cache
-from .files import indexed_table
+from .files import FileBytes, indexed_table
+from .index import explained, file_stem, hashed
 from .labels import class_list, label_numbers
 from .ledger import Ledger
-from .ondemand import Indexed
+from .ondemand import Indexed, RowsOf
 from .pairs import Labelled, Pairs, pairs_from_labelled
 from .preprocess import Preprocessing, size_pair
-from .store import ImageStore, subset_images
+from .store import ImageStore, decode_all, subset_images
+from .strings import Strings
 from .tables import CAPTION_KEYS, IMAGE_KEYS, LABEL_KEYS, read_columns
 
 EXTENSIONS = frozenset(
@@ -36,7 +37,7 @@ def pairs_from_csv(
     caption_key: str | None = None,
     delimiter: str | None = None,
     root: str | Path | None = None,
-    cache: str | None = None,
+    cache: str = "disk",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     num_workers: int | None = None,
@@ -44,8 +45,10 @@ def pairs_from_csv(
 ) -> Pairs:
     """Pairs from a csv or tsv file with a header.
 
-    A row with an empty caption or another number of fields than the header is left out, counted
-    and written to the ledger; so is one with a broken image, when it is met.
+    The table is read once into an index. A row with an empty caption or another number of fields
+    than the header is left out, counted and written to the ledger. Images are decoded when they
+    are wanted; a broken one is counted then, and `PairLoader` puts another pair in its place.
+    ``pairs.decoded()`` decodes all of them now and leaves the broken ones out.
 
     Args:
         path: the file; ``image,caption`` and ``filepath<tab>title`` are known headers.
@@ -54,8 +57,7 @@ def pairs_from_csv(
         image_key, caption_key: column names, when the header has others.
         delimiter: None = tab or comma, whichever gives the columns.
         root: folder of relative image paths; None = the file's own.
-        cache: None = decode all images now, into files; "disk", "ram" or "none" = index the
-            table, decode images when they are wanted and keep them there, see `OnDemandImages`.
+        cache: "disk", "ram" or "none": where decoded images are kept; see `OnDemandImages`.
         cache_dir: None = `default_cache_dir()`.
         max_bad: share of the rows that may be bad, in [0, 1]; 0 for evaluation.
         num_workers: decoding threads; None = one per core.
@@ -67,15 +69,11 @@ def pairs_from_csv(
     op, path = "pairs_from_csv", Path(path)
     keys = _keys(image_key, IMAGE_KEYS), _keys(caption_key, CAPTION_KEYS)
     preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
-    source = os.path.abspath(path)
-    if cache is not None:
-        folder = os.path.abspath(path.parent if root is None else root)
-        indexed = Indexed(op, source, preprocessing, cache, cache_dir, max_bad, num_workers)
-        return indexed_table(indexed, path, *keys, delimiter, folder, progress)
-    table = read_columns(op, path, *keys, delimiter)
-    reader = _Reader(op, source, preprocessing, cache_dir, max_bad, num_workers, progress)
-    images, rows, ledger, locations = reader.read(_resolved(table.images, path, root), table.bad)
-    return Pairs(images, [table.texts[row] for row in rows], rows, locations, ledger)
+    folder = os.path.abspath(path.parent if root is None else root)
+    indexed = Indexed(
+        op, os.path.abspath(path), preprocessing, cache, cache_dir, max_bad, num_workers
+    )
+    return indexed_table(indexed, path, *keys, delimiter, folder, progress)
 
 
 def labelled_from_csv(
@@ -208,40 +206,30 @@ class _Reader:
             paths: per row; "" for a row that names none.
             bad: {row: reason} known beforehand.
         """
-        folder = Path(self.cache_dir) if self.cache_dir is not None else default_cache_dir()
-        slot = Slot(self.op, self.source, self.preprocessing, folder)
-        ledger = Ledger(self.op, len(paths), self.max_bad, slot.file(f"{self.op}.bad.jsonl"))
-        number = {path: i for i, path in enumerate(dict.fromkeys(paths))}
-        file_of = np.array([number[path] for path in paths], np.int64)  # [rows]
-        by_file = np.argsort(file_of, kind="stable")
-        sorted_files = file_of[by_file]
-
-        usable = np.ones(len(paths), bool)
-
-        def leave_out(row: int, reason: str) -> None:
-            usable[row] = False
-            ledger.add(row, paths[row] or self.source, reason)
-
-        def leave_out_file(index: int, reason: str) -> None:
-            start, stop = np.searchsorted(sorted_files, [index, index + 1])
-            for row in by_file[start:stop].tolist():
-                if row not in bad:
-                    leave_out(row, reason)
-
-        if bad:  # the ledger needs the folder before the cache does
-            slot.make_folder()
-        for row, reason in bad.items():
-            leave_out(row, reason)
-        images, where = open_cache(
-            slot, list(number), leave_out_file, num_workers=self.num_workers,
-            progress=self.progress,
+        indexed = Indexed(
+            self.op, self.source, self.preprocessing, "disk", self.cache_dir, self.max_bad,
+            self.num_workers,
         )  # fmt: skip
+        usable = np.array([row for row in range(len(paths)) if row not in bad], np.int64)
+        number: dict[str, int] = {}
+        file_of = np.array(
+            [number.setdefault(paths[row], len(number)) for row in usable.tolist()], np.int64
+        )
+        files = Strings.of(number)
+        name = file_stem(self.source, hashed(self.source))
+        place = indexed.place(name, hashed(list(number)))
+        with explained(self.op, "image cache", place.parent):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        known = [(row, paths[row] or self.source, reason) for row, reason in bad.items()]
+        ledger = indexed.ledger(place, len(paths), known)
+        images = indexed.store(place, FileBytes(files), files, RowsOf(usable, file_of), ledger)
+        good = np.flatnonzero(decode_all(images, self.progress)[file_of])
         ledger.save()
-        rows = np.flatnonzero(usable)
-        if not len(rows):
+        if not len(good):
             raise ValueError(f"{self.op}: {self.source} has no usable rows, ledger: {ledger.path}")
-        locations = [paths[row] for row in rows]
-        return subset_images(images, where[file_of[rows]]), rows, ledger, locations
+        rows = usable[good]
+        locations = [paths[row] for row in rows.tolist()]
+        return subset_images(images, file_of[good]), rows, ledger, locations
 
 
 def _from_folder(

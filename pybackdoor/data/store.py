@@ -1,15 +1,16 @@
-"""Where pixels live: arrays in memory, files mapped into memory, and views of both."""
+"""Where pixels live: arrays in memory, and views of stores."""
 
 from __future__ import annotations
 
-import hashlib
+import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from .preprocess import size_pair
+
+_DECODED_AT_ONCE = 256  # images held while all of them are decoded
 
 
 class ImageStore(Protocol):
@@ -45,62 +46,6 @@ class ArrayImages:
         """[n, H, W, 3] uint8 copy."""
         taken = self._images[check_indices(indices, len(self))]
         return taken if taken.ndim == 4 else np.repeat(taken[..., None], 3, axis=3)
-
-
-class CachedImages:
-    """Images in a raw file of the cache, mapped into memory; pickles as its path.
-
-    Args:
-        path: file of count * H * W * 3 bytes.
-        count: images.
-        image_size: (H, W).
-        sha256: of the file's content, in hexadecimal.
-    Raises:
-        ValueError: the file has another length.
-    """
-
-    def __init__(
-        self, path: str | Path, count: int, image_size: tuple[int, int], sha256: str
-    ) -> None:
-        self.path, self.image_size, self.sha256 = Path(path), size_pair(image_size), sha256
-        self._count = count
-        self._map = self._open()
-
-    def _open(self) -> np.ndarray:
-        shape = (self._count, *self.image_size, 3)
-        wanted, got = int(np.prod(shape, dtype=np.int64)), self.path.stat().st_size
-        if got != wanted:
-            raise ValueError(f"image cache {self.path} must have {wanted} bytes, got {got}")
-        if not wanted:  # an empty file cannot be mapped
-            return np.empty(shape, np.uint8)
-        return np.memmap(self.path, np.uint8, "r", shape=shape)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def take(self, indices: Any) -> np.ndarray:
-        """[n, H, W, 3] uint8 copy."""
-        return self._map[check_indices(indices, len(self))]
-
-    def verify(self) -> None:
-        """Read the whole file and compare its checksum with the one taken when it was built.
-
-        Raises:
-            ValueError: they differ: delete the file and read the source again.
-        """
-        with open(self.path, "rb") as file:
-            got = _digest(file)
-        if got != self.sha256:
-            raise ValueError(
-                f"image cache {self.path} is damaged: its sha256 must be {self.sha256}, got {got}"
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_map"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map = self._open()
 
 
 class Overlay:
@@ -178,20 +123,37 @@ class SubsetImages:
         return attempt(self.base, self.rows[check_indices(indices, len(self))])
 
 
-def pending(store: ImageStore) -> np.ndarray:
-    """[N] bool: images of which it is not known whether they can be decoded."""
-    if isinstance(store, SubsetImages):
-        return pending(store.base)[store.rows]
-    own = getattr(store, "pending", None)
-    return np.full(len(store), hasattr(store, "attempt")) if own is None else own()
+def decode_all(store: ImageStore, progress: bool | None) -> np.ndarray:
+    """[N] bool: the images that can be decoded, after all of them were tried and kept.
+
+    Args:
+        progress: show a bar on stderr; None = when stderr is a terminal.
+    """
+    base, rows = (store.base, store.rows) if isinstance(store, SubsetImages) else (store, None)
+    if not hasattr(base, "pending"):  # in memory, or patched in parts: no image is known by then
+        todo, good = np.arange(len(base)), np.ones(len(base), bool)
+        return _attempted(base, todo, good, progress)[slice(None) if rows is None else rows]
+    with base.alone():
+        pending = base.pending()
+        wanted = np.arange(len(base)) if rows is None else np.unique(rows)
+        good = _attempted(base, wanted[pending[wanted]], ~base.broken(), progress)
+    return good if rows is None else good[rows]
 
 
-def broken(store: ImageStore) -> np.ndarray:
-    """[N] bool: images that are known to be broken."""
-    if isinstance(store, SubsetImages):
-        return broken(store.base)[store.rows]
-    own = getattr(store, "broken", None)
-    return np.zeros(len(store), bool) if own is None else own()
+def _attempted(
+    store: ImageStore, todo: np.ndarray, good: np.ndarray, progress: bool | None
+) -> np.ndarray:
+    if not hasattr(store, "attempt"):
+        return good
+    from tqdm import tqdm
+
+    show = len(todo) > 0 and (sys.stderr.isatty() if progress is None else progress)
+    with tqdm(total=len(todo), desc="decoding images", unit="img", disable=not show) as bar:
+        for start in range(0, len(todo), _DECODED_AT_ONCE):
+            rows = todo[start : start + _DECODED_AT_ONCE]
+            good[rows[list(attempt(store, rows)[1])]] = False
+            bar.update(len(rows))
+    return good
 
 
 def attempt(store: ImageStore, indices: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
@@ -244,10 +206,3 @@ def pixel_array(images: Any, op: str) -> np.ndarray:
     if 0 in array.shape[1:]:
         raise ValueError(f"{op}: images must have pixels, got {list(array.shape)}")
     return array
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -25,7 +25,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--images", type=int, default=600)
     options = parser.parse_args()
     rng, wrong, rows = random.Random(0), 0, 0
     wanted = np.stack(
@@ -43,10 +43,11 @@ def main() -> int:
             ]
             for process in pair:
                 process.stdout.readline()
-            time.sleep(rng.uniform(0, 0.05))
+            time.sleep(rng.uniform(0, 0.03))
             for process in pair:
                 process.kill()
                 process.communicate()
+                assert process.returncode == -9, "it ended before it was killed"
             store = read(folder, image_size=64, num_workers=1).images._rows
             out = np.empty((64, 64, 3), np.uint8)
             valid = [row for row in range(options.images) if store.get(row, 0, out)]
