@@ -72,8 +72,11 @@ def test_every_flip_of_the_header_is_refused_and_of_the_columns_found(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError):
             read_index(path, "k")
-    with pytest.warns(RuntimeWarning, match="index .* is damaged .*; building it again"):
-        assert opened(path).strings("text")[0] == TEXTS[0]
+    for content in (good[:-1], good[: max(inside)] + b"x" + good[max(inside) + 1 :]):
+        path.write_bytes(content)
+        with pytest.warns(RuntimeWarning, match="index .* is damaged .*; building it again"):
+            assert opened(path).strings("text")[0] == TEXTS[0]
+        assert path.read_bytes() == good
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):

@@ -114,6 +114,9 @@ def test_captions_of_img2dataset_and_others(tmp_path):
         pairs.images.take([3, 4, 5]), np.stack([pixels(i) for i in (3, 4, 5)])
     )
     assert not pairs.ledger.rows
+    assert pairs.ledger.skipped == {
+        "cls": 1, "seg.png": 1, "jpg": 1, "json": 1, "no extension": 1,
+    }  # fmt: skip
 
 
 BAD = [

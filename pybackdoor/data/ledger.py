@@ -32,6 +32,8 @@ class Ledger:
         total: rows of the source.
         max_bad: share of the rows that may be bad, in [0, 1].
         path: JSON-lines file, one `BadRow` a line; absent while nothing is bad.
+        rows: those left out so far.
+        skipped: members of shards that are no image and no caption, by extension.
     """
 
     op: str
@@ -39,6 +41,7 @@ class Ledger:
     max_bad: float = 0.0
     path: Path | None = None
     rows: list[BadRow] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad <= 1:

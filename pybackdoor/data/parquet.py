@@ -17,7 +17,7 @@ from .names import file_names
 from .ondemand import Indexed, shown
 from .pairs import Pairs
 from .preprocess import BrokenImage, Preprocessing, size_pair
-from .remote import PATIENCE, Retry, filesystem, is_remote, open_file
+from .remote import PATIENCE, Retry, filesystem, is_remote, states
 
 IMAGE_KEYS = ("image", "jpg", "png", "webp")  # Hugging Face, then img2dataset
 CAPTION_KEYS = ("caption", "text", "title")
@@ -64,12 +64,11 @@ def pairs_from_parquet(
     preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
     names = file_names(op, source, ".parquet")
     reader = Indexed(op, names[0], preprocessing, cache, cache_dir, max_bad, num_workers)
-    states = [open_file(name, retry).state for name in names]
 
     def build(writer: IndexWriter) -> dict:
         return _build(op, names, retry, image_key, caption_key, writer, progress)
 
-    index = reader.index([_FORMAT, names, image_key, caption_key], states, build)
+    index = reader.index([_FORMAT, names, image_key, caption_key], states(names, retry), build)
     return reader.pairs(index, _GroupBytes(index, names, retry)).decoded(progress)
 
 

@@ -12,17 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from .decode import EXTENSIONS
 from .index import Index, IndexWriter
 from .names import file_names
 from .ondemand import Indexed, shown
 from .pairs import Pairs
 from .preprocess import LARGEST_FILE, Preprocessing, size_pair
-from .remote import PATIENCE, File, OpenFiles, Retry, Windowed, open_file
+from .remote import PATIENCE, File, OpenFiles, Retry, Windowed, open_file, states
 from .tar import Flaw, Member, scan
 
-IMAGES = frozenset(
-    {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "avif"}
-)
 _TEXTS = ("txt", "caption")  # the first of these, else the "caption" of json
 _LONGEST_TEXT = 1 << 20  # bytes of a caption or json member
 # Where an image is, in one record: a random row then touches one page of the index.
@@ -48,8 +46,8 @@ def pairs_from_shards(
     A sample is a run of members whose names agree up to the first dot of their last part. Its
     image is the first member with an image's extension; its caption is that of ``.txt``,
     ``.caption``, or ``"caption"`` in ``.json``, in this order. Other members are passed over and
-    counted. The shards are scanned once into an index, headers and captions only; images are
-    decoded when they are wanted. Nothing is extracted, unpickled or run.
+    counted in ``pairs.ledger.skipped``. The shards are scanned once into an index, headers and
+    captions only; images are decoded when they are wanted. Nothing is extracted, unpickled or run.
 
     Cut shards, damaged headers, wrong sizes, links, devices, names that leave the folder, keys
     that occur twice, and samples without image or caption are left out and written to the ledger.
@@ -74,11 +72,14 @@ def pairs_from_shards(
     preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
     names = file_names(op, source, ".tar")
     reader = Indexed(op, str(names[0]), preprocessing, cache, cache_dir, max_bad, num_workers)
-    states = [open_file(name, retry).state for name in names]
+    known = states(names, retry)
     index = reader.index(
-        [_FORMAT, names], states, lambda writer: _build(op, names, retry, writer, progress)
+        [_FORMAT, names], known, lambda writer: _build(op, names, retry, writer, progress)
     )
-    return reader.pairs(index, _ShardBytes(index, names, retry))
+    pairs = reader.pairs(index, _ShardBytes(index, names, retry))
+    assert pairs.ledger is not None
+    pairs.ledger.skipped = index.meta["skipped"]
+    return pairs
 
 
 class _ShardBytes:
@@ -189,11 +190,11 @@ def read_shard(file: File, name: str) -> Shard:
             seen.add(key)
         if isinstance(item, Flaw):
             sample.flaw = sample.flaw or f".{extension}: {item.reason}"
-        elif extension in IMAGES and sample.image is None:
+        elif extension in EXTENSIONS and sample.image is None:
             sample.image = item
         elif extension in (*_TEXTS, "json") and extension not in sample.texts:
             sample.texts[extension] = _content(item, extension, window)
-        elif extension in sample.texts or extension in IMAGES:
+        elif extension in sample.texts or extension in EXTENSIONS:
             if extension in sample.texts or _split(sample.image.name)[1] == extension:
                 reason = "a second member of the same name"
                 shard.bad.append((shard.next_row(), f"{name}#{item.name}", reason))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .decode import EXTENSIONS
 from .files import FileBytes, indexed_table
 from .index import explained, file_stem, hashed
 from .labels import class_list, label_numbers
@@ -20,11 +21,6 @@ from .preprocess import Preprocessing, size_pair
 from .store import ImageStore, decode_all, subset_images
 from .strings import Strings
 from .tables import CAPTION_KEYS, IMAGE_KEYS, LABEL_KEYS, read_columns
-
-EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
-     ".avif"}
-)  # fmt: skip
 
 
 def pairs_from_csv(
@@ -274,7 +270,7 @@ def _image_files(folder: str) -> list[str]:
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in files:
-            if name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS:
+            if name[0] != "." and os.path.splitext(name)[1][1:].lower() in EXTENSIONS:
                 found.append(os.path.join(where, name))
     return sorted(found)
 
