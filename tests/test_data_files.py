@@ -36,8 +36,8 @@ def test_images_on_demand(tmp_path, decoded):  # noqa: F811
 def test_table_is_read_once(tmp_path, monkeypatch):
     table = image_table(tmp_path, 3)
     reads = []
-    columns = files.read_columns
-    monkeypatch.setattr(files, "read_columns", lambda *a: reads.append(a) or columns(*a))
+    rows = files.iter_rows
+    monkeypatch.setattr(files, "iter_rows", lambda *a: reads.append(a) or rows(*a))
     for _ in range(2):
         assert len(read(table, tmp_path / "cache")) == 3
     assert len(reads) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from .index import IndexWriter
 from .ondemand import Indexed, shown
 from .pairs import Pairs
 from .preprocess import LARGEST_FILE, BrokenImage
-from .tables import read_columns
+from .tables import Row, iter_rows
 
 _FORMAT = 1
 _CHUNK = 4096  # rows written at once
@@ -84,28 +86,42 @@ def _build(
 ) -> dict:
     from tqdm import tqdm
 
-    table = read_columns(op, path, image_keys, caption_keys, delimiter)
-    good = np.array([row for row in range(len(table.texts)) if row not in table.bad], np.int64)
-    number: dict[str, int] = {}
-    image = np.array(
-        [number.setdefault(table.images[row], len(number)) for row in good.tolist()], np.int32
+    records = iter_rows(op, path, image_keys, caption_keys, delimiter)
+    total, ids, digests = 0, [np.empty(0, np.int64)], [np.empty((0, 2), np.uint64)]
+    bar = tqdm(desc="indexing the table", unit="row", disable=not shown(progress))
+    with bar:
+        while some := list(itertools.islice(enumerate(records, total), _CHUNK)):
+            total += len(some)
+            good = [(row, record) for row, record in some if not record.bad]
+            writer.append_strings("caption", (record.text for _, record in good))
+            paths = [os.path.join(root, record.image) for _, record in good]
+            writer.append_strings("location", paths)
+            ids.append(np.array([row for row, _ in good], np.int64))
+            digests.append(_digests(paths))
+            writer.append_strings(
+                "bad", (_bad(row, record, path, root) for row, record in some if record.bad)
+            )
+            bar.update(len(some))
+    writer.append("id", np.concatenate(ids))
+    # 128 bits tell paths apart; the paths themselves would fill the memory.
+    _, first, image = np.unique(
+        np.concatenate(digests), axis=0, return_index=True, return_inverse=True
     )
-    writer.append("id", good)
-    if len(number) < len(good):  # files with several captions: decoded and kept once
-        writer.append("image", image)
-        writer.append("first", np.unique(image, return_index=True)[1])
-    writer.append_strings("caption", [])
-    writer.append_strings("location", [])
-    chunks = range(0, len(good), _CHUNK)
-    bar = tqdm(chunks, desc="indexing the table", unit=f"x{_CHUNK}", disable=not shown(progress))
-    for start in bar:
-        rows = good[start : start + _CHUNK].tolist()
-        writer.append_strings("caption", (table.texts[row] for row in rows))
-        writer.append_strings("location", (os.path.join(root, table.images[row]) for row in rows))
-    source = os.path.abspath(path)
-    bad = []
-    for row, reason in table.bad.items():
-        where = os.path.join(root, table.images[row]) if table.images[row] else source
-        bad.append(json.dumps([row, where, reason]))
-    writer.append_strings("bad", bad)
-    return {"total": len(table.texts)}
+    if len(first) < len(image):  # files with several captions: decoded and kept once
+        order = np.argsort(first)  # numbered as they appear
+        number = np.empty(len(order), np.int32)
+        number[order] = np.arange(len(order))
+        writer.append("image", number[image.reshape(-1)])
+        writer.append("first", first[order])
+    return {"total": total}
+
+
+def _bad(row: int, record: Row, path: Path, root: str) -> str:
+    where = os.path.join(root, record.image) if record.image else os.path.abspath(path)
+    return json.dumps([row, where, record.bad])
+
+
+def _digests(paths: list[str]) -> np.ndarray:
+    """[n, 2] uint64."""
+    content = b"".join(hashlib.blake2b(os.fsencode(p), digest_size=16).digest() for p in paths)
+    return np.frombuffer(content, np.uint64).reshape(-1, 2)
