@@ -64,6 +64,7 @@ def test_changed_missing_and_cut_files(tmp_path, decoded):  # noqa: F811
     assert len(decoded) == 3  # 1, 2 and 4, whose fate the second reader knows
     assert {row for ids, _ in epoch(current, batch_size=3) for row in ids} == {0, 1, 2, 5}
     write_image(tmp_path / "4.png", seed=4)  # mended
+    assert current.decoded().ids.tolist() == [0, 1, 2, 4, 5]  # noticed by who has it open
     again = read(table, tmp_path / "cache")
     np.testing.assert_array_equal(again.images.take([4]), pixels(4))
     assert [bad.row for bad in again.ledger.rows] == []

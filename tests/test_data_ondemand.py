@@ -4,10 +4,12 @@ import errno
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -318,6 +320,31 @@ def test_views_pass_broken_images_on(broken):
     assert subset.decoded().ids.tolist() == [5, 4]
 
 
+def test_decoded_sees_through_an_overlay(broken):
+    from dataclasses import replace
+
+    pairs = read(broken)
+    patch = np.full((8, 8, 3), 7, np.uint8)
+    patched = replace(pairs, images=Overlay(pairs.images, {3: patch}))
+    kept = [i for i in range(N) if i not in (2, 7)]
+    assert patched.decoded().ids.tolist() == kept
+    assert patched.subset([7, 3, 2, 1]).decoded().ids.tolist() == [3, 1]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_loader_pickles_and_forks(shard):
+    pairs = read(shard)
+    wanted = [ids for ids, _ in epoch(pairs)]
+    for cache in ("disk", "ram", "none"):
+        again = pickle.loads(pickle.dumps(read(shard, cache=cache)))
+        for ids, images in epoch(again):
+            np.testing.assert_array_equal(images, expected()[ids])
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if [ids for ids, _ in epoch(pairs)] == wanted else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_stamp_of_a_row_tells_files_apart(tmp_path):
     store = DiskRows("op", tmp_path / "x", 3, (2, 2))
     pixels, out = np.arange(12, dtype=np.uint8).reshape(2, 2, 3), np.empty((2, 2, 3), np.uint8)
@@ -331,11 +358,15 @@ def test_ctrl_c_ends_the_loop(shard, monkeypatch):
     pairs = read(shard)
     decode = ondemand.decode_bytes
 
+    sent = []
+
     def interrupted(content, preprocessing):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        time.sleep(0.01)
         return decode(content, preprocessing)
 
     monkeypatch.setattr(ondemand, "decode_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         epoch(pairs)
+    assert not [t for t in threading.enumerate() if t.name == "pybackdoor-prefetch"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class Ledger:
         bad = BadRow(row, location, reason)
         self.rows.append(bad)
         if write and self.path is not None:
-            append_line(self.path, asdict(bad))
+            with suppress(OSError):  # read-only media: it counts all the same
+                append_line(self.path, asdict(bad))
         if len(self.rows) <= self.allowed:
             return
         self.save()

@@ -179,6 +179,7 @@ class OnDemandImages:
                 pixels = decode_bytes(self._source.read(row), self._preprocessing)
                 self._rows.put(row, stamp, pixels)
                 out[...] = pixels
+            self._broken.pop(row, None)  # a file mended since
             return None
         except BrokenImage as error:
             reason = str(error)

@@ -130,30 +130,29 @@ def decode_all(store: ImageStore, progress: bool | None) -> np.ndarray:
         progress: show a bar on stderr; None = when stderr is a terminal.
     """
     base, rows = (store.base, store.rows) if isinstance(store, SubsetImages) else (store, None)
-    if not hasattr(base, "pending"):  # in memory, or patched in parts: no image is known by then
-        todo, good = np.arange(len(base)), np.ones(len(base), bool)
-        return _attempted(base, todo, good, progress)[slice(None) if rows is None else rows]
-    with base.alone():
-        pending = base.pending()
-        wanted = np.arange(len(base)) if rows is None else np.unique(rows)
-        good = _attempted(base, wanted[pending[wanted]], ~base.broken(), progress)
+    wanted = np.arange(len(base)) if rows is None else np.unique(rows)
+    good = np.ones(len(base), bool)
+    if hasattr(base, "pending"):
+        with base.alone():
+            _attempt_all(base, wanted[base.pending()[wanted]], progress)
+        good = ~base.broken()
+    elif hasattr(base, "attempt"):  # a patched store: what its base knows has other numbers
+        good[_attempt_all(base, wanted, progress)] = False
     return good if rows is None else good[rows]
 
 
-def _attempted(
-    store: ImageStore, todo: np.ndarray, good: np.ndarray, progress: bool | None
-) -> np.ndarray:
-    if not hasattr(store, "attempt"):
-        return good
+def _attempt_all(store: ImageStore, rows: np.ndarray, progress: bool | None) -> list[int]:
+    """The rows that are broken, after all of them were tried."""
     from tqdm import tqdm
 
-    show = len(todo) > 0 and (sys.stderr.isatty() if progress is None else progress)
-    with tqdm(total=len(todo), desc="decoding images", unit="img", disable=not show) as bar:
-        for start in range(0, len(todo), _DECODED_AT_ONCE):
-            rows = todo[start : start + _DECODED_AT_ONCE]
-            good[rows[list(attempt(store, rows)[1])]] = False
-            bar.update(len(rows))
-    return good
+    bad: list[int] = []
+    show = len(rows) > 0 and (sys.stderr.isatty() if progress is None else progress)
+    with tqdm(total=len(rows), desc="decoding images", unit="img", disable=not show) as bar:
+        for start in range(0, len(rows), _DECODED_AT_ONCE):
+            some = rows[start : start + _DECODED_AT_ONCE]
+            bad += some[list(attempt(store, some)[1])].tolist()
+            bar.update(len(some))
+    return bad
 
 
 def attempt(store: ImageStore, indices: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
