@@ -361,9 +361,9 @@ def test_ctrl_c_ends_the_loop(shard, monkeypatch):
     sent = []
 
     def interrupted(content, preprocessing):
+        time.sleep(0.05)  # the loop waits for the batch by then
         if not sent:
             sent.append(os.kill(os.getpid(), signal.SIGINT))
-        time.sleep(0.01)
         return decode(content, preprocessing)
 
     monkeypatch.setattr(ondemand, "decode_bytes", interrupted)

@@ -207,8 +207,8 @@ def _prefetched(
             ready.put(error)
 
     thread = threading.Thread(target=work, name="pybackdoor-prefetch", daemon=True)
-    thread.start()
     try:
+        thread.start()
         for _ in plan.starts:
             item = ready.get()
             if isinstance(item, BaseException):
@@ -221,7 +221,6 @@ def _prefetched(
                 ready.get(timeout=0.01)
             except queue.Empty:
                 pass
-        thread.join()
 
 
 def _batch(
