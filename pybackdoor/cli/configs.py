@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..data.ondemand import CACHES
+from ..data.indexed import CACHES
 from ..options import REQUIRED, option
 from ..poison import MODES
 

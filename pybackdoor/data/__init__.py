@@ -5,9 +5,10 @@ Importing this starts neither Pillow nor open_clip; the functions that need them
 
 from .arrays import labelled_from_arrays, pairs_from_arrays
 from .decode import decode_image
+from .indexed import default_cache_dir
 from .ledger import BadRow, Ledger
 from .loader import PairLoader
-from .ondemand import OnDemandImages, default_cache_dir
+from .ondemand import OnDemandImages
 from .pairs import Labelled, Pairs, pairs_from_labelled
 from .parquet import pairs_from_hf, pairs_from_parquet
 from .preprocess import BrokenImage, Preprocessing

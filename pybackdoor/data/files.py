@@ -13,7 +13,8 @@ import numpy as np
 
 from .decode import inspect_file
 from .index import IndexWriter
-from .ondemand import Indexed, shown
+from .indexed import Indexed
+from .ondemand import shown
 from .pairs import Pairs
 from .preprocess import LARGEST_FILE, BrokenImage
 from .tables import Row, iter_rows

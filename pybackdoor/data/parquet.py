@@ -13,8 +13,9 @@ import numpy as np
 
 from .decode import inspect_file
 from .index import Index, IndexWriter
+from .indexed import Indexed
 from .names import file_names
-from .ondemand import Indexed, shown
+from .ondemand import shown
 from .pairs import Pairs
 from .preprocess import BrokenImage, Preprocessing, size_pair
 from .remote import PATIENCE, Retry, filesystem, is_remote, states

@@ -14,8 +14,9 @@ import numpy as np
 
 from .decode import EXTENSIONS
 from .index import Index, IndexWriter
+from .indexed import Indexed
 from .names import file_names
-from .ondemand import Indexed, shown
+from .ondemand import shown
 from .pairs import Pairs
 from .preprocess import LARGEST_FILE, Preprocessing, size_pair
 from .remote import PATIENCE, File, OpenFiles, Retry, Windowed, open_file, states

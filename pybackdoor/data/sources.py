@@ -13,9 +13,10 @@ import numpy as np
 from .decode import EXTENSIONS
 from .files import FileBytes, indexed_table
 from .index import explained, file_stem, hashed
+from .indexed import Indexed
 from .labels import class_list, label_numbers
 from .ledger import Ledger
-from .ondemand import Indexed, RowsOf
+from .ondemand import RowsOf
 from .pairs import Labelled, Pairs, pairs_from_labelled
 from .preprocess import Preprocessing, size_pair
 from .store import ImageStore, decode_all, subset_images
