@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..data.indexed import CACHES
 from ..engine.settings import COMPILE_MODES
 from ..options import REQUIRED, option
 from ..poison import MODES
@@ -35,9 +36,11 @@ class ColumnOptions:
 class PairOptions(ColumnOptions):
     pairs: str = option(
         REQUIRED,
-        "image-caption pairs: csv (image,caption), tsv (filepath, title), or a folder of class "
-        "folders, captioned with --templates",
+        "image-caption pairs: csv (image,caption), tsv (filepath, title), tar shards or parquet "
+        "files (path, folder, glob, {00000..00099}, URL), or a folder of class folders, captioned "
+        "with --templates",
     )
+    cache: str = option("disk", "where decoded images of --pairs are kept", choices=CACHES)
     max_bad: float = option(0.01, "share of broken images above which the run stops")
 
 
@@ -126,7 +129,9 @@ class EvalConfig(TriggerOptions, PromptOptions, ColumnOptions, ModelOptions):
     )
     baseline: str | None = option(None, "a clean model, for the baseline ASR")
     reference: str | None = option(None, "the model before cleaning, for the drift")
-    pairs: str | None = option(None, "image-caption csv or tsv, for retrieval R@1/5/10")
+    pairs: str | None = option(
+        None, "image-caption pairs as for clean (csv, tsv, shards, ...), for retrieval R@1/5/10"
+    )
     batch_size: int = option(256, "images a time")
     precision: str = option("fp32", "of the towers", choices=("bf16", "fp32"))
     max_bad: float | None = option(None, "broken test images allowed, as a share (default: none)")
