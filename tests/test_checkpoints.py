@@ -202,6 +202,15 @@ time.sleep(30)
         process.stdout.close()
 
 
+def test_a_run_starts_at_the_beginning_wherever_the_loader_is(whole):
+    moved = loader()
+    moved.load_state_dict(moved.state_dict() | {"position": 32})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(clean(None, STEPS, pairs=moved), whole)
+    same(clean(None, STEPS, pairs=moved), whole)  # nor where the run before has left it
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     with CheckpointFolder(Checkpoints(tmp_path, resume=True), {}):
         with pytest.raises(RuntimeError, match=rf"in use by process {os.getpid()} on "):

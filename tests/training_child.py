@@ -31,12 +31,12 @@ def loader() -> PairLoader:
     return PairLoader(pairs, tokenizer, batch_size=16, seed=3)
 
 
-def clean(folder, steps=60, **options):
+def clean(folder, steps=60, pairs=None, **options):
     """The run; folder None for one without checkpoints."""
     kept = {} if folder is None else {"folder": folder, "resume": True}
     fixed = {"precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
     model = DualEncoder(seed=4, dropout=0.3)
-    return pybackdoor.par_clean(model, loader(), steps=steps, **fixed | kept | options)
+    return pybackdoor.par_clean(model, pairs or loader(), steps=steps, **fixed | kept | options)
 
 
 def failing(share: float):

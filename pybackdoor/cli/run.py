@@ -34,7 +34,7 @@ class Run:
     the checkpoints go. Only the first of several processes writes.
 
     Args:
-        config: saved as ``config.yaml`` before the first step.
+        config: saved as ``config.yaml`` after the first step.
         out: the output folder; must not be the input model's.
         keep: (folder, result) saves a result.
     """
@@ -55,12 +55,20 @@ class Run:
     def __enter__(self) -> Run:
         if self._leader:
             self._lock = hold(writable_folder(self._out))
-            write_yaml(self._config, self._out / "config.yaml")
-            self._history = open(self._out / _PARTIAL, "w", encoding="utf-8", buffering=1)
         return self
+
+    def _begin(self, step: int) -> None:
+        """The first step is done: nothing of another run is touched before."""
+        write_yaml(self._config, self._out / "config.yaml")
+        path = self._out / _PARTIAL
+        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        write_atomically(path, "".join(f"{line}\n" for line in lines[:step]).encode())
+        self._history = open(path, "a", encoding="utf-8", buffering=1)
 
     def record(self, step: int, terms: dict[str, float]) -> None:
         """One line of history."""
+        if self._leader and self._history is None:
+            self._begin(step)
         if self._history is not None:
             self._history.write(json.dumps({"step": step, **terms}) + "\n")
 

@@ -112,6 +112,18 @@ class PairLoader:
         if _whole("epoch", epoch) != self._epoch:
             self._epoch, self._start, self._position = epoch, 0, 0
 
+    def rewind(self) -> None:
+        """Visit the epoch from its start, whatever position was loaded or reached."""
+        self._start = self._position = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the order of the pairs depends on, besides the epoch; JSON-ready."""
+        return {
+            "pairs": len(self.pairs), "batch_size": self.batch_size, "seed": self._seed,
+            "shuffle": self.shuffle, "drop_last": self.drop_last,
+        }  # fmt: skip
+
     def state_dict(self) -> dict[str, int]:
         """{"seed", "epoch", "position"}; position counts the pairs of the epoch delivered."""
         return {"seed": self._seed, "epoch": self._epoch, "position": self._position}

@@ -174,6 +174,8 @@ class Feed:
         for holder in (self._loader, getattr(self._loader, "sampler", None)):
             if hasattr(holder, "set_epoch"):
                 holder.set_epoch(at["epoch"])
+        if hasattr(self._loader, "rewind"):
+            self._loader.rewind()
         first, passed = at["seen"] == 0, 0
         if at["batches"]:
             passed = at["batches"]
