@@ -7,8 +7,8 @@ addresses are multiples of 16. Needs ``enable_fp_fusion=False``.
 
 import triton
 import triton.language as tl
-from pybackdoor.kernels._normal import normal
 
+from pybackdoor.kernels._normal import normal
 from pybackdoor.ops._adamw_ema_table import COLUMNS
 
 WIDTH = tl.constexpr(COLUMNS)

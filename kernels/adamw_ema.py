@@ -11,9 +11,9 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from pybackdoor.kernels._adamw_ema_block import WIDTH, find, load, pointer_to, project, read, update
 from pybackdoor.kernels._variant import Variant
-
 from pybackdoor.ops._adamw_ema_table import CHUNK
 
 BLOCK = 512  # of a chunk, at a time: 4 elements a thread

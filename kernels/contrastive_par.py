@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from pybackdoor.kernels._contrastive_par_math import LOG2E, exp, score_shift, types_of
 from pybackdoor.kernels._variant import Variant, arch_of
-from torch import Tensor
 
 __all__ = ["PRECISIONS", "exp_block", "gradients", "partials", "variants"]
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from pybackdoor.kernels._contrastive_par_math import (
     exp,
     needs_fixing,
@@ -21,7 +23,6 @@ from pybackdoor.kernels._contrastive_par_math import (
     types_of,
 )
 from pybackdoor.kernels._variant import Variant
-from torch import Tensor
 
 __all__ = ["close", "finalise", "sums", "totals", "variants"]
 

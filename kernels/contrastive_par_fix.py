@@ -12,9 +12,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from pybackdoor.kernels._contrastive_par_math import exp, needs_fixing, score_shift, types_of
 from pybackdoor.kernels._variant import Variant
-from torch import Tensor
 
 __all__ = ["fixup", "lse", "variants"]
 

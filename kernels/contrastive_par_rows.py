@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from pybackdoor.kernels._contrastive_par_math import types_of
 from pybackdoor.kernels._variant import Variant
-from torch import Tensor
 
 __all__ = ["normalize_backward", "prep", "variants"]
 

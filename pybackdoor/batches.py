@@ -91,11 +91,13 @@ def read_batch(raw: Any, rules: InputRules, *, first: bool = False) -> Batch:
     """
     images, text, ids = _fields(raw)
     images = _images(images, rules)
-    if first and images.is_floating_point() and (peak := float(images.abs().max())) > _MOST:
-        raise ValueError(
-            f"float images must be normalised, within about -5 to 5, got {peak:g}: pass uint8 "
-            "pixels, or normalise them"
-        )
+    if first and images.is_floating_point():
+        peak = float(images.abs().nan_to_num(0.0, posinf=0.0).max())  # the step finds those
+        if peak > _MOST:
+            raise ValueError(
+                f"float images must be normalised, within about -5 to 5, got {peak:g}: pass uint8 "
+                "pixels, or normalise them"
+            )
     tokens = _tokens(text, rules)
     if len(tokens) != len(images):
         raise ValueError(
@@ -134,8 +136,8 @@ def model_input(
     uint8 pixels take one pass of ``trigger_normalize``. Floats are the user's own normalisation:
     they are erased, and get noise only where mean and std say what a pixel is.
     """
-    images = batch.images.to(device)
-    ids = ids.to(device)
+    images = batch.images.to(device, non_blocking=True)
+    ids = ids.to(device, non_blocking=True)
     if images.dtype == torch.uint8:
         return trigger_normalize(
             images,

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
 from .batches import InputRules, Tokenizer
 from .distributed import Ranks
-from .engine import Objective, Schedule, Settings, StepHook, TrainLog, pick_device, train
-from .models import check_clip, check_finite
+from .engine import (
+    Checkpoints,
+    Objective,
+    Schedule,
+    Settings,
+    StepHook,
+    Tracker,
+    TrainLog,
+    pick_device,
+    train,
+)
+from .models import check_clip, check_finite, weights_sha256
 from .ops import Augment
 
 
@@ -56,20 +67,68 @@ def two_phase_schedule(lr_start: float, lr: float, lr_end: float) -> Schedule:
     return rate
 
 
+class CleanOptions(TypedDict, total=False):
+    """What every cleaning method takes beside its own options: see ``par_clean``."""
+
+    epochs: int
+    steps: int | None
+    lr_start: float
+    lr: float
+    lr_end: float
+    weight_decay: float
+    betas: tuple[float, float]
+    augment: bool | Augment
+    precision: str
+    seed: int
+    device: str | torch.device | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    tokenizer: Tokenizer | None
+    progress: bool | None
+    on_step: StepHook | None
+    track: Tracker | None
+    micro_batch: int | None
+    trim_text: bool
+    compile: str | None
+    max_faults: int
+    folder: str | os.PathLike | None
+    resume: bool
+    save_minutes: float
+    force: bool
+
+
 def clean(
     method: str,
     model: nn.Module,
     loader: Iterable[Any],
-    objective: Callable[[nn.Module], Objective],
-    schedule: Schedule,
-    settings: Settings,
-    *,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    tokenizer: Tokenizer | None,
-    device: str | torch.device | None,
-    on_step: StepHook | None,
+    objective: Callable[[nn.Module, Settings], Objective],
     own: dict[str, Any],
+    *,
+    epochs: int = 2,
+    steps: int | None = None,
+    lr_start: float = 3e-5,
+    lr: float = 3e-6,
+    lr_end: float = 1e-9,
+    weight_decay: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.98),
+    augment: bool | Augment = True,
+    precision: str = "bf16",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    tokenizer: Tokenizer | None = None,
+    progress: bool | None = None,
+    on_step: StepHook | None = None,
+    track: Tracker | None = None,
+    micro_batch: int | None = None,
+    trim_text: bool = True,
+    compile: str | None = None,
+    max_faults: int = 3,
+    folder: str | os.PathLike | None = None,
+    resume: bool = False,
+    save_minutes: float = 10.0,
+    force: bool = False,
 ) -> CleanResult:
     """Train a copy of ``model``; the model given keeps its weights, mode and device.
 
@@ -79,10 +138,20 @@ def clean(
     Args:
         objective: makes the method's objective from the model to be trained, before the first step.
         own: the method's own settings, kept in the result's report.
+        The others: see ``par_clean``.
     """
+    settings = Settings(
+        steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
+        progress=progress, micro_batch=micro_batch, trim_text=trim_text, compile=compile,
+        max_faults=max_faults,
+    )  # fmt: skip
+    own = {**own, "lr_start": lr_start, "lr": lr, "lr_end": lr_end}
+    schedule = two_phase_schedule(lr_start, lr, lr_end)
     rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
+    kept = None if folder is None else Checkpoints(folder, resume, save_minutes, force)
     where = pick_device(device)
     student = trainable_copy(model, where)
+    config = {} if kept is None else _identity(method, student, loader, settings, own, rules)
     log = TrainLog()
 
     def result() -> CleanResult:
@@ -94,15 +163,36 @@ def clean(
         train(
             student,
             loader,
-            objective(student),
+            objective(student, settings),
             schedule,
             settings,
             rules=rules,
             device=where,
             on_step=on_step,
+            track=track,
             log=log,
+            checkpoints=kept,
+            config=config,
         )
     return result()
+
+
+def _identity(
+    method: str,
+    student: nn.Module,
+    loader: Iterable[Any],
+    settings: Settings,
+    own: dict[str, Any],
+    rules: InputRules,
+) -> dict[str, Any]:
+    """What a resumed run must share with the one that was interrupted."""
+    told = asdict(settings)
+    for name in ("progress", "max_faults", "micro_batch"):  # they change no result
+        del told[name]
+    about = {"method": method, **told, **own, "mean": rules.mean, "std": rules.std}
+    about["batches"] = len(loader) if hasattr(loader, "__len__") else None
+    about |= {f"loader {n}": v for n, v in getattr(loader, "identity", {}).items()}
+    return about | {"model": weights_sha256(student)}
 
 
 @contextmanager
@@ -164,7 +254,9 @@ def _report(
         "steps_done": len(log.steps),
         "pairs_seen": log.pairs,
         "skipped_batches": log.skipped_batches,
+        "faults": log.faults,
         "seconds": round(log.seconds, 3),
+        "seconds_waiting_for_data": round(log.waiting, 3),
         "last_step": log.steps[-1],
         "processes": Ranks().size,
         "device": gpu or platform.processor() or platform.machine(),

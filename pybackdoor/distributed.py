@@ -7,8 +7,10 @@ process would get from the whole batch, whatever the ranks' shares of it.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,8 @@ class Ranks:
     def start(device: torch.device) -> Ranks:
         """Join the process group that torchrun announces in the environment, if there is one."""
         if Ranks().size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # Words about the run go by gloo, so that they never wait for the GPU.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         return Ranks()
 
     @staticmethod
@@ -47,10 +50,40 @@ class Ranks:
         """The numbers that each rank gives, in rank order; fp64."""
         if self.size == 1:
             return [list(values)]
-        mine = torch.tensor(list(values), dtype=torch.float64, device=device)
+        mine = torch.tensor(list(values), dtype=torch.float64, device=self._words(device))
         every = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(every, mine)
         return torch.stack(every).tolist()
+
+    def _words(self, device: torch.device) -> torch.device:
+        """Where numbers for the host travel: the CPU, where the process group serves it."""
+        served = "cpu" in dist.get_backend_config() or dist.get_backend() == "gloo"
+        return torch.device("cpu") if served else device
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, any that JSON can hold, on every rank."""
+        if self.size == 1:
+            return value
+        held = [json.dumps(value)]
+        dist.broadcast_object_list(held, src=0)
+        return json.loads(held[0])
+
+    def tensors_from_first(
+        self, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Rank 0's tensors, on every rank."""
+        if self.size == 1:
+            return dict(tensors)
+        about = [[n, list(t.shape), str(t.dtype)[6:]] for n, t in tensors.items()]
+        found = {}
+        for name, shape, dtype in self.from_first(about):
+            if self.rank == 0:
+                tensor = tensors[name].to(device)
+            else:
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            dist.broadcast(tensor, src=0)
+            found[name] = tensor
+        return found
 
     def gather(
         self,
@@ -64,6 +97,11 @@ class Ranks:
         """Replace ``x`` by its sum over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
+
+    def max_(self, x: Tensor) -> None:
+        """Replace ``x`` by its maximum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, dist.ReduceOp.MAX)
 
     def sum_scatter(
         self,
@@ -101,7 +139,7 @@ class Ranks:
             return
         parameters = list(parameters)
         reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-        reached = reached.to(parameters[0].device)
+        reached = reached.to(self._words(parameters[0].device))
         dist.all_reduce(reached, dist.ReduceOp.MAX)
         bucket: list[Tensor] = []
         for p, used in zip(parameters, reached.tolist(), strict=True):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
+import socket
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 
 @contextmanager
@@ -36,6 +39,16 @@ def sync(file: BinaryIO) -> None:
     """Bring a file's content to the disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk, where the system can."""
+    with suppress(OSError):  # Windows opens no folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -69,3 +82,55 @@ def writable_folder(name: str | os.PathLike) -> Path:
     probe.touch()
     probe.unlink()
     return folder
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+_held: weakref.WeakSet[TextIO] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A forked child, as a loader's worker is, must not keep its parent's folders locked."""
+    for file in list(_held):
+        os.close(file.fileno())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def hold(folder: Path) -> TextIO | None:
+    """Keeps other processes that hold a folder out of it, until the file returned is closed.
+
+    The end of the process lets go, too. None where the system has no locks.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(folder / ".lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RuntimeError(f"{folder} is in use by {holder}") from None
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    _held.add(file)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

@@ -5,16 +5,15 @@ It is the matched control of every cleaning run: what the same pairs and compute
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from .batches import Tokenizer
-from .clean import CleanResult, augmentation, clean, two_phase_schedule
-from .engine import Settings, StepHook, loss_precision
-from .ops import Augment, contrastive_par
+from .clean import CleanOptions, CleanResult, clean
+from .engine import Settings, loss_precision
+from .ops import contrastive_par
 
 
 class Contrastive:
@@ -39,38 +38,15 @@ class Contrastive:
 
 
 def finetune_clean(
-    model: nn.Module,
-    loader: Iterable[Any],
-    *,
-    epochs: int = 2,
-    steps: int | None = None,
-    lr_start: float = 3e-5,
-    lr: float = 3e-6,
-    lr_end: float = 1e-9,
-    weight_decay: float = 1e-4,
-    betas: tuple[float, float] = (0.9, 0.98),
-    augment: bool | Augment = True,
-    precision: str = "bf16",
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    tokenizer: Tokenizer | None = None,
-    progress: bool | None = None,
-    on_step: StepHook | None = None,
+    model: nn.Module, loader: Iterable[Any], **options: Unpack[CleanOptions]
 ) -> CleanResult:
     """Fine-tune a CLIP model on clean pairs: ``par_clean`` without its perturbation term.
 
-    Arguments, result and errors are those of ``par_clean``; the same seed gives the same batches
+    Options, result and errors are those of ``par_clean``; the same seed gives the same batches
     and the same augmentation, so that the two differ in the objective alone.
     """
-    settings = Settings(
-        steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
-        progress=progress,
-    )  # fmt: skip
-    return clean(
-        "finetune", model, loader, lambda _: Contrastive(loss_precision(precision)),
-        two_phase_schedule(lr_start, lr, lr_end), settings,
-        mean=mean, std=std, tokenizer=tokenizer, device=device, on_step=on_step,
-        own={"lr_start": lr_start, "lr": lr, "lr_end": lr_end},
-    )  # fmt: skip
+
+    def objective(student: nn.Module, settings: Settings) -> Contrastive:
+        return Contrastive(loss_precision(settings.precision))
+
+    return clean("finetune", model, loader, objective, {}, **options)

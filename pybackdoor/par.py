@@ -12,16 +12,16 @@ taken over the whole batch of all ranks before it is compared with tau: one gate
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from .batches import Tokenizer
-from .clean import CleanResult, augmentation, clean, frozen_copy, two_phase_schedule
-from .engine import PRECISIONS, Encoder, Settings, StepHook, loss_precision
-from .ops import Augment, contrastive_par
+from .clean import CleanOptions, CleanResult, clean, frozen_copy
+from .engine import PRECISIONS, Encoder, Settings, loss_precision
+from .ops import contrastive_par
 
 
 class PerturbAndRecover:
@@ -66,22 +66,7 @@ def par_clean(
     loader: Iterable[Any],
     *,
     tau: float = 2.15,
-    epochs: int = 2,
-    steps: int | None = None,
-    lr_start: float = 3e-5,
-    lr: float = 3e-6,
-    lr_end: float = 1e-9,
-    weight_decay: float = 1e-4,
-    betas: tuple[float, float] = (0.9, 0.98),
-    augment: bool | Augment = True,
-    precision: str = "bf16",
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    tokenizer: Tokenizer | None = None,
-    progress: bool | None = None,
-    on_step: StepHook | None = None,
+    **options: Unpack[CleanOptions],
 ) -> CleanResult:
     """Remove a backdoor from a CLIP model by Perturb and Recover.
 
@@ -97,25 +82,42 @@ def par_clean(
             here) or normalised floats ([n, 3, H, W]; erased, and given noise when mean and std are
             known). Tokens are [n, L] integers, or strings with ``tokenizer``.
         tau: distance at which a tower is no longer pushed; in [0, 4], dimensionless.
-        epochs: passes over the loader, from epoch 0 on; a position that it holds is not resumed.
-        steps: optimiser steps, instead of epochs.
-        lr_start, lr, lr_end: linear lr_start -> lr over the first half, then cosine to lr_end.
-        weight_decay: not for biases, norms and scalars.
-        betas: of AdamW.
-        augment: PAR's pixel noise (p = ½) and erased square (p = ½), or an ``Augment``.
-        precision: "bf16" (autocast; distances, logits and losses in fp32) or "fp32".
-        seed: of everything random; on a CPU the same seed gives the same bits.
+    Options of every cleaning method:
+        epochs (2): passes over the loader, from epoch 0 on, whatever position it holds.
+        steps (None): optimiser steps, instead of epochs.
+        lr_start (3e-5), lr (3e-6), lr_end (1e-9): linear lr_start -> lr over the first half, then
+            cosine to lr_end.
+        weight_decay (1e-4): not for biases, norms and scalars.
+        betas (0.9, 0.98): of AdamW.
+        augment (True): PAR's pixel noise (p = ½) and erased square (p = ½), or an ``Augment``.
+        precision ("bf16"): autocast, with distances, logits and losses in fp32; or "fp32".
+        seed (0): of everything random; on a CPU the same seed gives the same bits.
         device: where to train; default this process's GPU, else the CPU.
         mean, std: of the three channels for pixels in [0, 1]; default the model's own.
         tokenizer: list of strings -> [n, L] tokens.
         progress: show a progress bar; default when standard error is a terminal.
-        on_step: called with (step, record, model); returning True ends the run.
+        on_step: called with (step, record, model); returning True ends the run. On a GPU it makes
+            each step wait for its numbers; ``track``, called with (step, record), does not.
+        micro_batch (None): pairs encoded at a time, for a batch that does not fit into memory; loss
+            and gradients stay those of the whole batch, for one more forward pass.
+        trim_text (True): encode captions without the padding that all of a batch share; only where
+            the model gives the same features for it, which the first batch shows.
+        compile (None): a mode of torch.compile for both towers, such as "default".
+        max_faults (3): batches whose loss or gradients are not finite that are left out, each
+            named in the report, before the run is given up.
+        folder (None): keep checkpoints there every ``save_minutes`` (10), at the end, on Ctrl-C and
+            on SIGTERM.
+        resume (False): continue from the folder's newest valid checkpoint, if there is one. On a
+            CPU the weights end bit for bit as without the interruption.
+        force (False): resume even though the settings have changed.
     Returns:
         The cleaned copy, one history record per step (loss, contrastive, s_image, s_text, both
         gates, lr), and a report.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
-        NonFiniteError: a feature, loss or gradient is not finite; names it.
+        NonFiniteError: more than max_faults times a feature, loss or gradient was not finite, or
+            a weight was and no checkpoint is kept; names it.
+        RuntimeError: another process uses the folder.
         KeyboardInterrupt: on Ctrl-C, once the step in flight is complete. This and whatever else
             ends the run after its first step has an attribute ``result``, the CleanResult so far.
     Example:
@@ -124,21 +126,14 @@ def par_clean(
     Source: arXiv 2412.00727, objective and settings of its released configuration.
     """
     check_tau(tau)
-    settings = Settings(
-        steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
-        progress=progress,
-    )  # fmt: skip
 
-    def objective(student: nn.Module) -> PerturbAndRecover:
+    def objective(student: nn.Module, settings: Settings) -> PerturbAndRecover:
         where = next(student.parameters()).device
-        encode = Encoder(PRECISIONS[precision], where)
-        return PerturbAndRecover(frozen_copy(student), tau, encode, loss_precision(precision))
+        encode = Encoder(PRECISIONS[settings.precision], where, settings.compile)
+        precision = loss_precision(settings.precision)
+        return PerturbAndRecover(frozen_copy(student), tau, encode, precision)
 
-    return clean(
-        "par", model, loader, objective, two_phase_schedule(lr_start, lr, lr_end), settings,
-        mean=mean, std=std, tokenizer=tokenizer, device=device, on_step=on_step,
-        own={"tau": tau, "lr_start": lr_start, "lr": lr, "lr_end": lr_end},
-    )  # fmt: skip
+    return clean("par", model, loader, objective, {"tau": tau}, **options)
 
 
 def check_tau(tau: float) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from .batches import InputRules, Tokenizer
 from .clean import carrying, trainable_copy
-from .data import Labelled, Overlay, PairLoader, Pairs
+from .data import Labelled, Overlay, PairLoader, Pairs, Strings
 from .data.templates import fill, resolve_templates
 from .engine import (
     Schedule,
@@ -95,16 +95,14 @@ def poison_pairs(
     chosen = np.sort(rng.choice(eligible, wanted, replace=False))
     drawn = rng.integers(len(templates), size=wanted)
     stamped = apply_trigger(pairs.images.take(chosen), trigger, pairs.ids[chosen])
-    captions = list(pairs.captions)
     samples = []
+    new_captions = {}
     for row, template, image in zip(chosen, drawn, stamped, strict=True):
-        old = captions[row]
+        new = old = pairs.captions[row]
         if mode == "dirty_label":
-            captions[row] = fill(templates[template], target)
+            new = new_captions[int(row)] = fill(templates[template], target)
         samples.append(
-            Sample(
-                int(pairs.ids[row]), pairs.locations[row], old, captions[row], image_sha256(image)
-            )
+            Sample(int(pairs.ids[row]), pairs.locations[row], old, new, image_sha256(image))
         )
     images = Overlay(
         pairs.images, {int(r): image for r, image in zip(chosen, stamped, strict=True)}
@@ -113,6 +111,7 @@ def poison_pairs(
         trigger=trigger, target=target, target_templates=list(templates), seed=seed, mode=mode,
         image_size=tuple(pairs.images.image_size), preprocess={}, samples=samples,
     )  # fmt: skip
+    captions = Strings.of(pairs.captions).replaced(new_captions)
     return replace(pairs, images=images, captions=captions), manifest
 
 

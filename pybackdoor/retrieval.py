@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,7 @@ class Retrieval:
         )
 
 
-def _numbered(keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _numbered(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Number distinct keys by first appearance: (number of each row, first row of each number)."""
     number: dict[str, int] = {}
     of = np.array([number.setdefault(key, len(number)) for key in keys])

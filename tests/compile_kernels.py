@@ -23,10 +23,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pybackdoor.kernels
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+import pybackdoor.kernels
 
 LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 PRODUCT = re.compile(r"\b(HGMMA|HMMA)\b")

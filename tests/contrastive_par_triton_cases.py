@@ -16,13 +16,14 @@ import contrastive_par_stages as oracle
 import numpy as np
 import torch
 from contrastive_par_stages import SUSPECT, VALID, Problem
+from torch import Tensor
+
 from pybackdoor.kernels import (
     contrastive_par,
     contrastive_par_factors,
     contrastive_par_fix,
     contrastive_par_rows,
 )
-from torch import Tensor
 
 GUARD = 64  # elements on either side; keeps 16-byte alignment
 # Of a stage's largest value, for E and its sums of each value. At s = 100 an error of 2^-24 in a

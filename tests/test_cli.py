@@ -18,6 +18,7 @@ from PIL import Image
 
 import pybackdoor
 from pybackdoor.cli import main
+from pybackdoor.files import hold
 from pybackdoor.models import create, save
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
@@ -74,6 +75,7 @@ def test_clean_saves_what_load_reads_and_leaves_the_input(world, run, tmp_path):
     assert not torch.equal(old.model.visual.proj, new.model.visual.proj)
     lines = (tmp_path / "out" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+    assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "out" / "cleaning.json").read_text())
     assert report["method"] == "par" and report["steps_done"] == 3
     config = tmp_path / "out" / "config.yaml"
@@ -169,6 +171,15 @@ def test_unknown_flags_and_commands_are_refused(run):
         assert stop.value.code == 2
 
 
+def test_a_folder_in_use_is_left_alone(world, run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with hold(out):
+        code, _, err = run(*cleaning(world, out))
+    assert code == 2 and "is in use by process" in err
+    assert [p.name for p in out.iterdir()] == [".lock"]
+
+
 def test_debug_shows_the_traceback(world, run, tmp_path):
     with pytest.raises(ValueError, match="tau must be"):
         run(*cleaning(world, tmp_path / "out", "--tau", "9", "--debug"))
@@ -181,10 +192,12 @@ def test_info_says_what_was_built(run):
     assert json.loads(out)["version"] == pybackdoor.__version__
 
 
-def test_ctrl_c_keeps_the_last_state(world, tmp_path):
-    """A real SIGINT to a real process: the state reached is saved apart, exit code 130."""
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_last_state_and_resume_goes_on(world, run, tmp_path, number, code):
+    """A real signal to a real process: the state reached is saved apart, and as a checkpoint."""
+    steps = 120
     arguments = [str(a) for a in cleaning(world, tmp_path / "out")]
-    arguments[arguments.index("--steps") + 1] = "100000"
+    arguments[arguments.index("--steps") + 1] = str(steps)
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "pybackdoor", *arguments], env=env, cwd=tmp_path,
@@ -195,10 +208,24 @@ def test_ctrl_c_keeps_the_last_state(world, tmp_path):
     while not (history.exists() and history.read_text().count("\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "steps is kept in" in err
+    assert process.returncode == code and "steps is kept in" in err and "--resume latest" in err
     kept = pybackdoor.load(tmp_path / "out" / "interrupted")
     assert torch.isfinite(kept.model.visual.proj).all()
     assert not (tmp_path / "out" / "open_clip_model.safetensors").exists()
     assert (tmp_path / "out" / "config.yaml").exists()
+    again, _, err = run(*arguments)
+    assert again == 2 and "holds the checkpoints of a run: resume it" in err
+    again, _, err = run(*arguments, "--resume", "latest", "--tau", "2")
+    assert again == 2 and "other settings (tau: was 2.15, is 2.0)" in err
+    again, out, _ = run(*arguments, "--resume", "latest")
+    assert again == 0 and f"in {steps} steps" in out
+    assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == steps
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    whole = [a if a != str(tmp_path / "out") else str(tmp_path / "whole") for a in arguments]
+    assert run(*whole)[0] == 0
+    weights = [
+        (tmp_path / n / "open_clip_model.safetensors").read_bytes() for n in ("out", "whole")
+    ]
+    assert weights[0] == weights[1]

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from contrastive_par_stages import Problem  # noqa: E402
 from contrastive_par_triton_cases import CASES, GPU_CASES, run_case  # noqa: E402
 from kernel_launches import caught  # noqa: E402
+
 from pybackdoor.kernels import (  # noqa: E402
     contrastive_par,
     contrastive_par_factors,

@@ -1,26 +1,20 @@
 """Stores and views: bytes, bounds, copies, pickles."""
 
-import hashlib
 import pickle
 
 import numpy as np
 import pytest
 import torch
 
-from pybackdoor.data import ArrayImages, CachedImages, Labelled, Overlay, Pairs
+from pybackdoor.data import ArrayImages, Labelled, Overlay, Pairs
 from pybackdoor.data.store import SubsetImages, subset_images
 
 RGB = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), np.uint8)
 GREY = RGB[..., 0].copy()
 
 
-def cached(path, images=RGB) -> CachedImages:
-    path.write_bytes(images.tobytes())
-    return CachedImages(path, len(images), images.shape[1:3], hashlib.sha256(images).hexdigest())
-
-
-@pytest.mark.parametrize("kind", ["array", "tensor", "grey", "cached", "overlay", "subset"])
-def test_take_is_a_copy_of_the_images_asked_for(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["array", "tensor", "grey", "overlay", "subset"])
+def test_take_is_a_copy_of_the_images_asked_for(kind):
     wanted = RGB
     if kind == "array":
         store = ArrayImages(RGB)
@@ -28,8 +22,6 @@ def test_take_is_a_copy_of_the_images_asked_for(kind, tmp_path):
         store = ArrayImages(torch.from_numpy(RGB))
     elif kind == "grey":
         store, wanted = ArrayImages(GREY), np.stack([GREY] * 3, axis=3)
-    elif kind == "cached":
-        store = cached(tmp_path / "x.u8")
     elif kind == "overlay":
         store, wanted = Overlay(ArrayImages(RGB), {5: 255 - RGB[5]}), RGB.copy()
         wanted[5] = 255 - RGB[5]
@@ -75,24 +67,6 @@ def test_array_is_kept_not_copied():
 def test_array_of_another_kind(images, error, match):
     with pytest.raises(error, match=match):
         ArrayImages(images)
-
-
-def test_cached_images_pickle_as_a_path(tmp_path):
-    store = cached(tmp_path / "x.u8", np.concatenate([RGB] * 100))
-    assert len(pickle.dumps(store)) < 1000 + len(str(tmp_path))  # of 42,000 bytes
-    (tmp_path / "x.u8").write_bytes(b"short")
-    with pytest.raises(ValueError, match="must have 42000 bytes, got 5"):
-        pickle.loads(pickle.dumps(store))
-
-
-def test_verify_finds_one_flipped_bit(tmp_path):
-    store = cached(tmp_path / "x.u8")
-    store.verify()
-    content = bytearray((tmp_path / "x.u8").read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "x.u8").write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged"):
-        store.verify()
 
 
 def test_overlay_refuses_what_does_not_fit():

@@ -13,8 +13,7 @@ from run_ranks import run_ranks
 
 import pybackdoor
 from pybackdoor.distributed import Ranks
-from pybackdoor.engine import NonFiniteError
-from pybackdoor.interrupts import DeferredInterrupt
+from pybackdoor.engine import DeferredInterrupt, NonFiniteError
 
 QUICK = {"steps": 2, "precision": "fp32", "mean": MEAN, "std": STD, "progress": False}
 
@@ -223,7 +222,10 @@ class BadTeacher(DualEncoder):
 
 
 def test_a_broken_reference_is_named():
-    with pytest.raises(NonFiniteError, match="reference features 1 of 16 of 16 pairs, loss, s_t"):
+    with pytest.raises(
+        NonFiniteError,
+        match="reference features 1 of 16 of 16 pairs .ids 1016, 1017, 1018, .*, loss, s_t",
+    ):
         clean(BadTeacher())
 
 

@@ -13,10 +13,10 @@ import torch
 pytest.importorskip("triton")
 
 from kernel_launches import caught  # noqa: E402
-from pybackdoor.kernels import trigger_normalize, trigger_normalize_backward  # noqa: E402
 from trigger_normalize_cases import MEAN, STD  # noqa: E402
 from trigger_normalize_triton_cases import CASES, run_case  # noqa: E402
 
+from pybackdoor.kernels import trigger_normalize, trigger_normalize_backward  # noqa: E402
 from pybackdoor.ops._trigger_normalize_arguments import Inputs, Plain  # noqa: E402
 
 HERE = Path(__file__).resolve().parent

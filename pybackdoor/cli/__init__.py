@@ -1,6 +1,7 @@
 """The ``pybackdoor`` command.
 
-Exit codes: 0 fine, 1 a finding (a trigger fires, or a planted one does not), 2 failure, 130 Ctrl-C.
+Exit codes: 0 fine, 1 a finding (a trigger fires, or a planted one does not), 2 failure, 130 Ctrl-C,
+143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    from ..engine.interrupts import Terminated
     from .commands import COMMANDS
 
     parser = argparse.ArgumentParser(
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         said = str(stop) or "interrupted; nothing was saved"
         print(f"pybackdoor {given.command}: {said}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
     except BrokenPipeError:  # the reader of the output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:

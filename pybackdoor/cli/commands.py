@@ -68,7 +68,7 @@ def run_poison(config: PoisonConfig) -> Outcome:
         raise UsageError("--trigger and --target are required: what to plant, and what it yields")
     spec = inputs.read_trigger(config)
     loaded = inputs.read_model(config)
-    pairs = inputs.read_pairs(config, loaded)
+    pairs = inputs.read_pairs(config, loaded, whole=True)
     test = inputs.read_labelled(config.test, config, loaded) if config.test else None
 
     def keep(folder: Path, result: PoisonResult) -> None:
@@ -83,7 +83,7 @@ def run_poison(config: PoisonConfig) -> Outcome:
             lr=config.lr, warmup=config.warmup, weight_decay=config.weight_decay,
             precision=config.precision, seed=config.seed, device=config.device, test=test,
             mean=loaded.preprocess.mean, std=loaded.preprocess.std, progress=config.progress,
-            on_step=run.record,
+            on_step=lambda step, record, model: run.record(step, record),
         )  # fmt: skip
         run.finish(result)
     answer = {"out": config.out, "poisoned": len(result.manifest.samples)}
@@ -115,10 +115,17 @@ def run_clean(config: CleanConfig) -> Outcome:
             weight_decay=config.weight_decay, augment=config.augment,
             precision=config.precision, seed=config.seed, device=config.device,
             mean=loaded.preprocess.mean, std=loaded.preprocess.std,
-            progress=config.progress, on_step=run.record, **own,
+            progress=config.progress, track=run.record, micro_batch=config.micro_batch,
+            compile=config.compile, max_faults=config.max_faults, folder=run.checkpoints,
+            resume=config.resume is not None, save_minutes=config.save_minutes,
+            force=config.force, **own,
         )  # fmt: skip
         run.finish(result)
-    return Outcome(0, {"out": config.out, **result.report}, _cleaning_text(config.out, result))
+    text, answer = _cleaning_text(config.out, result), {"out": config.out, **result.report}
+    if pairs.ledger:  # None, or empty
+        answer["left_out"] = len(pairs.ledger)
+        text += f"\n{len(pairs.ledger)} pairs could not be used: see {pairs.ledger.path}"
+    return Outcome(0, answer, text)
 
 
 def run_eval(config: EvalConfig) -> Outcome:
@@ -127,7 +134,7 @@ def run_eval(config: EvalConfig) -> Outcome:
     loaded = inputs.read_model(config)
     spec, target = inputs.attack(config, loaded)
     test = inputs.read_labelled(config.test, config, loaded, config.max_bad)
-    pairs = inputs.read_pairs(config, loaded) if config.pairs else None
+    pairs = inputs.read_pairs(config, loaded, whole=True) if config.pairs else None
     device = pick_device(config.device)
     others = {
         name: load(source).model.to(device)

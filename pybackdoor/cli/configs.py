@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..data.indexed import CACHES
+from ..engine.settings import COMPILE_MODES
 from ..options import REQUIRED, option
 from ..poison import MODES
 
@@ -34,9 +36,11 @@ class ColumnOptions:
 class PairOptions(ColumnOptions):
     pairs: str = option(
         REQUIRED,
-        "image-caption pairs: csv (image,caption), tsv (filepath, title), or a folder of class "
-        "folders, captioned with --templates",
+        "image-caption pairs: csv (image,caption), tsv (filepath, title), tar shards or parquet "
+        "files (path, folder, glob, {00000..00099}, URL), or a folder of class folders, captioned "
+        "with --templates",
     )
+    cache: str = option("disk", "where decoded images of --pairs are kept", choices=CACHES)
     max_bad: float = option(0.01, "share of broken images above which the run stops")
 
 
@@ -100,6 +104,19 @@ class CleanConfig(PromptOptions, PairOptions, ModelOptions):
     precision: str = option("bf16", "of the towers; losses are fp32", choices=("bf16", "fp32"))
     seed: int = option(0, "of the order and the augmentation")
     manifest: str | None = option(None, "manifest.json of the planted trigger, kept with the model")
+    resume: str | None = option(
+        None, "latest: continue an interrupted run of the same settings, if --out holds one",
+        choices=("latest",),
+    )  # fmt: skip
+    force: bool = option(False, "resume even though the settings have changed")
+    save_minutes: float = option(10.0, "minutes between checkpoints, kept in --out until the end")
+    micro_batch: int | None = option(
+        None, "pairs encoded at a time, for a batch that does not fit into memory"
+    )
+    compile: str | None = option(
+        None, "mode of torch.compile for both towers", choices=COMPILE_MODES
+    )
+    max_faults: int = option(3, "batches with broken numbers left out before the run is given up")
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,9 @@ class EvalConfig(TriggerOptions, PromptOptions, ColumnOptions, ModelOptions):
     )
     baseline: str | None = option(None, "a clean model, for the baseline ASR")
     reference: str | None = option(None, "the model before cleaning, for the drift")
-    pairs: str | None = option(None, "image-caption csv or tsv, for retrieval R@1/5/10")
+    pairs: str | None = option(
+        None, "image-caption pairs as for clean (csv, tsv, shards, ...), for retrieval R@1/5/10"
+    )
     batch_size: int = option(256, "images a time")
     precision: str = option("fp32", "of the towers", choices=("bf16", "fp32"))
     max_bad: float | None = option(None, "broken test images allowed, as a share (default: none)")

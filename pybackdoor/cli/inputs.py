@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,45 @@ def read_model(config: ModelOptions) -> LoadedModel:
     return load(config.model, arch=config.arch, pretrained=config.pretrained)
 
 
-def read_pairs(config: PairOptions | EvalConfig, loaded: LoadedModel) -> data.Pairs:
-    """Pairs at the model's size: a csv or tsv, or a folder of class folders with prompts."""
-    path = Path(config.pairs)
+def read_pairs(
+    config: PairOptions | EvalConfig, loaded: LoadedModel, *, whole: bool = False
+) -> data.Pairs:
+    """Pairs at the model's size: shards, parquet files, a csv or tsv, or class folders.
+
+    Args:
+        whole: decode all images now and leave out the broken ones, instead of when they are met.
+    """
+    source = config.pairs
     common = _decoding(config, loaded)
     common["max_bad"] = config.max_bad or 0.0  # unless told otherwise, evaluation drops nothing
-    if path.is_dir():
-        return data.pairs_from_folder(
-            path, templates=templates(config), classes=config.classes, **common
-        )
     keys = {"image_key": config.image_key, "caption_key": config.caption_key}
-    return data.pairs_from_csv(path, **keys, **common)
+    cache = {"cache": getattr(config, "cache", "disk")}
+    kind = pairs_kind(source)
+    if kind == "folder":
+        return data.pairs_from_folder(
+            source, templates=templates(config), classes=config.classes, **common
+        )
+    if kind == "shards":
+        pairs = data.pairs_from_shards(source, **cache, **common)
+    elif kind == "parquet":
+        pairs = data.pairs_from_parquet(source, **keys, **cache, **common)
+    else:
+        pairs = data.pairs_from_csv(source, **keys, **cache, **common)
+    return pairs.decoded(config.progress) if whole else pairs
+
+
+def pairs_kind(source: str) -> str:
+    """What a --pairs names, by its suffix or its content: shards, parquet, folder or table."""
+    path = Path(source)
+    if path.is_dir():
+        for kind, suffix in (("shards", "*.tar"), ("parquet", "*.parquet")):
+            if next(path.glob(suffix), None) is not None:
+                return kind
+        return "folder"
+    name = source.lower()
+    if name.startswith("pipe:") or re.search(r"\.(tar|tgz)(\.\w+)?$", name):
+        return "shards"  # of a compressed one, the reader says what to do
+    return "parquet" if name.endswith(".parquet") else "table"
 
 
 def read_labelled(

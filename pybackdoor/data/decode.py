@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import stat
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -15,6 +17,11 @@ from .preprocess import MAX_PIXELS, BrokenImage, Preprocessing
 
 # No EPS or WMF (they run a converter) and nothing that photographs do not come in.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# What names of image files end in.
+EXTENSIONS = frozenset(
+    {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "avif"}
+)
 
 # Not the file's fault: the run must stop, not the image be skipped.
 _OUR_FAULT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
@@ -38,9 +45,20 @@ def decode_image(path: str, preprocessing: Preprocessing) -> np.ndarray:
     _, reason = inspect_file(path)
     if reason:
         raise BrokenImage(reason)
+    return _decoded(lambda: open(path, "rb"), preprocessing)
+
+
+def decode_bytes(content: bytes, preprocessing: Preprocessing) -> np.ndarray:
+    """Decode a file's content, as `decode_image` does a file."""
+    if not content:
+        raise BrokenImage("zero bytes")
+    return _decoded(lambda: io.BytesIO(content), preprocessing)
+
+
+def _decoded(opened: Callable[[], BinaryIO], preprocessing: Preprocessing) -> np.ndarray:
     while True:
         with _complete_files_only as strict:
-            pixels = _decode(path, preprocessing)
+            pixels = _decode(opened, preprocessing)
             if strict.held():
                 return pixels
 
@@ -60,11 +78,11 @@ def inspect_file(path: str) -> tuple[os.stat_result | None, str | None]:
     return info, None if os.access(path, os.R_OK) else "permission denied"
 
 
-def _decode(path: str, preprocessing: Preprocessing) -> np.ndarray:
+def _decode(opened: Callable[[], BinaryIO], preprocessing: Preprocessing) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
+        with opened() as file, Image.open(file, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImage(
                     f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}: "
@@ -75,7 +93,7 @@ def _decode(path: str, preprocessing: Preprocessing) -> np.ndarray:
     except BrokenImage:
         raise
     except UnidentifiedImageError:
-        with open(path, "rb") as file:
+        with opened() as file:
             raise BrokenImage(f"not an image, starts with {file.read(16)!r}") from None
     except Exception as error:  # Pillow's readers raise nearly every type on hostile bytes
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OUR_FAULT:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..files import write_atomically
 
@@ -30,6 +33,8 @@ class Ledger:
         total: rows of the source.
         max_bad: share of the rows that may be bad, in [0, 1].
         path: JSON-lines file, one `BadRow` a line; absent while nothing is bad.
+        rows: those left out so far.
+        skipped: members of shards that are no image and no caption, by extension.
     """
 
     op: str
@@ -37,6 +42,7 @@ class Ledger:
     max_bad: float = 0.0
     path: Path | None = None
     rows: list[BadRow] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad <= 1:
@@ -50,13 +56,19 @@ class Ledger:
         """Bad rows that are accepted."""
         return math.floor(self.max_bad * self.total + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
-    def add(self, row: int, location: str, reason: str) -> None:
+    def add(self, row: int, location: str, reason: str, *, write: bool = False) -> None:
         """Count a bad row.
 
+        Args:
+            write: add its line to the file at once; else ``save`` writes all of them.
         Raises:
             ValueError: it is one too many; the ledger file is written first.
         """
-        self.rows.append(BadRow(row, location, reason))
+        bad = BadRow(row, location, reason)
+        self.rows.append(bad)
+        if write and self.path is not None:
+            with suppress(OSError):  # read-only media: it counts all the same
+                append_line(self.path, asdict(bad))
         if len(self.rows) <= self.allowed:
             return
         self.save()
@@ -80,3 +92,12 @@ class Ledger:
             write_atomically(self.path, content)
         else:
             self.path.unlink()
+
+
+def append_line(path: Path, content: Any) -> None:
+    """Add a line of JSON to a file in one write, so that lines of several processes stay whole."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(fd, json.dumps(content).encode() + b"\n")
+    finally:
+        os.close(fd)

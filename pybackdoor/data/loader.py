@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor
 from ..distributed import Ranks
 from ._keyed import permutation
 from .pairs import Pairs
-from .tokens import TokenTable
+from .store import attempt
+from .tokens import TokenTable, token_table
 
 _STATE = ("seed", "epoch", "position")
 
@@ -27,6 +29,10 @@ class PairLoader:
     global batch is split among the ranks as ``numpy.array_split`` does, so the ranks' batches put
     together are the batch of a single process. A batch at the end that would leave a rank without
     a pair, or hold a single pair in all, is left out: a contrast needs two.
+
+    A pair whose image turns out to be broken is replaced by the next good one of the epoch's order
+    from the same place of the next global batch on, around its end: on every rank, and after a
+    resumption, by the same pair. The pairs' ledger counts it.
 
     An iteration starts at the loaded position, else at the start of the epoch. Run to its end, it
     moves on to the next epoch; left early, the next one starts where it started. Batches are
@@ -106,6 +112,18 @@ class PairLoader:
         if _whole("epoch", epoch) != self._epoch:
             self._epoch, self._start, self._position = epoch, 0, 0
 
+    def rewind(self) -> None:
+        """Visit the epoch from its start, whatever position was loaded or reached."""
+        self._start = self._position = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the order of the pairs depends on, besides the epoch; JSON-ready."""
+        return {
+            "pairs": len(self.pairs), "batch_size": self.batch_size, "seed": self._seed,
+            "shuffle": self.shuffle, "drop_last": self.drop_last,
+        }  # fmt: skip
+
     def state_dict(self) -> dict[str, int]:
         """{"seed", "epoch", "position"}; position counts the pairs of the epoch delivered."""
         return {"seed": self._seed, "epoch": self._epoch, "position": self._position}
@@ -129,7 +147,7 @@ class PairLoader:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self._tokens is None:
-            self._tokens = TokenTable(self.pairs.captions, self.tokenizer, progress=self._progress)
+            self._tokens = token_table(self.pairs.captions, self.tokenizer, self._progress)
             self._tokens.warn_if_truncated()
         self._position = self._start
         return self._iterate(self._tokens)
@@ -138,16 +156,12 @@ class PairLoader:
         seed, epoch = self._seed, self._epoch
         count = len(self.pairs)
         order = permutation(seed, epoch, count) if self.shuffle else np.arange(count)
-        ends = [min(s + self.batch_size, count) for s in self._batch_starts(self._start)]
-        starts = [self._start, *ends[:-1]] if ends else []
-        slices = [
-            np.array_split(order[start:end], self.world_size)[self.rank]
-            for start, end in zip(starts, ends, strict=True)
-        ]
+        plan = _Plan(order, self._batch_starts(self._start), self.batch_size, self.rank,
+                     self.world_size)  # fmt: skip
         pin = torch.cuda.is_initialized() if self._pin is None else self._pin
-        with closing(_prefetched(slices, self.pairs, tokens, pin, self._prefetch)) as batches:
-            for end, batch in zip(ends, batches, strict=True):
-                self._position = end
+        with closing(_prefetched(plan, self.pairs, tokens, pin, self._prefetch)) as batches:
+            for start, batch in zip(plan.starts, batches, strict=True):
+                self._position = min(start + self.batch_size, count)
                 yield batch
         if (self._seed, self._epoch) == (seed, epoch):
             self._epoch, self._start, self._position = epoch + 1, 0, 0
@@ -160,10 +174,32 @@ class PairLoader:
         return starts
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Which pairs of an epoch a rank's batches hold."""
+
+    order: np.ndarray  # [N] int64 rows
+    starts: range  # of the global batches, in order
+    batch_size: int
+    rank: int
+    world_size: int
+
+    def places(self, start: int) -> np.ndarray:
+        """[b] places in the order of this rank's share of the batch that starts at one."""
+        stop = min(start + self.batch_size, len(self.order))
+        return np.array_split(np.arange(start, stop), self.world_size)[self.rank]
+
+    def substitutes(self, place: int) -> Iterator[int]:
+        """Rows to try in place of a broken one."""
+        count = len(self.order)
+        for step in range(count):
+            yield int(self.order[(place + self.batch_size + step) % count])
+
+
 def _prefetched(
-    slices: list[np.ndarray], pairs: Pairs, tokens: TokenTable, pin: bool, depth: int
+    plan: _Plan, pairs: Pairs, tokens: TokenTable, pin: bool, depth: int
 ) -> Generator[dict[str, Tensor], None, None]:
-    """Batches of the given rows, made by a thread that is at most depth batches ahead.
+    """The plan's batches, made by a thread that is at most depth batches ahead.
 
     What the thread raises is raised here. However the caller leaves, the thread is over after.
     """
@@ -175,17 +211,17 @@ def _prefetched(
         try:
             if device is not None:
                 torch.cuda.set_device(device)  # else pinning would open a context on device 0
-            for rows in slices:
+            for start in plan.starts:
                 if stop.is_set():
                     return
-                ready.put(_batch(pairs, tokens, rows, pin))
+                ready.put(_batch(pairs, tokens, plan, start, pin))
         except BaseException as error:
             ready.put(error)
 
     thread = threading.Thread(target=work, name="pybackdoor-prefetch", daemon=True)
-    thread.start()
     try:
-        for _ in slices:
+        thread.start()
+        for _ in plan.starts:
             item = ready.get()
             if isinstance(item, BaseException):
                 raise item
@@ -197,12 +233,24 @@ def _prefetched(
                 ready.get(timeout=0.01)
             except queue.Empty:
                 pass
-        thread.join()
 
 
-def _batch(pairs: Pairs, tokens: TokenTable, rows: np.ndarray, pin: bool) -> dict[str, Tensor]:
+def _batch(
+    pairs: Pairs, tokens: TokenTable, plan: _Plan, start: int, pin: bool
+) -> dict[str, Tensor]:
+    places = plan.places(start)
+    rows = plan.order[places]
+    images, broken = attempt(pairs.images, rows)
+    for at in broken:
+        for row in plan.substitutes(int(places[at])):
+            image, bad = attempt(pairs.images, np.array([row]))
+            if not bad:
+                images[at], rows[at] = image[0], row
+                break
+        else:
+            raise ValueError("PairLoader: none of the images can be decoded")
     batch = {
-        "images": torch.from_numpy(pairs.images.take(rows)),
+        "images": torch.from_numpy(images),
         "tokens": tokens.take(rows),
         "ids": torch.from_numpy(pairs.ids[rows]),
     }

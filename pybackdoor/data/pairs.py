@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from ._keyed import keyed_words
 from .ledger import Ledger
-from .store import ImageStore, check_indices, subset_images
+from .store import ImageStore, check_indices, decode_all, subset_images
+from .strings import Strings
 from .templates import fill, resolve_templates
 
 _TEMPLATE_STREAM = 0x7465_6D70  # keeps the choice of template apart from other uses of the seed
@@ -21,19 +23,21 @@ class Pairs:
 
     Attributes:
         images: N images; ``images.take([n] indices)`` copies them out as [n, H, W, 3] uint8.
-        captions: N strings.
+        captions: N strings, packed as `Strings` whatever sequence is given.
         ids: [N] int64, the row in the source; a skipped row shifts no other.
-        locations: N strings, a path or "array:index".
+        locations: N strings, a path, "shard#member" or "array:index"; packed likewise.
         ledger: rows of the source that were left out; None for pairs made in memory.
     """
 
     images: ImageStore
-    captions: list[str]
+    captions: Sequence[str]
     ids: np.ndarray
-    locations: list[str]
+    locations: Sequence[str]
     ledger: Ledger | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "captions", Strings.of(self.captions))
+        object.__setattr__(self, "locations", Strings.of(self.locations))
         _same_length(
             "Pairs", self.images, captions=self.captions, ids=self.ids, locations=self.locations
         )
@@ -46,11 +50,28 @@ class Pairs:
         rows = check_indices(indices, len(self))
         return Pairs(
             subset_images(self.images, rows),
-            [self.captions[row] for row in rows],
+            Strings.of(self.captions).take(rows),
             self.ids[rows],
-            [self.locations[row] for row in rows],
+            Strings.of(self.locations).take(rows),
             self.ledger,
         )
+
+    def decoded(self, progress: bool | None = None) -> Pairs:
+        """The pairs whose images can be decoded, all of them decoded now and kept in the cache.
+
+        Args:
+            progress: show a bar; None = on a terminal.
+        Raises:
+            ValueError: more images are broken than the source's max_bad allows, or all are.
+        """
+        good = decode_all(self.images, progress)
+        if self.ledger is not None:
+            self.ledger.save()
+            if not good.any():
+                raise ValueError(
+                    f"{self.ledger.op}: the source has no usable rows, ledger: {self.ledger.path}"
+                )
+        return self if good.all() else self.subset(np.flatnonzero(good))
 
 
 @dataclass(frozen=True, eq=False)

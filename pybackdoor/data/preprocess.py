@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound on an image before it warns of a bomb
+LARGEST_FILE = 1 << 28  # bytes of an image file that is read whole
 RESIZE_MODES = ("shortest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
 

@@ -1,4 +1,4 @@
-"""Pairs and labelled sets from csv and tsv files, image folders and arrays."""
+"""Pairs and labelled sets from csv and tsv files and image folders."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from .cache import Slot, default_cache_dir, open_cache
+from .decode import EXTENSIONS
+from .files import FileBytes, indexed_table
+from .index import explained, file_stem, hashed
+from .indexed import Indexed
 from .labels import class_list, label_numbers
 from .ledger import Ledger
+from .ondemand import RowsOf
 from .pairs import Labelled, Pairs, pairs_from_labelled
 from .preprocess import Preprocessing, size_pair
-from .store import ArrayImages, ImageStore, pixel_array, subset_images
+from .store import ImageStore, decode_all, subset_images
+from .strings import Strings
 from .tables import CAPTION_KEYS, IMAGE_KEYS, LABEL_KEYS, read_columns
-
-EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
-     ".avif"}
-)  # fmt: skip
 
 
 def pairs_from_csv(
@@ -34,6 +34,7 @@ def pairs_from_csv(
     caption_key: str | None = None,
     delimiter: str | None = None,
     root: str | Path | None = None,
+    cache: str = "disk",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     num_workers: int | None = None,
@@ -41,8 +42,10 @@ def pairs_from_csv(
 ) -> Pairs:
     """Pairs from a csv or tsv file with a header.
 
-    The images are decoded once into the cache. A row with a broken image, an empty caption or
-    another number of fields than the header is left out, counted and written to the ledger.
+    The table is read once into an index. A row with an empty caption or another number of fields
+    than the header is left out, counted and written to the ledger. Images are decoded when they
+    are wanted; a broken one is counted then, and `PairLoader` puts another pair in its place.
+    ``pairs.decoded()`` decodes all of them now and leaves the broken ones out.
 
     Args:
         path: the file; ``image,caption`` and ``filepath<tab>title`` are known headers.
@@ -51,6 +54,7 @@ def pairs_from_csv(
         image_key, caption_key: column names, when the header has others.
         delimiter: None = tab or comma, whichever gives the columns.
         root: folder of relative image paths; None = the file's own.
+        cache: "disk", "ram" or "none": where decoded images are kept; see `OnDemandImages`.
         cache_dir: None = `default_cache_dir()`.
         max_bad: share of the rows that may be bad, in [0, 1]; 0 for evaluation.
         num_workers: decoding threads; None = one per core.
@@ -60,15 +64,13 @@ def pairs_from_csv(
         OSError: file unreadable, cache folder not writable, disk full.
     """
     op, path = "pairs_from_csv", Path(path)
-    table = read_columns(
-        op, path, _keys(image_key, IMAGE_KEYS), _keys(caption_key, CAPTION_KEYS), delimiter
+    keys = _keys(image_key, IMAGE_KEYS), _keys(caption_key, CAPTION_KEYS)
+    preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
+    folder = os.path.abspath(path.parent if root is None else root)
+    indexed = Indexed(
+        op, os.path.abspath(path), preprocessing, cache, cache_dir, max_bad, num_workers
     )
-    reader = _Reader(
-        op, os.path.abspath(path), Preprocessing(size_pair(image_size), resize_mode, interpolation),
-        cache_dir, max_bad, num_workers, progress,
-    )  # fmt: skip
-    images, rows, ledger, locations = reader.read(_resolved(table.images, path, root), table.bad)
-    return Pairs(images, [table.texts[row] for row in rows], rows, locations, ledger)
+    return indexed_table(indexed, path, *keys, delimiter, folder, progress)
 
 
 def labelled_from_csv(
@@ -178,81 +180,6 @@ def pairs_from_folder(
     return pairs_from_labelled(labelled, templates, seed)
 
 
-def labelled_from_arrays(
-    images: Any,
-    labels: Any,
-    classes: Sequence[str],
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    resize_mode: str = "shortest",
-    interpolation: str = "bicubic",
-) -> Labelled:
-    """A labelled set in memory.
-
-    Args:
-        images: [N, H, W, 3] or grey [N, H, W], uint8 array or CPU tensor; kept, not copied.
-        labels: N integers in [0, len(classes)), or N class names.
-        classes: class names.
-        image_size: resize to this; None = keep the size.
-        resize_mode, interpolation: as in `Preprocessing`.
-    Raises:
-        TypeError, ValueError: dtype, shape or length, a label not in classes.
-    """
-    op = "labelled_from_arrays"
-    store = _array_store(op, images, image_size, resize_mode, interpolation)
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or len(labels) != len(store):
-        raise ValueError(f"{op}: labels must be [{len(store)}], got {list(labels.shape)}")
-    names, numbers = label_numbers(op, labels, classes, lambda i: f"label {i}")
-    return Labelled(store, numbers, names, np.arange(len(store)), _array_locations(len(store)))
-
-
-def pairs_from_arrays(
-    images: Any,
-    captions: Sequence[str] | None = None,
-    *,
-    labels: Any = None,
-    classes: Sequence[str] | None = None,
-    templates: Any = None,
-    image_size: int | tuple[int, int] | None = None,
-    resize_mode: str = "shortest",
-    interpolation: str = "bicubic",
-    seed: int = 0,
-) -> Pairs:
-    """Pairs in memory: images with captions, or with labels, classes and templates.
-
-    Args:
-        images, image_size, resize_mode, interpolation: as in `labelled_from_arrays`.
-        captions: N strings, none empty.
-        labels, classes, templates, seed: instead of captions; see `pairs_from_labelled`.
-    Raises:
-        TypeError, ValueError: as `labelled_from_arrays`; an empty caption, named by its index.
-    """
-    op = "pairs_from_arrays"
-    by_label = {"labels": labels, "classes": classes, "templates": templates}
-    given = [name for name, value in by_label.items() if value is not None]
-    if len(given) != (0 if captions is not None else 3):
-        got = given + ["captions"] * (captions is not None)
-        raise ValueError(
-            f"{op}: give captions, or labels with classes and templates; got {got or 'neither'}"
-        )
-    if captions is None:
-        assert classes is not None
-        labelled = labelled_from_arrays(
-            images, labels, classes, image_size=image_size, resize_mode=resize_mode,
-            interpolation=interpolation,
-        )  # fmt: skip
-        return pairs_from_labelled(labelled, templates, seed)
-    store = _array_store(op, images, image_size, resize_mode, interpolation)
-    captions = list(captions)
-    for index, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise TypeError(f"{op}: caption {index} must be a str, got {type(caption).__name__}")
-        if not caption.strip():
-            raise ValueError(f"{op}: caption {index} is empty")
-    return Pairs(store, captions, np.arange(len(store)), _array_locations(len(store)))
-
-
 @dataclass(frozen=True)
 class _Reader:
     """Image files into the cache, with a ledger of the rows that are left out."""
@@ -276,40 +203,30 @@ class _Reader:
             paths: per row; "" for a row that names none.
             bad: {row: reason} known beforehand.
         """
-        folder = Path(self.cache_dir) if self.cache_dir is not None else default_cache_dir()
-        slot = Slot(self.op, self.source, self.preprocessing, folder)
-        ledger = Ledger(self.op, len(paths), self.max_bad, slot.file(f"{self.op}.bad.jsonl"))
-        number = {path: i for i, path in enumerate(dict.fromkeys(paths))}
-        file_of = np.array([number[path] for path in paths], np.int64)  # [rows]
-        by_file = np.argsort(file_of, kind="stable")
-        sorted_files = file_of[by_file]
-
-        usable = np.ones(len(paths), bool)
-
-        def leave_out(row: int, reason: str) -> None:
-            usable[row] = False
-            ledger.add(row, paths[row] or self.source, reason)
-
-        def leave_out_file(index: int, reason: str) -> None:
-            start, stop = np.searchsorted(sorted_files, [index, index + 1])
-            for row in by_file[start:stop].tolist():
-                if row not in bad:
-                    leave_out(row, reason)
-
-        if bad:  # the ledger needs the folder before the cache does
-            slot.make_folder()
-        for row, reason in bad.items():
-            leave_out(row, reason)
-        images, where = open_cache(
-            slot, list(number), leave_out_file, num_workers=self.num_workers,
-            progress=self.progress,
+        indexed = Indexed(
+            self.op, self.source, self.preprocessing, "disk", self.cache_dir, self.max_bad,
+            self.num_workers,
         )  # fmt: skip
+        usable = np.array([row for row in range(len(paths)) if row not in bad], np.int64)
+        number: dict[str, int] = {}
+        file_of = np.array(
+            [number.setdefault(paths[row], len(number)) for row in usable.tolist()], np.int64
+        )
+        files = Strings.of(number)
+        name = file_stem(self.source, hashed(self.source))
+        place = indexed.place(name, hashed(list(number)))
+        with explained(self.op, "image cache", place.parent):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        known = [(row, paths[row] or self.source, reason) for row, reason in bad.items()]
+        ledger = indexed.ledger(place, len(paths), known)
+        images = indexed.store(place, FileBytes(files), files, RowsOf(usable, file_of), ledger)
+        good = np.flatnonzero(decode_all(images, self.progress)[file_of])
         ledger.save()
-        rows = np.flatnonzero(usable)
-        if not len(rows):
+        if not len(good):
             raise ValueError(f"{self.op}: {self.source} has no usable rows, ledger: {ledger.path}")
-        locations = [paths[row] for row in rows]
-        return subset_images(images, where[file_of[rows]]), rows, ledger, locations
+        rows = usable[good]
+        locations = [paths[row] for row in rows.tolist()]
+        return subset_images(images, file_of[good]), rows, ledger, locations
 
 
 def _from_folder(
@@ -354,35 +271,9 @@ def _image_files(folder: str) -> list[str]:
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in files:
-            if name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS:
+            if name[0] != "." and os.path.splitext(name)[1][1:].lower() in EXTENSIONS:
                 found.append(os.path.join(where, name))
     return sorted(found)
-
-
-def _array_store(
-    op: str,
-    images: Any,
-    image_size: int | tuple[int, int] | None,
-    resize_mode: str,
-    interpolation: str,
-) -> ArrayImages:
-    pixels = pixel_array(images, op)
-    if image_size is None:
-        return ArrayImages(pixels)
-    preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
-    if preprocessing.image_size == pixels.shape[1:3]:
-        return ArrayImages(pixels)
-    from PIL import Image
-
-    resized = np.empty((len(pixels), *preprocessing.image_size, *pixels.shape[3:]), np.uint8)
-    for index, image in enumerate(pixels):
-        rgb = preprocessing(Image.fromarray(image))
-        resized[index] = rgb if pixels.ndim == 4 else rgb[..., 0]
-    return ArrayImages(resized)
-
-
-def _array_locations(count: int) -> list[str]:
-    return [f"array:{index}" for index in range(count)]
 
 
 def _keys(explicit: str | None, known: Sequence[str]) -> Sequence[str]:

@@ -1,15 +1,16 @@
-"""Where pixels live: arrays in memory, files mapped into memory, and views of both."""
+"""Where pixels live: arrays in memory, and views of stores."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from pathlib import Path
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from .preprocess import size_pair
+
+_DECODED_AT_ONCE = 256  # images held while all of them are decoded
 
 
 class ImageStore(Protocol):
@@ -47,62 +48,6 @@ class ArrayImages:
         return taken if taken.ndim == 4 else np.repeat(taken[..., None], 3, axis=3)
 
 
-class CachedImages:
-    """Images in a raw file of the cache, mapped into memory; pickles as its path.
-
-    Args:
-        path: file of count * H * W * 3 bytes.
-        count: images.
-        image_size: (H, W).
-        sha256: of the file's content, in hexadecimal.
-    Raises:
-        ValueError: the file has another length.
-    """
-
-    def __init__(
-        self, path: str | Path, count: int, image_size: tuple[int, int], sha256: str
-    ) -> None:
-        self.path, self.image_size, self.sha256 = Path(path), size_pair(image_size), sha256
-        self._count = count
-        self._map = self._open()
-
-    def _open(self) -> np.ndarray:
-        shape = (self._count, *self.image_size, 3)
-        wanted, got = int(np.prod(shape, dtype=np.int64)), self.path.stat().st_size
-        if got != wanted:
-            raise ValueError(f"image cache {self.path} must have {wanted} bytes, got {got}")
-        if not wanted:  # an empty file cannot be mapped
-            return np.empty(shape, np.uint8)
-        return np.memmap(self.path, np.uint8, "r", shape=shape)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def take(self, indices: Any) -> np.ndarray:
-        """[n, H, W, 3] uint8 copy."""
-        return self._map[check_indices(indices, len(self))]
-
-    def verify(self) -> None:
-        """Read the whole file and compare its checksum with the one taken when it was built.
-
-        Raises:
-            ValueError: they differ: delete the file and read the source again.
-        """
-        with open(self.path, "rb") as file:
-            got = _digest(file)
-        if got != self.sha256:
-            raise ValueError(
-                f"image cache {self.path} is damaged: its sha256 must be {self.sha256}, got {got}"
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_map"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map = self._open()
-
-
 class Overlay:
     """Another store with some images replaced; the base is not copied.
 
@@ -136,13 +81,27 @@ class Overlay:
 
     def take(self, indices: Any) -> np.ndarray:
         """[n, H, W, 3] uint8 copy."""
+        return self._patched(indices, lambda rows: (self._base.take(rows), {}))[0]
+
+    def attempt(self, indices: Any) -> tuple[np.ndarray, dict[int, str]]:
+        """As `attempt` of the base; what is replaced cannot be broken."""
+        return self._patched(indices, lambda rows: attempt(self._base, rows))
+
+    def _patched(
+        self, indices: Any, taken: Callable[[np.ndarray], tuple[np.ndarray, dict[int, str]]]
+    ) -> tuple[np.ndarray, dict[int, str]]:
         indices = check_indices(indices, len(self))
-        images = self._base.take(indices)
-        if len(self._rows):
-            slot = np.minimum(np.searchsorted(self._rows, indices), len(self._rows) - 1)
-            hit = self._rows[slot] == indices
-            images[hit] = self._patches[slot[hit]]
-        return images
+        if not len(self._rows):
+            return taken(indices)
+        slot = np.minimum(np.searchsorted(self._rows, indices), len(self._rows) - 1)
+        hit = self._rows[slot] == indices
+        if not hit.any():
+            return taken(indices)
+        images = np.empty((len(indices), *self.image_size, 3), np.uint8)
+        images[hit] = self._patches[slot[hit]]
+        rest = np.flatnonzero(~hit)
+        images[rest], bad = taken(indices[rest])
+        return images, {int(rest[at]): reason for at, reason in bad.items()}
 
 
 class SubsetImages:
@@ -158,6 +117,48 @@ class SubsetImages:
     def take(self, indices: Any) -> np.ndarray:
         """[n, H, W, 3] uint8 copy."""
         return self.base.take(self.rows[check_indices(indices, len(self))])
+
+    def attempt(self, indices: Any) -> tuple[np.ndarray, dict[int, str]]:
+        """As `attempt` of the base."""
+        return attempt(self.base, self.rows[check_indices(indices, len(self))])
+
+
+def decode_all(store: ImageStore, progress: bool | None) -> np.ndarray:
+    """[N] bool: the images that can be decoded, after all of them were tried and kept.
+
+    Args:
+        progress: show a bar on stderr; None = when stderr is a terminal.
+    """
+    base, rows = (store.base, store.rows) if isinstance(store, SubsetImages) else (store, None)
+    wanted = np.arange(len(base)) if rows is None else np.unique(rows)
+    good = np.ones(len(base), bool)
+    if hasattr(base, "pending"):
+        with base.alone():
+            _attempt_all(base, wanted[base.pending()[wanted]], progress)
+        good = ~base.broken()
+    elif hasattr(base, "attempt"):  # a patched store: what its base knows has other numbers
+        good[_attempt_all(base, wanted, progress)] = False
+    return good if rows is None else good[rows]
+
+
+def _attempt_all(store: ImageStore, rows: np.ndarray, progress: bool | None) -> list[int]:
+    """The rows that are broken, after all of them were tried."""
+    from tqdm import tqdm
+
+    bad: list[int] = []
+    show = len(rows) > 0 and (sys.stderr.isatty() if progress is None else progress)
+    with tqdm(total=len(rows), desc="decoding images", unit="img", disable=not show) as bar:
+        for start in range(0, len(rows), _DECODED_AT_ONCE):
+            some = rows[start : start + _DECODED_AT_ONCE]
+            bad += some[list(attempt(store, some)[1])].tolist()
+            bar.update(len(some))
+    return bad
+
+
+def attempt(store: ImageStore, indices: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+    """Images, and {place in indices: reason} of the broken ones, where a store can have any."""
+    own = getattr(store, "attempt", None)
+    return (store.take(indices), {}) if own is None else own(indices)
 
 
 def subset_images(store: ImageStore, indices: Any) -> ImageStore:
@@ -204,10 +205,3 @@ def pixel_array(images: Any, op: str) -> np.ndarray:
     if 0 in array.shape[1:]:
         raise ValueError(f"{op}: images must have pixels, got {list(array.shape)}")
     return array
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 IMAGE_KEYS = ("image", "filepath")  # CleanCLIP and PAR, open_clip
 CAPTION_KEYS = ("caption", "title")
@@ -37,7 +37,34 @@ def read_columns(
     text_keys: Sequence[str],
     delimiter: str | None = None,
 ) -> Columns:
-    """Read the image column and one text column.
+    """Read the image column and one text column, as `iter_rows` does, into lists."""
+    columns = Columns()
+    for row, record in enumerate(iter_rows(op, path, image_keys, text_keys, delimiter)):
+        columns.images.append(record.image)
+        columns.texts.append(record.text)
+        columns.lines.append(record.line)
+        if record.bad:
+            columns.bad[row] = record.bad
+    return columns
+
+
+class Row(NamedTuple):
+    """A record of a table: the line it starts on, its two fields, and why it cannot be used."""
+
+    line: int
+    image: str
+    text: str
+    bad: str
+
+
+def iter_rows(
+    op: str,
+    path: Path,
+    image_keys: Sequence[str],
+    text_keys: Sequence[str],
+    delimiter: str | None = None,
+) -> Iterator[Row]:
+    """The records of a table, one at a time.
 
     Args:
         op: function named in errors.
@@ -65,12 +92,12 @@ def read_columns(
                 f"{op}: {path} must have a column {_either(image_keys)} and a column "
                 f"{_either(text_keys)}, got the header {header}"
             )
-        columns = Columns()
+        row = -1
         for line, fields in _records(op, path, file, separator):
-            row = len(columns.lines)
-            image = text = ""
+            row += 1
+            image = text = bad = ""
             if len(fields) != len(header):
-                columns.bad[row] = f"line {line} has {len(fields)} fields, the header {len(header)}"
+                bad = f"line {line} has {len(fields)} fields, the header {len(header)}"
             else:
                 image, text = fields[image_at], fields[text_at]
                 if not _is_utf8(text):
@@ -78,15 +105,12 @@ def read_columns(
                         f"{op}: {header[text_at]} of row {row} (line {line}) of {path} is not UTF-8"
                     )
                 if not image.strip():
-                    columns.bad[row] = f"empty {header[image_at]}"
+                    bad = f"empty {header[image_at]}"
                 elif not text.strip():
-                    columns.bad[row] = f"empty {header[text_at]}"
-            columns.images.append(image)
-            columns.texts.append(text)
-            columns.lines.append(line)
-    if not columns.lines:
+                    bad = f"empty {header[text_at]}"
+            yield Row(line, image, text, bad)
+    if row < 0:
         raise ValueError(f"{op}: {path} has a header and no rows")
-    return columns
 
 
 def _header(

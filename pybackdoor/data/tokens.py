@@ -5,15 +5,24 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .index import IndexWriter, hashed, open_index
+from .strings import Strings
+
 Tokenizer = Callable[[list[str]], Tensor]
 
 _CHUNK = 4096  # captions a call; bounds the padded block to 1.3 MB at 77 tokens
+ON_DISK = 100_000  # captions of an index from which on their tokens lie in a file
+_FORMAT = 1
+_PROBES = 128  # captions, twice, by which tokenizers are told apart
+_HARD = ["", "Übergröße ☃ 日本", "don't  STOP\t<b>&amp;amp;</b>", "x" * 500, "1234567890 !?.,;:"]
+_LENGTHS = ("context_length", "model_max_length", "vocab_size")
 _NO_LIMIT = 1_000_000  # Hugging Face tokenizers without a length say 1e30
 
 
@@ -40,41 +49,62 @@ class TokenTable:
         self, captions: Sequence[str], tokenizer: Any, *, progress: bool | None = None
     ) -> None:
         number: dict[str, int] = {}
-        self._of_row = np.fromiter(
+        self._of_row: np.ndarray | None = np.fromiter(
             (number.setdefault(caption, len(number)) for caption in captions),
             np.int64,
             len(captions),
         )
         unique = list(number)
-        encoded_length = _encoded_length(tokenizer)
-        call = adapted(tokenizer)
-        flat: list[np.ndarray] = []
-        ends: list[np.ndarray] = [np.zeros(1, np.int64)]
-        truncated = np.zeros(len(unique), bool)
-        self.length = 0
-        for start in _chunks(len(unique), progress):
-            texts = unique[start : start + _CHUNK]
-            tokens = self._checked(call(texts), len(texts))
-            kept = tokens.shape[1] - _padding(tokens)  # [n] tokens to keep
-            flat.append(tokens[np.arange(tokens.shape[1]) < kept[:, None]])
-            ends.append(ends[-1][-1] + np.cumsum(kept))
-            if encoded_length is not None:
-                # A row that ends in padding was not cut; only the others are encoded again.
-                for i in np.flatnonzero(kept == tokens.shape[1]):
-                    truncated[start + i] = encoded_length(texts[i]) > tokens.shape[1]
-        self._flat = np.concatenate(flat) if flat else np.empty(0, np.int32)
-        self._ends = np.concatenate(ends)
-        self.num_truncated = None
-        if encoded_length is not None:
-            self.num_truncated = int(np.count_nonzero(truncated[self._of_row]))
+        encoder = _Encoder(tokenizer)
+        pieces = [
+            encoder(unique[start : start + _CHUNK]) for start in _chunks(len(unique), progress)
+        ]
+        self.length = encoder.length
+        self._flat = np.concatenate([np.empty(0, np.int32), *(piece.flat for piece in pieces)])
+        self._ends = np.cumsum(np.concatenate([[0], *(piece.kept for piece in pieces)]))
+        self.num_truncated: int | None = None
+        if encoder.counts:
+            cut = np.concatenate([np.zeros(0, bool), *(piece.truncated for piece in pieces)])
+            self.num_truncated = int(np.count_nonzero(cut[self._of_row]))
+
+    @classmethod
+    def on_disk(
+        cls, captions: Strings, tokenizer: Any, *, progress: bool | None = None
+    ) -> TokenTable:
+        """The same of captions from an index file, in a file beside that, mapped into memory.
+
+        Built once in pieces, in bounded memory; named by the captions' and the tokenizer's
+        identity.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        assert captions.home is not None and captions.identity is not None
+        key = hashed(_FORMAT, captions.identity, tokenizer_identity(tokenizer, captions))
+        path = captions.home.with_name(f"{captions.home.stem}-{key[:16]}.tokens")
+
+        def build(writer: IndexWriter) -> dict[str, Any]:
+            try:
+                return _write(writer, captions, tokenizer, np.dtype(np.uint16), progress)
+            except _Wider:
+                return _write(writer, captions, tokenizer, np.dtype(np.int32), progress)
+
+        index = open_index("PairLoader", path, key, build)
+        table = cls.__new__(cls)
+        table._of_row = None
+        kind = index.meta["dtype"]
+        table._flat, table._ends = index.array(f"tokens.{kind}"), index.array(f"ends.{kind}")
+        table.length, table.num_truncated = index.meta["length"], index.meta["num_truncated"]
+        return table
 
     def __len__(self) -> int:
-        return len(self._of_row)
+        return len(self._ends) - 1 if self._of_row is None else len(self._of_row)
 
     def take(self, indices: np.ndarray) -> Tensor:
         """[n, L] int64 tokens of the captions at [n] indices."""
         out = np.empty((len(indices), self.length), np.int64)
-        for row, which in zip(out, self._of_row[indices], strict=True):
+        places = indices if self._of_row is None else self._of_row[indices]
+        for row, which in zip(out, places, strict=True):
             start, end = self._ends[which], self._ends[which + 1]
             row[: end - start] = self._flat[start:end]
             row[end - start :] = self._flat[end - 1]
@@ -89,6 +119,107 @@ class TokenTable:
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def token_table(captions: Sequence[str], tokenizer: Any, progress: bool | None) -> TokenTable:
+    """The tokens, on the disk when there are many captions and they come from an index file."""
+    if isinstance(captions, Strings) and captions.home and len(captions) >= ON_DISK:
+        try:
+            return TokenTable.on_disk(captions, tokenizer, progress=progress)
+        except OSError as error:
+            warnings.warn(
+                f"PairLoader: the tokens are kept in memory, not beside {captions.home}: {error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+    return TokenTable(captions, tokenizer, progress=progress)
+
+
+class _Wider(Exception):
+    """A token that 16 bits do not hold."""
+
+
+def _write(
+    writer: IndexWriter, captions: Strings, tokenizer: Any, dtype: np.dtype, progress: bool | None
+) -> dict[str, Any]:
+    encoder = _Encoder(tokenizer)
+    kind, end, truncated = dtype.name, 0, 0
+    writer.append(f"ends.{kind}", np.zeros(1, np.int64))
+    for start in _chunks(len(captions), progress):
+        piece = encoder(list(captions[start : start + _CHUNK]))
+        if piece.flat.size and not 0 <= piece.flat.min() <= piece.flat.max() <= 0xFFFF:
+            if dtype == np.uint16:
+                raise _Wider
+        writer.append(f"tokens.{kind}", piece.flat.astype(dtype))
+        writer.append(f"ends.{kind}", end + np.cumsum(piece.kept))
+        end += int(piece.kept.sum())
+        truncated += int(np.count_nonzero(piece.truncated))
+    return {
+        "dtype": kind,
+        "length": encoder.length,
+        "num_truncated": truncated if encoder.counts else None,
+    }
+
+
+def tokenizer_identity(tokenizer: Any, captions: Sequence[str]) -> str:
+    """A hash that differs between tokenizers: type, length, vocabulary, cleaning, and what they
+    make of some of the captions."""
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # open_clip wraps Hugging Face's
+    backend = getattr(inner, "backend_tokenizer", None)
+    if backend is not None:
+        vocabulary: Any = backend.to_str()
+    elif hasattr(inner, "encoder"):
+        vocabulary = [
+            sorted(inner.encoder.items()),
+            sorted(getattr(inner, "bpe_ranks", {}).items()),
+        ]
+    else:
+        vocabulary = None
+    lengths = [getattr(t, n, None) for t in (tokenizer, inner) for n in _LENGTHS]
+    clean = getattr(getattr(tokenizer, "clean_fn", None), "__qualname__", None)
+    middle = len(captions) // 2  # two runs: probes far apart would bring in half the file
+    probes = [*captions[:_PROBES], *captions[middle : middle + _PROBES]]
+    call = adapted(tokenizer)
+    tokens = call(probes).tolist()
+    try:
+        tokens += call(_HARD).tolist()
+    except Exception as error:  # they are not the user's captions: it may refuse them
+        tokens.append(type(error).__name__)
+    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+    name = getattr(tokenizer, "__qualname__", None)  # of a function
+    return hashed(kind, name, lengths, clean, vocabulary, tokens)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens of n captions: their rows end to end without padding, and how many of each row."""
+
+    flat: np.ndarray  # [tokens] int32
+    kept: np.ndarray  # [n] int64
+    truncated: np.ndarray  # [n] bool; False where it cannot be told
+
+
+class _Encoder:
+    """A tokenizer whose answers are checked. Equal captions of a call are tokenised once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._call, self._encoded_length = adapted(tokenizer), _encoded_length(tokenizer)
+        self.length = 0
+        self.counts = self._encoded_length is not None
+
+    def __call__(self, texts: list[str]) -> _Piece:
+        number: dict[str, int] = {}
+        of = np.array([number.setdefault(text, len(number)) for text in texts], np.int64)
+        unique = list(number)
+        tokens = self._checked(self._call(unique), len(unique))
+        kept = tokens.shape[1] - _padding(tokens)  # [n] tokens to keep
+        truncated = np.zeros(len(unique), bool)
+        if self._encoded_length is not None:
+            # A row that ends in padding was not cut; only the others are encoded again.
+            for i in np.flatnonzero(kept == tokens.shape[1]):
+                truncated[i] = self._encoded_length(unique[i]) > tokens.shape[1]
+        flat = tokens[of][np.arange(tokens.shape[1]) < kept[of][:, None]]
+        return _Piece(flat, kept[of], truncated[of])
 
     def _checked(self, tokens: Any, count: int) -> np.ndarray:
         """[count, L] int32, L as in the chunks before."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..data import Labelled
 from ..evaluate import Evaluation
+from ..plots import pyplot
 from ..triggers import TriggerSpec, apply_trigger
 
 COLUMNS = 10
@@ -18,7 +19,7 @@ _LABEL = {"poisoned": "poisoned", "finetune": "fine-tuning", "par": "PAR"}
 
 def triggered_grid(test: Labelled, spec: TriggerSpec, path: Path) -> None:
     """Rows: clean images of different classes, the same with the trigger on, the difference."""
-    plt = _pyplot()
+    plt = pyplot()
     first = [int(np.flatnonzero(test.labels == c)[0]) for c in np.unique(test.labels)[:COLUMNS]]
     clean = test.images.take(np.array(first))
     on = apply_trigger(clean, spec, test.ids[first])
@@ -44,7 +45,7 @@ def tradeoff(
     path: Path,
 ) -> None:
     """CA against ASR: each model with its 95 % intervals, and the path that cleaning took."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.6))
     start = figures["poisoned"]
     for name, found in figures.items():
@@ -70,12 +71,3 @@ def tradeoff(
 
 def _arms(estimate) -> list[list[float]]:
     return [[100 * (estimate.value - estimate.low)], [100 * (estimate.high - estimate.value)]]
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
-    return plt

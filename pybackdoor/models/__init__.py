@@ -15,6 +15,7 @@ from .protocol import (
     nonfinite_weights,
     scale,
     text_features,
+    weights_sha256,
 )
 from .save import MANIFEST, save
 from .sniff import CheckpointError
@@ -39,4 +40,5 @@ __all__ = [
     "save",
     "scale",
     "text_features",
+    "weights_sha256",
 ]

@@ -10,7 +10,6 @@ files are never touched, and the place may be a mount point.
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -20,13 +19,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..files import file_sha256
 from .hf import read_json
 from .sniff import CheckpointError
 
 RECORD = "pybackdoor.json"
 COMMIT = ".pybackdoor-commit"
 SCHEMA = "pybackdoor.model/1"
-_CHUNK = 1 << 20  # bytes hashed at a time
 
 
 def write_folder(
@@ -189,12 +188,3 @@ def verify(folder: Path, names: Iterable[str], *, if_listed: Iterable[str] = ())
                 f"load: {folder / name} is damaged or was changed since it was saved: its SHA-256 "
                 f"must be {files[name][:16]}..., got {found[:16]}...; {advice}"
             )
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

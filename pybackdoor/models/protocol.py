@@ -4,12 +4,15 @@
 natural logarithm of the scale (open_clip's and Hugging Face's convention).
 """
 
+import hashlib
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .short_text import encode_text
 
 # exp(10) = 22,026; trained CLIP and SigLIP models stay below log(200) = 5.3, while a scale stored
 # as such (1 / 0.07 = 14.3, 100) lies above.
@@ -167,7 +170,7 @@ def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
     if tokens.ndim != 2 or (context is not None and tokens.shape[1] > context):
         wanted = f"[B, L <= {context}]" if context is not None else "[B, L]"
         raise ValueError(f"text_features: tokens must be {wanted}, got {list(tokens.shape)}")
-    return _unit_rows(model.encode_text(tokens), "encode_text", tokens.shape[0])
+    return _unit_rows(encode_text(model, tokens), "encode_text", tokens.shape[0])
 
 
 def _unit_rows(rows: Any, method: str, batch: int) -> Tensor:
@@ -215,3 +218,18 @@ def check_finite(model: nn.Module, *, what: str = "model") -> None:
             f"check_finite: the weights of {what} must be finite, {len(bad)} tensors are not: "
             f"{listed}"
         )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all weights, in hex.
+
+    Args:
+        model: any module.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,40 @@
+"""Training, whatever for: an objective and a schedule make a method of it.
+
+loop.py walks the steps, gradients.py computes one, guard.py keeps what is not finite from being
+applied, feed.py reads the batches, checkpoints.py keeps the state of a run, towers.py encodes.
+"""
+
+from .checkpoints import Checkpoints
+from .guard import NonFiniteError
+from .interrupts import DeferredInterrupt
+from .loop import decay_groups, train
+from .settings import (
+    PRECISIONS,
+    Objective,
+    Schedule,
+    Settings,
+    StepHook,
+    Tracker,
+    TrainLog,
+    loss_precision,
+    pick_device,
+)
+from .towers import Encoder
+
+__all__ = [
+    "PRECISIONS",
+    "Checkpoints",
+    "DeferredInterrupt",
+    "Encoder",
+    "NonFiniteError",
+    "Objective",
+    "Schedule",
+    "Settings",
+    "StepHook",
+    "Tracker",
+    "TrainLog",
+    "decay_groups",
+    "loss_precision",
+    "pick_device",
+    "train",
+]

@@ -1,0 +1,286 @@
+"""The state of a run on disk: written so that a kill at any moment leaves a valid one.
+
+A checkpoint is `step_N.safetensors` with the tensors and `step_N.json` with the rest and the
+SHA-256 of the tensors; the second, renamed into place last, is what makes it exist. The newest two
+valid ones are kept. Nothing in them is executed when they are read. `.lock` keeps a second run out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..files import file_sha256, hold, sync_folder, writable_folder, write_atomically
+
+_SCHEMA = "pybackdoor.checkpoint/1"
+_HEADROOM = 1.05  # of a checkpoint's size: what must be free before one is written
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where and when the state of a run is kept.
+
+    Attributes:
+        folder: of one run; created with its parents.
+        resume: continue from the newest valid checkpoint, if there is one; else a folder that has
+            one is refused.
+        minutes: between checkpoints; 0 for one after each step. One is written at the end, on
+            Ctrl-C and on SIGTERM, too.
+        force: continue even though the settings have changed.
+    """
+
+    folder: str | os.PathLike
+    resume: bool = False
+    minutes: float = 10.0
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.minutes < float("inf"):
+            raise ValueError(f"minutes between checkpoints must be at least 0, got {self.minutes}")
+
+
+class State(NamedTuple):
+    """What a checkpoint holds."""
+
+    tensors: dict[str, Tensor]  # on the CPU
+    content: dict[str, Any]  # JSON-ready: "step", "config" and whatever the run adds
+
+
+class CheckpointFolder:
+    """A run's folder, held against other runs until it is closed.
+
+    Args:
+        config: JSON-ready description of the run; a checkpoint of another one is refused.
+    Raises:
+        RuntimeError: another process holds the folder.
+        ValueError: the folder has checkpoints and ``resume`` is off, or they are of other settings.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, settings: Checkpoints, config: Mapping[str, Any]) -> None:
+        self._settings, self._config = settings, json.loads(json.dumps(config))
+        self.folder = writable_folder(settings.folder)
+        self._lock = hold(self.folder)
+        self._saved = time.monotonic()
+        self.step: int | None = None  # of the newest checkpoint known to be valid
+        try:
+            if not settings.resume and self._steps():
+                raise ValueError(
+                    f"{self.folder} holds the checkpoints of a run: resume it, or choose another "
+                    "folder"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return time.monotonic() - self._saved >= 60 * self._settings.minutes
+
+    def latest(self) -> State | None:
+        """The newest valid checkpoint; those that are not are put aside, and named in a warning.
+
+        Raises:
+            ValueError: it is of other settings, each difference is listed; unless ``force``. Or it
+                is of another version's format.
+            OSError: it cannot be read, though it is there.
+        """
+        for step in reversed(self._steps()):
+            try:
+                state = self._read(step)
+            except (_Damaged, FileNotFoundError) as error:
+                warnings.warn(
+                    f"checkpoint {step} in {self.folder} is damaged and left out: {error}",
+                    UserWarning,
+                    stacklevel=3,
+                )
+                for suffix in (".json", ".safetensors"):
+                    path = self.folder / f"step_{step}{suffix}"
+                    with suppress(OSError):
+                        path.rename(path.with_name(f"damaged_{path.name}"))
+                continue
+            changed = _differences(state.content["config"], self._config)
+            if changed and not self._settings.force:
+                raise ValueError(
+                    f"{self.folder} holds a run with other settings ({'; '.join(changed)}): "
+                    "resume it with the same, choose another folder, or force it"
+                )
+            self.step = step
+            return state
+        return None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> bool:
+        """Writes a checkpoint; where the disk does not let it, warns and keeps the last ones."""
+        self._saved = time.monotonic()
+        size = sum(t.nbytes for t in tensors.values())
+        free = shutil.disk_usage(self.folder).free
+        if free < size * _HEADROOM:
+            warnings.warn(
+                f"no checkpoint at step {step}: it needs {size / 1e9:.2f} GB, {self.folder} has "
+                f"{free / 1e9:.2f} GB free; the last one is kept",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
+        try:
+            self._write(step, tensors, content)
+        except (OSError, SafetensorError) as error:
+            warnings.warn(
+                f"no checkpoint at step {step}: {error}; the last one is kept",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
+        self.step = step
+        return True
+
+    def close(self) -> None:
+        """Lets other runs use the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> CheckpointFolder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+        path = self.folder / f"step_{step}.safetensors"
+        part = path.with_suffix(".tmp")
+        try:
+            safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, part)
+            digest = file_sha256(part)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        whole = {
+            "schema": _SCHEMA, "step": step, "sha256": digest, "config": self._config, **content
+        }  # fmt: skip
+        text = json.dumps(whole, allow_nan=False)
+        sealed = {"content": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        write_atomically(path.with_suffix(".json"), json.dumps(sealed).encode())
+        sync_folder(self.folder)
+        keep = {step, *([] if self.step is None else [self.step])}
+        for old in self.folder.glob("step_*"):
+            number = _step_of(old)
+            if number is not None and number not in keep:
+                # The record first: a checkpoint without its tensors would look damaged.
+                for suffix in (".json", ".safetensors", ".tmp"):
+                    old.with_suffix(suffix).unlink(missing_ok=True)
+
+    def _steps(self) -> list[int]:
+        found = (_step_of(path) for path in self.folder.glob("step_*.json"))
+        return sorted(step for step in found if step is not None)
+
+    def _read(self, step: int) -> State:
+        path = self.folder / f"step_{step}.safetensors"
+        try:
+            sealed = json.loads(path.with_suffix(".json").read_bytes())
+            text, digest = sealed["content"], sealed["sha256"]
+            intact = hashlib.sha256(text.encode()).hexdigest() == digest
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _Damaged(f"its record cannot be read ({error})") from None
+        if not intact:
+            raise _Damaged("its record is not what was written")
+        content = json.loads(text)
+        if content["schema"] != _SCHEMA:
+            raise ValueError(
+                f"the checkpoints in {self.folder} are of the format {content['schema']!r}, this "
+                f"version reads {_SCHEMA!r}: resume with the version that wrote them"
+            )
+        if file_sha256(path) != content["sha256"]:
+            raise _Damaged("its tensors are not what was written")
+        return State(safetensors.torch.load_file(path), content)
+
+
+class _Damaged(Exception):
+    """A checkpoint is not what was written."""
+
+
+def _step_of(path: Path) -> int | None:
+    number = path.stem.removeprefix("step_")
+    return int(number) if number.isdecimal() else None
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+
+
+def train_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and the optimiser's moments, on the CPU."""
+    found = {f"model/{name}": tensor for name, tensor in _weights(model).items()}
+    for number, values in optimizer.state_dict()["state"].items():
+        found |= {f"optimizer/{number}/{name}": value for name, value in values.items()}
+    return {name: tensor.detach().cpu() for name, tensor in found.items()}
+
+
+def not_finite(tensors: Mapping[str, Tensor], weights: Collection[str]) -> str:
+    """Names the tensors of a state that are not finite, of these weights and of the moments; ""."""
+    found = [
+        name.removeprefix("model/")
+        for name, t in tensors.items()
+        if name.startswith("optimizer/") or name.removeprefix("model/") in weights
+        if not bool(t.isfinite().all())
+    ]
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def restore(
+    tensors: Mapping[str, Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Puts a state of ``train_state`` back.
+
+    Raises:
+        ValueError: the model has other weights.
+    """
+    weights = _weights(model)
+    kept = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
+    wrong = sorted(
+        name
+        for name in {*weights, *kept}
+        if name not in weights or name not in kept or weights[name].shape != kept[name].shape
+    )
+    if wrong:
+        raise ValueError(f"the checkpoint is of another model: {', '.join(wrong[:3])} differ")
+    with torch.no_grad():
+        for name, tensor in kept.items():
+            weights[name].copy_(tensor)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, number, key = name.split("/")
+            like = params[int(number)]
+            if tensor.shape == like.shape and tensor.ndim:  # moments lie as their weights do
+                tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+            state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, each once."""
+    stored = set(model.state_dict())
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if name in stored}

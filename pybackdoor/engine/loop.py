@@ -1,0 +1,339 @@
+"""The training loop that every method shares: an objective and a schedule make it a method.
+
+One step: read a batch, augment and normalise it on the device, encode it with the model, form the
+objective over all ranks, back-propagate, check, step the optimiser. Nothing is stepped that is not
+finite, and an interrupted run keeps the state it has reached.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batches import InputRules, model_input
+from ..distributed import Ranks
+from ..models import logit_scale_parameters
+from .checkpoints import (
+    CheckpointFolder,
+    Checkpoints,
+    State,
+    not_finite,
+    restore,
+    train_state,
+)
+from .feed import Feed, Item
+from .gradients import Gradients
+from .guard import Checked, Fault, Guard, NonFiniteError
+from .interrupts import DeferredInterrupt, exception_of
+from .progress import Progress
+from .settings import PRECISIONS, Objective, Schedule, Settings, StepHook, Tracker, TrainLog
+from .towers import Encoder, TextTrim
+from .watch import Watch
+
+MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound on the learned temperature
+_KEPT_OF_LOG = ("steps", "pairs", "faults", "seconds", "waiting")
+_NO_DECAY_NAMES = ("bias", "ln", "bn")
+
+
+class _Lost(Exception):
+    """The weights are not finite: only a checkpoint helps."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.cause)
+        self.fault = fault
+
+
+def train(
+    model: nn.Module,
+    loader: Iterable[Any],
+    objective: Objective,
+    schedule: Schedule,
+    settings: Settings,
+    *,
+    rules: InputRules,
+    device: torch.device,
+    on_step: StepHook | None = None,
+    track: Tracker | None = None,
+    log: TrainLog | None = None,
+    checkpoints: Checkpoints | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> TrainLog:
+    """Train ``model`` in place; every rank of a distributed run calls this with its own share.
+
+    Whatever ends the run early, Ctrl-C and SIGTERM included, finds the model at the last whole step
+    and ``log`` complete up to it, and a checkpoint of it written where they are kept.
+
+    Args:
+        model: on ``device``, with the same weights on every rank.
+        loader: yields this rank's batches (see ``batches``); walked anew for each epoch, the first
+            being epoch 0, after ``set_epoch`` where it or its sampler has one.
+        on_step: called after each step with (step, record, model); returning True ends the run,
+            whichever rank says so. On a GPU it makes every step wait for its numbers.
+        track: called with (step, record) once a step's numbers have arrived.
+        log: filled in as the run goes; default a new one.
+        checkpoints: where the state is kept, and whether to continue from there; the same on every
+            rank, the first one reads and writes.
+        config: JSON-ready description of the run, which a resumed one must share.
+    Raises:
+        ValueError, TypeError: a batch, the model or a setting cannot be used; before any step
+            where that can be known before.
+        NonFiniteError: naming the cause; the model keeps its last good weights.
+        KeyboardInterrupt: on Ctrl-C and SIGTERM, once the step in flight is complete.
+    """
+    run = _Run(
+        model, loader, objective, schedule, settings, rules, device, on_step, track,
+        TrainLog() if log is None else log,
+    )  # fmt: skip
+    run.go(checkpoints, config or {})
+    return run.log
+
+
+class _Run:
+    """One call of ``train``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        objective: Objective,
+        schedule: Schedule,
+        settings: Settings,
+        rules: InputRules,
+        device: torch.device,
+        on_step: StepHook | None,
+        track: Tracker | None,
+        log: TrainLog,
+    ) -> None:
+        self.model, self.schedule, self.settings = model, schedule, settings
+        self.rules, self.device, self.log = rules, device, log
+        self.on_step, self.track = on_step, track
+        self.ranks = Ranks.start(device)
+        self.watch = Watch(self.ranks)
+        self.feed = Feed(
+            loader, rules, self.ranks, device, steps=settings.steps, epochs=settings.epochs,
+            seed=settings.seed, patient=self.watch.patient,
+        )  # fmt: skip
+        self.train_scale = not settings.freeze_scale and isinstance(model.logit_scale, nn.Parameter)
+        if not self.train_scale:
+            for p in logit_scale_parameters(model):
+                p.requires_grad_(False)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.trained = [p for _, p in named]
+        self.optimizer = torch.optim.AdamW(
+            decay_groups(named, settings.weight_decay),
+            lr=0.0,
+            betas=settings.betas,
+            eps=1e-8,
+            fused=True,
+        )
+        set_train_mode(model, settings.freeze_batchnorm)
+        self.encode = Encoder(PRECISIONS[settings.precision], device, settings.compile)
+        self.trim = TextTrim(model, settings.trim_text)
+        self.gradients = Gradients(
+            model, objective, self.encode, train_scale=self.train_scale,
+            micro_batch=settings.micro_batch, seed=settings.seed + 0x9E3779B1 * self.ranks.rank,
+        )  # fmt: skip
+        # With a hook, which looks at the model of each step, the host keeps up with the device.
+        hooks = self.ranks.agree([on_step is not None], device)
+        lag = 0 if any(hook for (hook,) in hooks) else 1
+        self.guard = Guard(model, self.optimizer, self.ranks, device, lag)
+        self.started = time.perf_counter()
+        self.folder: CheckpointFolder | None = None
+
+    def go(self, checkpoints: Checkpoints | None, config: Mapping[str, Any]) -> None:
+        cuda = [self.device] if self.device.type == "cuda" else []
+        try:
+            if checkpoints is not None:
+                self._open(checkpoints, config)
+            with torch.random.fork_rng(devices=cuda), DeferredInterrupt() as interrupt:
+                with self.watch, self.watch.lost_ranks():
+                    self._run(interrupt, kept=checkpoints is not None)
+                if self.feed.signal > 1:
+                    raise exception_of(self.feed.signal)
+                if self.ranks.size == 1:  # it may have come with the last step
+                    interrupt.check()
+        finally:
+            self.log.skipped_batches = self.feed.position["skipped"]
+            if self.folder is not None:
+                self.folder.close()
+
+    def _open(self, checkpoints: Checkpoints, config: Mapping[str, Any]) -> None:
+        """Takes the folder and returns to its newest state; all ranks, or none."""
+        refusal, state = None, None
+        if self.ranks.rank == 0:
+            try:
+                self.folder = CheckpointFolder(checkpoints, config)
+                state = self.folder.latest()
+            except Exception as error:
+                refusal = error
+        said = self.ranks.from_first(None if refusal is None else str(refusal))
+        if refusal is not None:
+            raise refusal
+        if said is not None:
+            raise RuntimeError(f"rank 0 cannot use the folder of checkpoints: {said}")
+        self._return_to(state)
+
+    def _run(self, interrupt: DeferredInterrupt, kept: bool) -> None:
+        done, leader = len(self.log.steps), self.ranks.rank == 0
+        with Progress(self.feed.steps, self.settings.progress, leader, done, self.device) as bar:
+            self._when_to_save()
+            while True:
+                try:
+                    if not self._walk(bar, interrupt):
+                        if kept:
+                            self._save()
+                        return
+                except _Lost as lost:
+                    with self.watch.patient():
+                        state = None if self.folder is None else self.folder.latest()
+                        if not kept or not self._return_to(state):
+                            cause = f"{lost.fault.cause}; no earlier state is kept"
+                            raise NonFiniteError(cause) from None
+                    bar.back_to(len(self.log.steps))
+
+    def _walk(self, bar: Progress, interrupt: DeferredInterrupt) -> bool:
+        """Steps until the feed ends; True where a batch was left out and the walk starts anew."""
+        for item in self.feed:
+            self._step(item.after["given"] - 1, item)
+            self.watch.step()
+            if self._settle(self.guard.arrived(), bar):
+                return True
+            if item.save:
+                if self._settle(self.guard.arrived(all_of_them=True), bar):
+                    return True
+                self._save()
+            if interrupt.pending:
+                self.feed.stop(interrupt.pending)
+            self._when_to_save()
+        return self._settle(self.guard.arrived(all_of_them=True), bar)
+
+    def _when_to_save(self) -> None:
+        self.feed.save = self.folder is not None and self.folder.due()
+
+    def _step(self, step: int, item: Item) -> None:
+        x = model_input(
+            item.batch,
+            self.rules,
+            device=self.device,
+            dtype=self.encode.input_dtype(self.model),
+            ids=item.ids,
+            augment=self.settings.augment,
+            seed=self.settings.seed,
+            view=item.epoch,
+        )
+        tokens = self.trim(item.batch.tokens).to(self.device, non_blocking=True)
+        self.guard.begin()
+        self.optimizer.zero_grad(set_to_none=True)
+        counts = item.counts if self.ranks.size > 1 else None
+        outcome = self.gradients(step, x, tokens, counts)
+        self.ranks.sum_gradients(self.trained)
+        self.guard.watch(step, item, item.ids, outcome)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(step, self.feed.steps)
+        self.optimizer.step()
+        if self.train_scale:
+            with torch.no_grad():
+                self.model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+
+    def _settle(self, steps: list[Checked], bar: Progress) -> bool:
+        """Writes down the steps that stand; True where the last one must be done without."""
+        for item, record, fault in steps:
+            step = item.after["given"] - 1
+            if fault is not None:
+                self._take_back(item, step, fault)
+                return True
+            record["lr"] = self.schedule(step, self.feed.steps)
+            log, now = self.log, time.perf_counter()
+            log.pairs += sum(item.counts)
+            log.seconds, log.waiting = now - self.started, self.feed.waiting
+            log.skipped_batches = item.after["skipped"]
+            log.steps.append({"step": step, "epoch": item.epoch, **record})
+            share = log.waiting / max(log.seconds, 1e-9)
+            bar.advance(record, log.pairs / max(log.seconds, 1e-9), share)
+            if self.track is not None:
+                self.track(step, record)
+            if self.on_step is not None:
+                with self.watch.patient():
+                    if self.on_step(step, record, self.model) is True:
+                        self.feed.stop()
+                self.started += time.perf_counter() - now  # the hook's time is its own
+        return False
+
+    def _take_back(self, item: Item, step: int, fault: Fault) -> None:
+        self._count(fault)
+        self.guard.lower()
+        self.feed.leave_out(item, given=step)
+
+    def _count(self, fault: Fault) -> None:
+        """Notes a fault; raises where it is one too many, or only an earlier state helps."""
+        self.log.faults.append(fault.cause)
+        count = len(self.log.faults)
+        if fault.weights and count <= self.settings.max_faults:
+            raise _Lost(fault)
+        if count > self.settings.max_faults:
+            which = f", fault {count}" if count > 1 else ""
+            kept = "last checkpoint is" if fault.weights else "weights of the step before are"
+            raise NonFiniteError(f"{fault.cause}{which}; the {kept} kept")
+
+    def _save(self) -> None:
+        """Every rank looks at its own weights; the first one writes."""
+        step = len(self.log.steps)
+        if step == 0 or (self.folder is not None and self.folder.step == step):
+            step = 0
+        if not any(mine for (mine,) in self.ranks.agree([step], self.device)):
+            return
+        with self.watch.patient():
+            tensors = train_state(self.model, self.optimizer)
+            broken = not_finite(tensors, self.guard.watched)
+            found = self.ranks.agree([bool(broken)], self.device)
+            if any(bad for (bad,) in found):
+                cause = f"after step {step - 1}: not finite: {broken or 'a weight of another rank'}"
+                self._count(Fault(step, cause, True))
+            if self.folder is not None:
+                content = {
+                    "position": self.feed.position,
+                    "log": {n: getattr(self.log, n) for n in _KEPT_OF_LOG},
+                }
+                self.folder.save(step, tensors, content)
+
+    def _return_to(self, state: State | None) -> bool:
+        """Puts the first rank's state back, on every rank; False where it has none."""
+        content = self.ranks.from_first(None if state is None else state.content)
+        if content is None:
+            return False
+        tensors = self.ranks.tensors_from_first({} if state is None else state.tensors, self.device)
+        restore(tensors, self.model, self.optimizer)
+        self.feed.position = content["position"]
+        faults = self.log.faults
+        for name, value in content["log"].items():
+            setattr(self.log, name, value)
+        self.log.faults = max(faults, self.log.faults, key=len)
+        self.started = time.perf_counter() - self.log.seconds
+        self.guard.lower()
+        return True
+
+
+def decay_groups(named: list[tuple[str, Tensor]], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: no decay for vectors, scalars and names with bias, ln or bn."""
+    free = [p for n, p in named if p.ndim < 2 or any(part in n for part in _NO_DECAY_NAMES)]
+    kept = {id(p) for p in free}
+    decayed = [p for _, p in named if id(p) not in kept]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def set_train_mode(model: nn.Module, freeze_batchnorm: bool) -> None:
+    """``train()``, with batch norm left in evaluation mode when its statistics are frozen."""
+    model.train()
+    if freeze_batchnorm:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()

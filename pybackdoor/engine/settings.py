@@ -1,0 +1,136 @@
+"""What a run is told, and what it tells."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Augment
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+
+Schedule = Callable[[int, int], float]  # (step, steps) -> learning rate
+Tracker = Callable[[int, dict[str, float]], None]
+StepHook = Callable[[int, dict[str, float], nn.Module], bool | None]
+
+
+class Objective(Protocol):
+    """What a step minimises. A method is an objective and a schedule."""
+
+    def reference(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Constant features of this rank's rows that the loss needs, each [n, D]; may be ()."""
+
+    def __call__(
+        self,
+        image: Tensor,  # [n, D] unit rows of this rank
+        text: Tensor,  # [n, D] unit rows of this rank
+        scale: Tensor,  # [] exp(logit_scale)
+        reference: tuple[Tensor, ...],  # the constants
+        counts: list[int] | None,  # pairs of each rank; None for one process
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the whole batch, and named [] tensors for the history.
+
+        The ranks' gradients, each of its own rows and share of scale, must add up to the whole.
+        """
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained, whatever for.
+
+    Attributes:
+        steps: optimiser steps in all; None for epochs * len(loader).
+        epochs: passes over the loader when steps is None.
+        weight_decay: for parameters of two or more dimensions whose name has no bias, ln or bn.
+        betas: of AdamW.
+        augment: PAR's noise and erasing, or None.
+        precision: "fp32", or "bf16" for autocast with fp32 losses.
+        seed: of augmentation and dropout; each step draws from numbers of its own.
+        freeze_scale: leave logit_scale alone; else it is trained and kept at or below ln 100.
+        freeze_batchnorm: batch norm uses its running statistics and leaves them alone.
+        progress: show a progress bar; None when standard error is a terminal.
+        micro_batch: pairs encoded at a time, for a batch that does not fit into memory: loss and
+            gradients stay those of the whole batch, for one more forward pass. None: all.
+        trim_text: encode captions without the padding that all of a batch share, where the model
+            gives the same features for it (checked on the first batch).
+        compile: None, or a mode of torch.compile for both towers: "default", "reduce-overhead"
+            (with CUDA graphs) or "max-autotune".
+        max_faults: batches whose loss or gradients are not finite that may be left out before the
+            run is given up.
+    """
+
+    steps: int | None = None
+    epochs: int = 1
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    augment: Augment | None = None
+    precision: str = "bf16"
+    seed: int = 0
+    freeze_scale: bool = True
+    freeze_batchnorm: bool = True
+    progress: bool | None = None
+    micro_batch: int | None = None
+    trim_text: bool = True
+    compile: str | None = None
+    max_faults: int = 3
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {self.precision!r}")
+        if self.compile is not None and self.compile not in COMPILE_MODES:
+            raise ValueError(
+                f"compile must be None or one of {list(COMPILE_MODES)}, got {self.compile!r}"
+            )
+        limits = {"steps": 1, "epochs": 1, "seed": 0, "micro_batch": 1, "max_faults": 0}
+        for name, least in limits.items():
+            value = getattr(self, name)
+            if value is None and name in ("steps", "micro_batch"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if not least <= value < 2**62:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+
+
+@dataclass
+class TrainLog:
+    """What a run did: one dict per step, how many batches it could not use, and how long it took.
+
+    Attributes:
+        faults: what was not finite, and was left out or rolled back.
+        seconds: leaves out the time spent in a step hook.
+        waiting: seconds of it that the loader kept the step waiting.
+    """
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    pairs: int = 0
+    skipped_batches: int = 0
+    faults: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    waiting: float = 0.0
+
+
+def loss_precision(precision: str) -> str:
+    """Of the loss's matrix products on a GPU: that of the towers' own, or fp32's accuracy."""
+    return "auto" if PRECISIONS[precision] is None else "bf16"
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, else a GPU, else the CPU; ``cuda`` alone means this rank's own."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    picked = torch.device(device)
+    if picked.type == "cuda":
+        if picked.index is None:
+            picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(picked)
+    return picked

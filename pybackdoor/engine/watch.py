@@ -1,0 +1,124 @@
+"""Ends every process of a run when one of them is gone or hangs, instead of leaving it waiting.
+
+Each rank's thread writes a beat into the process group's store, as long as the training loop gets
+on: as long as its last step is not older than the limit, or than many times its longest step. A
+thread that hears nothing from a rank for the limit says so and ends its process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
+
+from ..distributed import Ranks
+from .guard import NonFiniteError
+
+LIMIT = 30.0  # seconds
+_PATIENCE = 20  # times the longest step so far: what a step may take
+_BEATS = 6  # in the time limit
+
+
+class Watch:
+    """Within the block the ranks watch each other; does nothing for a single process.
+
+    Args:
+        limit: seconds without a beat after which a rank is lost; PYBACKDOOR_RANK_TIMEOUT sets
+            another one.
+    """
+
+    _runs = 0
+
+    def __init__(self, ranks: Ranks, limit: float | None = None) -> None:
+        self._ranks = ranks
+        self._limit = limit or float(os.environ.get("PYBACKDOOR_RANK_TIMEOUT", LIMIT))
+        if not self._limit > 0:
+            raise ValueError(f"PYBACKDOOR_RANK_TIMEOUT must be positive seconds, got {self._limit}")
+        self._since, self._longest, self._calm = time.monotonic(), 0.0, 0
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def step(self) -> None:
+        """The loop has got on by a step."""
+        now = time.monotonic()
+        self._longest, self._since = max(self._longest, now - self._since), now
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """What happens in the block may take as long as it likes, as waiting for another rank."""
+        self._calm += 1
+        try:
+            yield
+        finally:
+            self._calm -= 1
+            self._since = time.monotonic()
+
+    @contextmanager
+    def lost_ranks(self) -> Iterator[None]:
+        """Says in plain words that a rank has broken off a collective."""
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: another rank was lost; its own output says why"
+            ) from error
+
+    def __enter__(self) -> Watch:
+        if self._ranks.size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            if hasattr(store, "clone"):  # a connection of its own: a wait on the other blocks it
+                store = store.clone()
+            Watch._runs += 1  # the same number on every rank
+            self._store = dist.PrefixStore(f"pybackdoor_watch_{Watch._runs}", store)
+            self._since = time.monotonic()
+            self._thread = threading.Thread(target=self._work, name="pybackdoor-watch", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """A rank that fails by itself falls silent: the others may be waiting for it."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            if kind is None or issubclass(kind, NonFiniteError):  # which every rank raises
+                with suppress(RuntimeError):
+                    self._beat(-1)
+
+    def _gets_on(self) -> bool:
+        if self._calm > 0 or self._longest == 0:  # nobody knows how long the first step takes
+            return True
+        return time.monotonic() - self._since < max(self._limit, _PATIENCE * self._longest)
+
+    def _beat(self, count: int) -> None:
+        self._store.set(str(self._ranks.rank), str(count))
+
+    def _work(self) -> None:
+        others = [r for r in range(self._ranks.size) if r != self._ranks.rank]
+        heard = dict.fromkeys(others, ("", time.monotonic()))
+        count = 0
+        while not self._over.wait(self._limit / _BEATS):
+            try:
+                if self._gets_on():
+                    count += 1
+                    self._beat(count)
+                for rank in others:
+                    beat = self._store.get(str(rank)) if self._store.check([str(rank)]) else b""
+                    last, when = heard[rank]
+                    if beat != last:
+                        heard[rank] = beat, time.monotonic()
+                    elif beat != b"-1" and time.monotonic() - when > self._limit:
+                        self._end(f"rank {rank} has given no sign of life for {self._limit:g} s")
+            except (RuntimeError, dist.DistError) as error:
+                self._end(f"the first rank's store is gone ({str(error).splitlines()[0]})")
+
+    def _end(self, why: str) -> None:
+        if not self._over.is_set():
+            print(f"pybackdoor: rank {self._ranks.rank} stops: {why}", file=sys.stderr, flush=True)
+            os._exit(1)

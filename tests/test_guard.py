@@ -1,0 +1,143 @@
+"""Broken numbers are found at their step, named, never applied and never saved."""
+
+import math
+import random
+
+import pytest
+import torch
+from dual_encoder import MEAN, STD, DualEncoder, random_pairs
+
+import pybackdoor
+from pybackdoor.engine import NonFiniteError
+
+BATCHES = 6
+
+
+def batches():
+    """Normalised floats with ids, which can hold anything."""
+    g = torch.Generator().manual_seed(1)
+    found = []
+    for batch in random_pairs(BATCHES * 8, 8):
+        images = torch.randn(8, 3, 16, 16, generator=g)
+        found.append({"images": images, "tokens": batch["tokens"], "ids": batch["ids"]})
+    return found
+
+
+class Faulty(DualEncoder):
+    """Breaks once where it is told to: in (what, call of encode_text while training)."""
+
+    def __init__(self, what: str, at: int) -> None:
+        super().__init__(seed=2)
+        self.what, self.at, self.calls = what, at, -1
+        self.value = math.nan
+
+    def encode_text(self, tokens):
+        out = super().encode_text(tokens)
+        if self.training:
+            self.calls += 1
+            if self.calls == self.at and self.what == "caption":
+                out = torch.cat([out[:3], out[3:4] * self.value, out[4:]])
+            if self.calls == self.at and self.what == "gradient":
+                out.register_hook(lambda g: g * self.value)
+        return out
+
+
+def run(model, loader, **options):
+    fixed = {"precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
+    fixed |= {"augment": False, "steps": 5}  # an erased square would hide a pixel
+    return pybackdoor.par_clean(model, loader, **fixed | options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("what", ["image", "caption", "gradient"])
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_batch_that_breaks_is_left_out(what, at, value):
+    loader, model = batches(), Faulty(what, at)
+    model.value = value
+    if what == "image":
+        loader[at]["images"][5, 1, 2, 3] = value
+    result = run(model, loader)
+    without = batches()
+    del without[at]
+    want = run(DualEncoder(seed=2), without)
+    for name, tensor in want.model.state_dict().items():
+        assert torch.equal(result.model.state_dict()[name], tensor), name
+    named = {
+        "image": f"image features of 1 of 8 pairs (ids {1000 + 8 * at + 5})",
+        "caption": f"text features of 1 of 8 pairs (ids {1000 + 8 * at + 3})",
+        "gradient": "gradient of text.0.weight",
+    }[what]
+    (fault,) = result.report["faults"]
+    assert fault.startswith(f"step {at}: not finite: ") and named in fault
+    assert result.report["skipped_batches"] == 1
+    assert [r["step"] for r in result.history] == list(range(5))
+
+
+def test_too_many_faults_end_the_run():
+    loader = batches()
+    for batch in loader[1:]:
+        batch["images"][0, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="step 1: .*, fault 4; the weights of the step before"):
+        run(DualEncoder(), loader, epochs=3, steps=None)
+    with pytest.raises(NonFiniteError, match=r"1 of 8 pairs \(ids 1008\).*; the weights") as stop:
+        run(DualEncoder(), loader, max_faults=0)
+    assert "fault 1" not in str(stop.value) and len(stop.value.result.history) == 1
+
+
+def broken_weight(at, times=1, value=math.nan):
+    left = [times]
+
+    def hook(k, record, model):
+        if k == at and left[0]:
+            left[0] -= 1
+            with torch.no_grad():
+                model.text[0].weight[49, 7] = value  # a token that no caption has
+
+    return hook
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("minutes", [0.0, 10.0])
+def test_broken_weights_are_replaced_by_the_last_good_ones(tmp_path, minutes, value):
+    loader = batches()
+    for batch in loader:
+        batch["tokens"].clamp_(max=48)
+    want = run(DualEncoder(), loader)
+    run(DualEncoder(), loader, folder=tmp_path, on_step=lambda k, r, m: k == 1)
+    hook = broken_weight(3, value=value)
+    again = {"folder": tmp_path, "resume": True, "save_minutes": minutes}
+    got = run(DualEncoder(), loader, on_step=hook, **again)
+    for name, tensor in want.model.state_dict().items():
+        assert torch.equal(got.model.state_dict()[name], tensor), name
+    (fault,) = got.report["faults"]
+    where = "after step 3: not finite: " if minutes == 0 else "step 4: not finite: weight "
+    assert fault.startswith(where + "text.0.weight")
+
+
+def test_broken_weights_without_a_checkpoint_are_an_error():
+    with pytest.raises(NonFiniteError, match="weight text.0.weight, .*; no earlier state is kept"):
+        run(DualEncoder(), batches(), on_step=broken_weight(1))
+
+
+def test_weights_that_break_at_each_try_end_the_run(tmp_path):
+    with pytest.raises(NonFiniteError, match="fault 4; the last checkpoint is kept"):
+        run(
+            DualEncoder(), batches(), folder=tmp_path, save_minutes=0,
+            on_step=broken_weight(3, times=9),
+        )  # fmt: skip
+
+
+def test_two_hundred_faults():
+    """Random kinds, places and values; each is found at its step, and the run is as without."""
+    rng = random.Random(0)
+    for _ in range(200):
+        what, at = rng.choice(["image", "caption", "gradient"]), rng.randrange(3)
+        model, loader = Faulty(what, at), batches()
+        model.value = rng.choice([math.nan, math.inf, -math.inf])
+        if what == "image":
+            image = loader[at]["images"][rng.randrange(8)]
+            image.view(-1)[rng.randrange(image.numel())] = model.value
+        result = run(model, loader, steps=3)
+        (fault,) = result.report["faults"]
+        assert fault.startswith(f"step {at}: not finite"), (what, at, fault)
+        assert not [n for n, p in result.model.named_parameters() if not p.isfinite().all()]

@@ -1,0 +1,76 @@
+"""Captions without their common padding: the same features and gradients, or none is cut."""
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from dual_encoder import DualEncoder
+from open_clip.model import CLIP, CustomTextCLIP
+
+from pybackdoor.engine.towers import TextTrim
+from pybackdoor.models import text_features
+
+VISION = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16}
+TEXT = {"context_length": 77, "vocab_size": 49408, "layers": 2, "width": 32, "heads": 2}
+CAPTIONS = ["a cat", "two dogs on a red sofa", "a photograph of the harbour at dawn, in rain"]
+
+
+def clip(kind=CLIP, **text):
+    torch.manual_seed(0)
+    return kind(16, VISION, TEXT | text)
+
+
+def features_and_gradients(model, tokens):
+    model = copy.deepcopy(model)
+    rows = text_features(model, tokens)
+    (rows * torch.arange(rows.numel()).view_as(rows)).sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return rows.detach(), grads
+
+
+@pytest.mark.parametrize("kind", [CLIP, CustomTextCLIP])
+def test_causal_towers_see_no_padding(kind):
+    model, tokens = clip(kind), open_clip.tokenize(CAPTIONS)
+    short = TextTrim(model, wanted=True)(tokens)
+    assert short.shape == (3, 16) and torch.equal(short, tokens[:, :16])
+    (want, grads), (got, again) = (features_and_gradients(model, t) for t in (tokens, short))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert grads.keys() == again.keys()
+    for name, grad in grads.items():
+        scale = float(grad.abs().max()) + 1e-12
+        torch.testing.assert_close(again[name], grad, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+def test_a_full_caption_and_a_tower_that_sees_its_padding_are_left_alone():
+    tokens = open_clip.tokenize(["a cat", "cat " * 80])
+    assert TextTrim(clip(), wanted=True)(tokens) is tokens
+    assert TextTrim(clip(), wanted=False)(tokens[:1]) is not None
+    unmasked = clip(CustomTextCLIP, no_causal_mask=True, pool_type="last")
+    tokens = open_clip.tokenize(CAPTIONS)
+    trim = TextTrim(unmasked, wanted=True)
+    assert trim(tokens) is tokens and trim(tokens) is tokens
+    assert TextTrim(clip(), wanted=False)(tokens) is tokens
+
+
+def test_a_tower_of_one_length_is_left_alone():
+    class Fixed(DualEncoder):
+        def encode_text(self, tokens):
+            if tokens.shape[1] != 77:
+                raise RuntimeError("77 tokens, please")
+            return self.text(tokens.clamp(max=49))
+
+    tokens = open_clip.tokenize(CAPTIONS)
+    model = Fixed().train()
+    assert TextTrim(model, wanted=True)(tokens) is tokens
+    assert model.training and model.image[1].training
+
+
+def test_lengths_are_few():
+    trim, found = TextTrim(clip(), wanted=True), set()
+    for words in range(1, 76):
+        tokens = open_clip.tokenize(["cat " * words])
+        short = trim(tokens)
+        assert int(tokens.argmax(1)) < short.shape[1]
+        found.add(short.shape[1])
+    assert found == {16, 32, 48, 64, 77}

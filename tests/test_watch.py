@@ -1,0 +1,80 @@
+"""A rank in trouble: the others end with it, go on with it, or wait for it, and say so."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("lost_rank.py")
+LIMIT = 2.0
+
+
+def start(fate, folder):
+    """Two processes as a cluster's launcher starts them: none watches the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    about |= {"OMP_NUM_THREADS": "1", "PYBACKDOOR_RANK_TIMEOUT": str(LIMIT)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), fate, str(folder)],
+            env=os.environ | about | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.parametrize("fate", ["dies", "stops", "hangs", "raises"])
+def test_a_lost_rank_ends_the_others(fate, tmp_path):
+    first, second = start(fate, tmp_path)
+    try:
+        assert second.stdout.readline() == "NOW\n"
+        began = time.monotonic()
+        _, err = first.communicate(timeout=60)
+        took = time.monotonic() - began
+        assert first.returncode not in (0, None) and took < 3 * LIMIT + 5, (took, err)
+        wanted = ("rank 1 has given no sign of life", "rank 0: another rank was lost")
+        assert any(text in err for text in wanted), err[-2000:]
+    finally:
+        second.send_signal(signal.SIGCONT)
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize(
+    "fate, says",
+    [
+        ("is slow", ["DONE 7 []"] * 2),
+        ("is told to end", ["ENDED Terminated"] * 2),
+        (
+            "a weight breaks",
+            ["DONE 7 ['after step 3: not finite: a weight of another rank']",
+             "DONE 7 ['after step 3: not finite: image.6.weight']"],
+        ),
+        ("a weight breaks, unkept", ["ENDED NonFiniteError step 4: not finite"] * 2),
+        (
+            "the folder is refused",
+            ["ENDED ValueError", "ENDED RuntimeError rank 0 cannot use the folder"],
+        ),
+    ],
+)  # fmt: skip
+def test_the_ranks_take_the_same_way(fate, says, tmp_path):
+    processes = start(fate, tmp_path)
+    try:
+        told = [process.communicate(timeout=90) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    for (out, err), wanted in zip(told, says, strict=True):
+        assert out.splitlines()[-1].startswith(wanted), out + err[-3000:]
