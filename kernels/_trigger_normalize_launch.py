@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from pybackdoor.kernels._philox import double, halves, philox
 from torch import Tensor
+
+from pybackdoor.kernels._philox import double, halves, philox
 
 if TYPE_CHECKING:
     from pybackdoor.ops._trigger_normalize_arguments import Inputs, Plain

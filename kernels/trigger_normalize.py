@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from pybackdoor.kernels._philox import double, halves, normals
 from pybackdoor.kernels._trigger_normalize_launch import (
     DECIDE_BLOCK,
@@ -29,7 +31,6 @@ from pybackdoor.kernels._trigger_normalize_launch import (
 )
 from pybackdoor.kernels._variant import Variant
 from pybackdoor.kernels.trigger_normalize_backward import backward
-from torch import Tensor
 
 if TYPE_CHECKING:
     from pybackdoor.ops._trigger_normalize_arguments import Inputs, Plain

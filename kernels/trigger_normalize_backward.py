@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from pybackdoor.kernels._philox import double, halves
 from pybackdoor.kernels._trigger_normalize_launch import (
     DTYPES,
@@ -25,7 +27,6 @@ from pybackdoor.kernels._trigger_normalize_launch import (
     sizes,
 )
 from pybackdoor.kernels._variant import Variant
-from torch import Tensor
 
 if TYPE_CHECKING:
     from pybackdoor.ops._trigger_normalize_arguments import Inputs, Plain
