@@ -31,6 +31,7 @@ class Batch:
     images: Tensor  # [n, H, W, 3] or [n, 3, H, W] uint8, or [n, 3, H, W] float
     tokens: Tensor  # [n, L] int64
     ids: Tensor | None  # [n] int64
+    captions: Tensor | None = None  # [n] int64, numbers of the loader's captions
 
     def __len__(self) -> int:
         return len(self.images)
@@ -117,7 +118,8 @@ def read_batch(raw: Any, rules: InputRules, *, first: bool = False) -> Batch:
                 f"{tuple(ids.shape)}"
             )
         ids = ids.to(torch.int64)
-    return Batch(images, tokens, ids)
+    captions = raw.get("captions") if isinstance(raw, Mapping) else None
+    return Batch(images, tokens, ids, captions if isinstance(captions, Tensor) else None)
 
 
 def model_input(

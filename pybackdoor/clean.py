@@ -89,6 +89,7 @@ class CleanOptions(TypedDict, total=False):
     track: Tracker | None
     micro_batch: int | None
     trim_text: bool
+    cache_text: bool
     compile: str | None
     max_faults: int
     folder: str | os.PathLike | None
@@ -123,6 +124,7 @@ def clean(
     track: Tracker | None = None,
     micro_batch: int | None = None,
     trim_text: bool = True,
+    cache_text: bool = True,
     compile: str | None = None,
     max_faults: int = 3,
     folder: str | os.PathLike | None = None,
@@ -142,8 +144,8 @@ def clean(
     """
     settings = Settings(
         steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
-        progress=progress, micro_batch=micro_batch, trim_text=trim_text, compile=compile,
-        max_faults=max_faults,
+        progress=progress, micro_batch=micro_batch, trim_text=trim_text, cache_text=cache_text,
+        compile=compile, max_faults=max_faults,
     )  # fmt: skip
     own = {**own, "lr_start": lr_start, "lr": lr, "lr_end": lr_end}
     schedule = two_phase_schedule(lr_start, lr, lr_end)

@@ -12,7 +12,7 @@ taken over the whole batch of all ranks before it is compared with tau: one gate
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .clean import CleanOptions, CleanResult, clean, frozen_copy
-from .engine import PRECISIONS, Encoder, Settings, loss_precision
+from .engine import PRECISIONS, Encoder, Settings, TextFeatures, loss_precision
 from .ops import contrastive_par
 
 
@@ -32,10 +32,17 @@ class PerturbAndRecover:
     ) -> None:
         self._poisoned, self._tau, self._encode = poisoned, tau, encode
         self._precision = precision
+        self._texts: Callable[[Tensor], Tensor] | None = None
+
+    def prepare(self, texts: TextFeatures | None) -> None:
+        self._texts = None if texts is None else texts(self._poisoned)
 
     @torch.no_grad()
-    def reference(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        return self._encode.image(self._poisoned, x), self._encode.text(self._poisoned, tokens)
+    def reference(self, x: Tensor, tokens: Tensor, captions: Tensor | None) -> tuple[Tensor, ...]:
+        image = self._encode.image(self._poisoned, x)
+        if self._texts is None or captions is None:
+            return image, self._encode.text(self._poisoned, tokens)
+        return image, self._texts(captions)
 
     def __call__(
         self,
@@ -102,6 +109,8 @@ def par_clean(
             and gradients stay those of the whole batch, for one more forward pass.
         trim_text (True): encode captions without the padding that all of a batch share; only where
             the model gives the same features for it, which the first batch shows.
+        cache_text (True): compute the poisoned model's features of all captions once, at the start,
+            where the loader numbers its captions (PairLoader does) and as many pairs will be seen.
         compile (None): a mode of torch.compile for both towers, such as "default".
         max_faults (3): batches whose loss or gradients are not finite that are left out, each
             named in the report, before the run is given up.

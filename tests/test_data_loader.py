@@ -79,7 +79,7 @@ def test_permutation_of_three_million_is_cheap_and_spread():
 def test_batch_holds_pixels_tokens_and_ids_of_the_same_pairs():
     pairs = numbered(10).subset([7, 3, 9, 1, 0])
     for batch in PairLoader(pairs, tokenize, batch_size=2):
-        assert set(batch) == {"images", "tokens", "ids"}
+        assert set(batch) == {"images", "tokens", "ids", "captions"}
         assert batch["images"].dtype == torch.uint8 and batch["images"].shape == (2, 1, 2, 3)
         assert batch["tokens"].dtype == batch["ids"].dtype == torch.int64
         for image, tokens, i in zip(*(batch[k] for k in ("images", "tokens", "ids")), strict=True):

@@ -27,7 +27,7 @@ def gradients(micro, objective=None, dropout=0.0, train_scale=True):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(23, 3, 16, 16, generator=g, dtype=torch.float64)
     tokens = random_pairs(23, 23)[0]["tokens"]
-    outcome = compute(3, x, tokens, None)
+    outcome = compute(3, x, tokens, None, None)
     return outcome, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -62,7 +62,7 @@ def test_dropout_is_the_same_in_both_passes():
         )
         g = torch.Generator().manual_seed(0)
         x = torch.randn(23, 3, 16, 16, generator=g, dtype=torch.float64)
-        losses.append(compute(3, x, random_pairs(23, 23)[0]["tokens"], None).scalars["loss"])
+        losses.append(compute(3, x, random_pairs(23, 23)[0]["tokens"], None, None).scalars["loss"])
     difference = (losses[0] - losses[1]) / 2e-5
     torch.testing.assert_close(grads["image.6.bias"] @ direction, difference, rtol=1e-5, atol=0)
 

@@ -17,7 +17,7 @@ from ..distributed import Ranks
 from ._keyed import permutation
 from .pairs import Pairs
 from .store import attempt
-from .tokens import TokenTable, token_table
+from .tokens import DifferentCaptions, TokenTable, token_table
 
 _STATE = ("seed", "epoch", "position")
 
@@ -52,7 +52,8 @@ class PairLoader:
         pin_memory: put batches in page-locked memory; None = when CUDA is in use.
         progress: show a bar while tokenising; None = on a terminal.
     Yields:
-        {"images": [b, H, W, 3] uint8, "tokens": [b, L] int64, "ids": [b] int64}.
+        {"images": [b, H, W, 3] uint8, "tokens": [b, L] int64, "ids": [b] int64, "captions": [b]
+        int64, the numbers of the captions in ``captions``}.
     Raises:
         TypeError, ValueError: naming the argument.
     Example:
@@ -145,12 +146,20 @@ class PairLoader:
             )
         self._seed, self._epoch, self._start, self._position = seed, epoch, position, position
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    @property
+    def captions(self) -> DifferentCaptions:
+        """The different captions, tokenised."""
+        return self._table().different
+
+    def _table(self) -> TokenTable:
         if self._tokens is None:
             self._tokens = token_table(self.pairs.captions, self.tokenizer, self._progress)
             self._tokens.warn_if_truncated()
+        return self._tokens
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self._position = self._start
-        return self._iterate(self._tokens)
+        return self._iterate(self._table())
 
     def _iterate(self, tokens: TokenTable) -> Iterator[dict[str, Tensor]]:
         seed, epoch = self._seed, self._epoch
@@ -252,6 +261,7 @@ def _batch(
     batch = {
         "images": torch.from_numpy(images),
         "tokens": tokens.take(rows),
+        "captions": torch.from_numpy(tokens.numbers(rows)),
         "ids": torch.from_numpy(pairs.ids[rows]),
     }
     return {name: value.pin_memory() for name, value in batch.items()} if pin else batch

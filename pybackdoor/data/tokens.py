@@ -100,11 +100,22 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self._ends) - 1 if self._of_row is None else len(self._of_row)
 
+    @property
+    def different(self) -> DifferentCaptions:
+        """The captions that are held, equal ones as one; those on disk each by itself."""
+        return DifferentCaptions(self)
+
+    def numbers(self, indices: np.ndarray) -> np.ndarray:
+        """[n] int64 in [0, len(different)) of the captions at [n] indices."""
+        return np.asarray(indices) if self._of_row is None else self._of_row[indices]
+
     def take(self, indices: np.ndarray) -> Tensor:
         """[n, L] int64 tokens of the captions at [n] indices."""
-        out = np.empty((len(indices), self.length), np.int64)
-        places = indices if self._of_row is None else self._of_row[indices]
-        for row, which in zip(out, places, strict=True):
+        return self.different.tokens(self.numbers(indices))
+
+    def _unpacked(self, numbers: np.ndarray) -> Tensor:
+        out = np.empty((len(numbers), self.length), np.int64)
+        for row, which in zip(out, numbers, strict=True):
             start, end = self._ends[which], self._ends[which + 1]
             row[: end - start] = self._flat[start:end]
             row[end - start :] = self._flat[end - 1]
@@ -119,6 +130,24 @@ class TokenTable:
                 UserWarning,
                 stacklevel=3,
             )
+
+
+class DifferentCaptions:
+    """The different captions of a table, by number."""
+
+    def __init__(self, table: TokenTable) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table._ends) - 1
+
+    def lengths(self) -> np.ndarray:
+        """[n] tokens of each, one of its padding among them."""
+        return np.diff(self._table._ends)
+
+    def tokens(self, numbers: np.ndarray) -> Tensor:  # [b]
+        """[b, L] int64."""
+        return self._table._unpacked(numbers)
 
 
 def token_table(captions: Sequence[str], tokenizer: Any, progress: bool | None) -> TokenTable:

@@ -55,6 +55,7 @@ class Gradients:
         step: int,
         x: Tensor,  # [n, 3, H, W] normalised
         tokens: Tensor,  # [n, L]
+        captions: Tensor | None,  # [n] numbers, see Objective.prepare
         counts: list[int] | None,
     ) -> Outcome:
         size = self._micro or len(x)
@@ -67,7 +68,8 @@ class Gradients:
                     (images, texts), self._towers(step, number, x[part], tokens[part]), strict=True
                 ):
                     rows.append(features)
-                constants.append(self._objective.reference(x[part], tokens[part]))
+                numbers = None if captions is None else captions[part]
+                constants.append(self._objective.reference(x[part], tokens[part], numbers))
         if whole:
             image, text = images[0], texts[0]
         else:

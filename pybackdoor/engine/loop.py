@@ -32,6 +32,7 @@ from .guard import Checked, Fault, Guard, NonFiniteError
 from .interrupts import DeferredInterrupt, exception_of
 from .progress import Progress
 from .settings import PRECISIONS, Objective, Schedule, Settings, StepHook, Tracker, TrainLog
+from .texts import CaptionFeatures, worth_it
 from .towers import Encoder, TextTrim
 from .watch import Watch
 
@@ -113,6 +114,7 @@ class _Run:
         self.rules, self.device, self.log = rules, device, log
         self.on_step, self.track = on_step, track
         self.ranks = Ranks.start(device)
+        self.loader, self.objective, self.numbered = loader, objective, False
         self.watch = Watch(self.ranks)
         self.feed = Feed(
             loader, rules, self.ranks, device, steps=settings.steps, epochs=settings.epochs,
@@ -178,7 +180,22 @@ class _Run:
             raise RuntimeError(f"rank 0 cannot use the folder of checkpoints: {said}")
         self._return_to(state)
 
+    def _prepare(self) -> None:
+        """Lets the objective make features of all captions at once, where that pays."""
+        captions = getattr(self.loader, "captions", None) if self.settings.cache_text else None
+        pairs = self.feed.steps * getattr(self.loader, "batch_size", 0)
+        self.numbered = captions is not None and worth_it(captions, pairs)
+
+        def features(model: nn.Module) -> CaptionFeatures:
+            def encode(tokens: Tensor) -> Tensor:
+                return self.encode.text(model, self.trim(tokens).to(self.device))
+
+            return CaptionFeatures(captions, encode, self.ranks, self.watch)
+
+        self.objective.prepare(features if self.numbered else None)
+
     def _run(self, interrupt: DeferredInterrupt, kept: bool) -> None:
+        self._prepare()
         done, leader = len(self.log.steps), self.ranks.rank == 0
         with Progress(self.feed.steps, self.settings.progress, leader, done, self.device) as bar:
             self._when_to_save()
@@ -230,7 +247,8 @@ class _Run:
         self.guard.begin()
         self.optimizer.zero_grad(set_to_none=True)
         counts = item.counts if self.ranks.size > 1 else None
-        outcome = self.gradients(step, x, tokens, counts)
+        captions = item.batch.captions if self.numbered else None
+        outcome = self.gradients(step, x, tokens, captions, counts)
         self.ranks.sum_gradients(self.trained)
         self.guard.watch(step, item, item.ids, outcome)
         for group in self.optimizer.param_groups:

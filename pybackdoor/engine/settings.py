@@ -16,6 +16,7 @@ from ..ops import Augment
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
+TextFeatures = Callable[[nn.Module], Callable[[Tensor], Tensor]]  # model -> numbers -> [n, D]
 Schedule = Callable[[int, int], float]  # (step, steps) -> learning rate
 Tracker = Callable[[int, dict[str, float]], None]
 StepHook = Callable[[int, dict[str, float], nn.Module], bool | None]
@@ -24,8 +25,14 @@ StepHook = Callable[[int, dict[str, float], nn.Module], bool | None]
 class Objective(Protocol):
     """What a step minimises. A method is an objective and a schedule."""
 
-    def reference(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Constant features of this rank's rows that the loss needs, each [n, D]; may be ()."""
+    def prepare(self, texts: TextFeatures | None) -> None:
+        """Before the first step; texts makes a frozen model's features of all captions, or None."""
+
+    def reference(self, x: Tensor, tokens: Tensor, captions: Tensor | None) -> tuple[Tensor, ...]:
+        """Constant features of this rank's rows that the loss needs, each [n, D]; may be ().
+
+        captions: [n] int64 numbers in what ``prepare`` gave, None where it gave nothing.
+        """
 
     def __call__(
         self,
@@ -60,6 +67,8 @@ class Settings:
             gradients stay those of the whole batch, for one more forward pass. None: all.
         trim_text: encode captions without the padding that all of a batch share, where the model
             gives the same features for it (checked on the first batch).
+        cache_text: compute a frozen model's features of the loader's captions once, at the start,
+            where the loader numbers them and as many pairs will be seen.
         compile: None, or a mode of torch.compile for both towers: "default", "reduce-overhead"
             (with CUDA graphs) or "max-autotune".
         max_faults: batches whose loss or gradients are not finite that may be left out before the
@@ -78,6 +87,7 @@ class Settings:
     progress: bool | None = None
     micro_batch: int | None = None
     trim_text: bool = True
+    cache_text: bool = True
     compile: str | None = None
     max_faults: int = 3
 
