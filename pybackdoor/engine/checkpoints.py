@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..files import file_sha256, hold, sync_folder, writable_folder, write_atomically
@@ -138,7 +136,7 @@ class CheckpointFolder:
             return False
         try:
             self._write(step, tensors, content)
-        except (OSError, SafetensorError) as error:
+        except _write_errors() as error:
             warnings.warn(
                 f"no checkpoint at step {step}: {error}; the last one is kept",
                 RuntimeWarning,
@@ -161,10 +159,12 @@ class CheckpointFolder:
         self.close()
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+        from safetensors import torch as files
+
         path = self.folder / f"step_{step}.safetensors"
         part = path.with_suffix(".tmp")
         try:
-            safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, part)
+            files.save_file({n: t.contiguous() for n, t in tensors.items()}, part)
             digest = file_sha256(part)
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
@@ -191,6 +191,8 @@ class CheckpointFolder:
         return sorted(step for step in found if step is not None)
 
     def _read(self, step: int) -> State:
+        from safetensors import torch as files
+
         path = self.folder / f"step_{step}.safetensors"
         try:
             sealed = json.loads(path.with_suffix(".json").read_bytes())
@@ -208,7 +210,14 @@ class CheckpointFolder:
             )
         if file_sha256(path) != content["sha256"]:
             raise _Damaged("its tensors are not what was written")
-        return State(safetensors.torch.load_file(path), content)
+        return State(files.load_file(path), content)
+
+
+def _write_errors() -> tuple[type[Exception], ...]:
+    """What a failing disk raises, safetensors' own error among it; imported when it is needed."""
+    from safetensors import SafetensorError
+
+    return OSError, SafetensorError
 
 
 class _Damaged(Exception):
