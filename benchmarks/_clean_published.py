@@ -210,7 +210,9 @@ class Published:
                 num_workers=self.setting.workers,
             )  # fmt: skip
             for images, labels in loader:
-                rows = F.normalize(self.student.encode_image(images.to(self.setting.device)), dim=-1)
+                rows = F.normalize(
+                    self.student.encode_image(images.to(self.setting.device)), dim=-1
+                )
                 hits += ((100 * rows @ head.T).argmax(1).cpu() == labels).sum().item()
                 count += len(labels)
             shares.append(hits / count)

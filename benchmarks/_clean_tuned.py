@@ -202,7 +202,9 @@ class Tuned:
                 unit(short_text(self.student, tokens.to(setting.device)))
                 for tokens in self.prompts.split(size)
             ]
-            head = unit(torch.cat(texts).view(len(setting.files.classes), len(TEMPLATES), -1).mean(1))
+            head = unit(
+                torch.cat(texts).view(len(setting.files.classes), len(TEMPLATES), -1).mean(1)
+            )
             shares = []
             for images in self.tests:
                 found = []
@@ -222,7 +224,9 @@ class Tuned:
         with Image.open(self.setting.files.patch) as image:
             patch = np.asarray(image.convert("RGB").resize((size, size)))
         out, rng = images.copy(), np.random.default_rng(4)
-        for image, (top, left) in zip(out, rng.integers(0, side - size + 1, (len(out), 2)), strict=True):
+        for image, (top, left) in zip(
+            out, rng.integers(0, side - size + 1, (len(out), 2)), strict=True
+        ):
             image[top : top + size, left : left + size] = patch
         return out
 

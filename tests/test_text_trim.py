@@ -9,6 +9,7 @@ from dual_encoder import DualEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 
 from pybackdoor.engine.towers import TextTrim
+from pybackdoor.features import FeatureReader
 from pybackdoor.models import text_features
 
 VISION = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16}
@@ -66,11 +67,29 @@ def test_a_tower_of_one_length_is_left_alone():
     assert model.training and model.image[1].training
 
 
-def test_lengths_are_few():
-    trim, found = TextTrim(clip(), wanted=True), set()
+@pytest.mark.parametrize("compiled, step", [(False, 8), (True, 16)])
+def test_lengths_are_few(compiled, step):
+    trim, found = TextTrim(clip(), wanted=True, compiled=compiled), set()
     for words in range(1, 76):
         tokens = open_clip.tokenize(["cat " * words])
         short = trim(tokens)
         assert int(tokens.argmax(1)) < short.shape[1]
         found.add(short.shape[1])
-    assert found == {16, 32, 48, 64, 77}
+    assert found == {*range(step, 77, step), 77}
+
+
+def test_evaluation_trims_to_the_same_features():
+    model, lengths = clip(), []
+    before = model.encode_text
+
+    def encode_text(tokens):
+        lengths.append(tokens.shape[1])
+        return before(tokens)
+
+    model.encode_text = encode_text
+    reader = FeatureReader(model, open_clip.tokenize, mean=(0.5,) * 3, std=(0.5,) * 3)
+    got = reader.captions(CAPTIONS)
+    assert lengths[-1] == 16
+    with torch.no_grad():
+        want = text_features(model.eval(), open_clip.tokenize(CAPTIONS))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

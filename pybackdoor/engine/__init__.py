@@ -19,7 +19,7 @@ from .settings import (
     loss_precision,
     pick_device,
 )
-from .towers import Encoder
+from .towers import Encoder, TextTrim
 
 __all__ = [
     "PRECISIONS",
@@ -31,6 +31,7 @@ __all__ = [
     "Schedule",
     "Settings",
     "StepHook",
+    "TextTrim",
     "Tracker",
     "TrainLog",
     "decay_groups",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..models import image_features, text_features
 
-_STEP = 16  # lengths of captions are multiples of it: few shapes to compile for
+_STEP = 8  # lengths of captions are multiples of it
+_COMPILED_STEP = 16  # few shapes to compile for
 _SAME = 2e-5  # of a unit row's entries in fp32: rounding; a pooled padding moves them by 1e-2
 
 
@@ -59,10 +60,13 @@ class TextTrim:
 
     A causal text tower pooled at its end mark does not see what follows; whether this one is such
     is found out on the first batch that has padding: some of its captions are encoded both ways.
+
+    Args:
+        compiled: whether each length costs a compilation.
     """
 
-    def __init__(self, model: nn.Module, wanted: bool) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, wanted: bool, compiled: bool = False) -> None:
+        self._model, self._step = model, _COMPILED_STEP if compiled else _STEP
         self._works: bool | None = None if wanted else False
 
     def __call__(self, tokens: Tensor) -> Tensor:  # [n, L] -> [n, L'], L' <= L
@@ -70,7 +74,7 @@ class TextTrim:
             return tokens  # counting on a GPU would wait for it
         same = (tokens[:, 1:] == tokens[:, :-1]).flip(1).to(torch.uint8)  # [n, L - 1]
         longest = int((tokens.shape[1] - same.cummin(1).values.sum(1)).max())
-        length = min(tokens.shape[1], -(-longest // _STEP) * _STEP)
+        length = min(tokens.shape[1], -(-longest // self._step) * self._step)
         if length == tokens.shape[1]:
             return tokens
         if self._works is None:
