@@ -84,9 +84,7 @@ def write_files(
     """
     pictures, labels, names, source = _pictures(classes)
     rng = np.random.default_rng([seed, 2])
-    order = np.concatenate(
-        [rng.permutation(len(pictures))] * (-(-(pairs + tests) // len(pictures)))
-    )
+    order = np.resize(rng.permutation(len(pictures)), pairs + tests)
     sizes = rng.integers(sides[0], sides[1] + 1, (pairs + tests, 2))
     (folder / "images").mkdir(parents=True)
 

@@ -25,9 +25,15 @@ from _timing import synchronize
 from pybackdoor import evaluate, par_clean
 from pybackdoor.clean import CleanResult
 from pybackdoor.data import (
-    Labelled, PairLoader, Pairs, Preprocessing, decode_image, labelled_from_arrays,
-    labelled_from_csv, pairs_from_csv,
-)  # fmt: skip
+    Labelled,
+    PairLoader,
+    Pairs,
+    Preprocessing,
+    decode_image,
+    labelled_from_arrays,
+    labelled_from_csv,
+    pairs_from_csv,
+)
 from pybackdoor.triggers import TriggerSpec, apply_trigger, trigger
 
 LEVERS = ("trim_text", "cache", "kernels")

@@ -118,7 +118,7 @@ class Setting:
         self.tokenizer = self.loaded.tokenizer
 
     def pair(self) -> tuple[nn.Module, nn.Module]:
-        """A trainable copy of the model, and a frozen one; batch norm and scale stay as they are."""
+        """A copy whose weights but the scale are trained, and a frozen one."""
         student = copy.deepcopy(self.loaded.model).to(self.device).requires_grad_(True)
         training(student)
         student.logit_scale.requires_grad_(False)

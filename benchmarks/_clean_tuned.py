@@ -18,10 +18,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _clean_setting import (
-    ERASE_AREA, ERASE_P, NOISE_P, NOISE_STD, TAU, TEMPLATES, WEIGHT, Batch, Parts,
+    ERASE_AREA,
+    ERASE_P,
+    NOISE_P,
+    NOISE_STD,
+    TAU,
+    TEMPLATES,
+    WEIGHT,
+    Batch,
+    Parts,
     Setting,
-    parameter_groups, rate, training,
-)  # fmt: skip
+    parameter_groups,
+    rate,
+    training,
+)
 from _timing import synchronize
 from PIL import Image
 from torch import Tensor, nn

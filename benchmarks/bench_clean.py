@@ -173,7 +173,7 @@ class Benchmark:
         finally:
             self.setting.stages = no_stages
         found = clock.seconds | {"other": whole - sum(clock.seconds.values())}
-        return ", ".join(f"{name} {1e6 * found[name] / samples:.0f}" for name in found)
+        return ", ".join(f"{name} {1e6 * value / samples:.0f}" for name, value in found.items())
 
     def run(self, repeats: int) -> None:
         """Whole runs, one after another."""
