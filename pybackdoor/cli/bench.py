@@ -91,8 +91,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         micro_batch=config.micro_batch, track=loader.track,
     )  # fmt: skip
     step = loader.seconds / config.steps
-    with torch.no_grad():
-        width = loaded.model.to(device).encode_text(loader.tokens[:1].to(device)).shape[1]
+    width = loaded.model.to(device).encode_text(loader.tokens[:1].to(device)).shape[1]
     loss = _loss_seconds(config, width, loader)
     cuda = device.type == "cuda"
     return {
@@ -115,14 +114,13 @@ def _loss_seconds(config: BenchConfig, width: int, loader: Synthetic) -> float:
     """Of the loss alone, forward and backward."""
     rows = torch.nn.functional.normalize(torch.randn(4, config.batch_size, width), dim=-1)
     text, image, text_ref, image_ref = rows.to(loader.device)
-    times = []
+    scale, times = torch.tensor(14.3, device=loader.device), []
     for _ in range(_WARM + config.steps):
         leaves = [t.clone().requires_grad_() for t in (text, image)]
         began = loader.now()
         contrastive_par(
-            *leaves, torch.tensor(14.3, device=loader.device), image_ref=image_ref, text_ref=text_ref,
-            distance_weight=0.5, tau=2.15, normalize=False,
-            precision=loss_precision(config.precision),
+            *leaves, scale, image_ref=image_ref, text_ref=text_ref, distance_weight=0.5, tau=2.15,
+            normalize=False, precision=loss_precision(config.precision),
         ).loss.backward()  # fmt: skip
         times.append(loader.now() - began)
     return statistics.median(times[_WARM:])
