@@ -13,7 +13,7 @@ from _clean_setting import Setting
 from _clean_tuned import Tuned
 from torch.nn.functional import cross_entropy, normalize
 
-STEPS = 3
+STEPS = 2
 ROWS = 8
 RATE = 1e-4
 FIRST = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss, against fp64's

@@ -194,11 +194,11 @@ class Benchmark:
             note += f"test images of {self.size.classes} classes"
             self.row(name, "run", found, EPOCHS * epoch * self.setting.batch, note)
 
-    def ablation(self) -> None:
+    def ablation(self, rounds: int) -> None:
         """pybackdoor with one lever off at a time."""
         variants = [Ours(self.setting, lever) for lever in (None, *LEVERS)]
         seconds: dict[str | None, list[float]] = {v.without: [] for v in variants}
-        for block in range(self.size.blocks):
+        for block in range(rounds):
             for variant in variants[block % 4 :] + variants[: block % 4]:
                 seconds[variant.without].append(variant.block(self.batches(block)))
         samples = self.size.steps * self.setting.batch
@@ -207,7 +207,7 @@ class Benchmark:
             self.row(name, "ablation", seconds[variant.without], samples, "")
         model, tests = self.setting.loaded.model.to(self.setting.device), variants[0].tests()
         shared: dict[bool, list[float]] = {True: [], False: []}
-        for block in range(1 + min(3, self.size.blocks)):
+        for block in range(1 + rounds):
             for one in shared:
                 began = time.perf_counter()
                 variants[0].evaluate(model, tests, one)
@@ -235,6 +235,7 @@ def model_of(name: str, tiny: bool) -> LoadedModel:
 
 def benchmark(options, files: Files, size: Size, report: Report) -> None:
     """All that the options ask for."""
+    began = time.perf_counter()
     model = "tiny" if options.tiny else options.model
     precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
     compiled = options.compile == "on" or (options.compile == "auto" and options.device == "cuda")
@@ -255,7 +256,8 @@ def benchmark(options, files: Files, size: Size, report: Report) -> None:
         found.trainers.clear()
         release_memory()
     if "ablation" in options.modes:
-        found.ablation()
+        found.ablation(1 if options.quick else size.blocks)
+    report.note(f"the benchmark took {time.perf_counter() - began:.0f} s")
 
 
 def main() -> None:
