@@ -52,7 +52,7 @@ class FeatureReader:
             raise ValueError("mean and std are unknown: the model carries none, so pass both")
         self._device = next(model.parameters()).device
         self._encoder = Encoder(PRECISIONS[precision], self._device)
-        self._trim = TextTrim(model, wanted=True)
+        self._trim = TextTrim(model, wanted=True, grouped=self._device.type == "cpu")
 
     def images(
         self,

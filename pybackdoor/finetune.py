@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .clean import CleanOptions, CleanResult, clean
-from .engine import Settings, loss_precision
+from .engine import Captions, Settings, loss_precision
 from .ops import contrastive_par
 
 
@@ -22,7 +22,7 @@ class Contrastive:
     def __init__(self, precision: str = "auto") -> None:
         self._precision = precision
 
-    def reference(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    def reference(self, x: Tensor, tokens: Tensor | Captions) -> tuple[Tensor, ...]:
         return ()
 
     def __call__(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .clean import CleanOptions, CleanResult, clean, frozen_copy
-from .engine import PRECISIONS, Encoder, Settings, loss_precision
+from .engine import PRECISIONS, Captions, Encoder, Settings, loss_precision
 from .ops import contrastive_par
 
 
@@ -34,7 +34,7 @@ class PerturbAndRecover:
         self._precision = precision
 
     @torch.no_grad()
-    def reference(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    def reference(self, x: Tensor, tokens: Tensor | Captions) -> tuple[Tensor, ...]:
         return self._encode.image(self._poisoned, x), self._encode.text(self._poisoned, tokens)
 
     def __call__(
@@ -100,8 +100,9 @@ def par_clean(
             each step wait for its numbers; ``track``, called with (step, record), does not.
         micro_batch (None): pairs encoded at a time, for a batch that does not fit into memory; loss
             and gradients stay those of the whole batch, for one more forward pass.
-        trim_text (True): encode captions without the padding that all of a batch share; only where
-            the model gives the same features for it, which the first batch shows.
+        trim_text (True): encode captions without the padding that all of a batch share, on a CPU
+            in groups of similar length; only where the model gives the same features for it, which
+            the first batch shows.
         compile (None): a mode of torch.compile for both towers, such as "default".
         max_faults (3): batches whose loss or gradients are not finite that are left out, each
             named in the report, before the run is given up.

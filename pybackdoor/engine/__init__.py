@@ -19,10 +19,11 @@ from .settings import (
     loss_precision,
     pick_device,
 )
-from .towers import Encoder, TextTrim
+from .towers import Captions, Encoder, TextTrim
 
 __all__ = [
     "PRECISIONS",
+    "Captions",
     "Checkpoints",
     "DeferredInterrupt",
     "Encoder",

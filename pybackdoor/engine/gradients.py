@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models import scale
 from .settings import Objective
-from .towers import Encoder
+from .towers import Captions, Encoder
 
 
 class Outcome(NamedTuple):
@@ -54,7 +54,7 @@ class Gradients:
         self,
         step: int,
         x: Tensor,  # [n, 3, H, W] normalised
-        tokens: Tensor,  # [n, L]
+        tokens: Tensor | Captions,  # [n, L]
         counts: list[int] | None,
     ) -> Outcome:
         size = self._micro or len(x)
@@ -89,7 +89,9 @@ class Gradients:
         named |= {f"reference features {i}": rows.detach() for i, rows in enumerate(fixed)}
         return Outcome(scalars, named)
 
-    def _towers(self, step: int, part: int, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _towers(
+        self, step: int, part: int, x: Tensor, tokens: Tensor | Captions
+    ) -> tuple[Tensor, Tensor]:
         torch.manual_seed(hash((self._seed, step, part)) & (2**63 - 1))
         return self._encode.image(self._model, x), self._encode.text(self._model, tokens)
 

@@ -122,7 +122,11 @@ class _Run:
         )
         set_train_mode(model, settings.freeze_batchnorm)
         self.encode = Encoder(PRECISIONS[settings.precision], device, settings.compile)
-        self.trim = TextTrim(model, settings.trim_text, settings.compile is not None)
+        compiled = settings.compile is not None
+        self.trim = TextTrim(
+            model, settings.trim_text, compiled=compiled,
+            grouped=device.type == "cpu" and not compiled,
+        )  # fmt: skip
         self.gradients = Gradients(
             model, objective, self.encode, train_scale=self.train_scale,
             micro_batch=settings.micro_batch, seed=settings.seed + 0x9E3779B1 * self.ranks.rank,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Augment
+from .towers import Captions
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -24,8 +25,11 @@ StepHook = Callable[[int, dict[str, float], nn.Module], bool | None]
 class Objective(Protocol):
     """What a step minimises. A method is an objective and a schedule."""
 
-    def reference(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Constant features of this rank's rows that the loss needs, each [n, D]; may be ()."""
+    def reference(self, x: Tensor, tokens: Tensor | Captions) -> tuple[Tensor, ...]:
+        """Constant features of this rank's rows that the loss needs, each [n, D]; may be ().
+
+        The tokens are as ``Encoder.text`` takes them.
+        """
 
     def __call__(
         self,
@@ -58,8 +62,9 @@ class Settings:
         progress: show a progress bar; None when standard error is a terminal.
         micro_batch: pairs encoded at a time, for a batch that does not fit into memory: loss and
             gradients stay those of the whole batch, for one more forward pass. None: all.
-        trim_text: encode captions without the padding that all of a batch share, where the model
-            gives the same features for it (checked on the first batch).
+        trim_text: encode captions without the padding that all of a batch share, and on a CPU in
+            groups of similar length, where the model gives the same features for it (checked on
+            the first batch).
         compile: None, or a mode of torch.compile for both towers: "default", "reduce-overhead"
             (with CUDA graphs) or "max-autotune".
         max_faults: batches whose loss or gradients are not finite that may be left out before the
