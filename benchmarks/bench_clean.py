@@ -106,7 +106,7 @@ class Benchmark:
         """Adds a row; seconds each of so many samples."""
         setting = self.setting
         times = quantiles([1e6 * value / samples for value in seconds])
-        text = [f"{1e3 / times[0] * 1e3:.1f} per s", note]
+        text = [f"{1e6 / times[0]:.1f} per s", note, setting.files.source]
         if setting.precision == "bf16" and name == "published" and mode == "run":
             text.append("evaluation in fp32")
         self.report.add(
@@ -158,8 +158,6 @@ class Benchmark:
         samples = self.size.steps * self.setting.batch
         for name, trainer in self.trainers.items():
             note = f"ms by stage: {self.stages(trainer, samples)}"
-            if name != OURS:
-                note += f"; pictures: {self.setting.files.source}"
             self.row(
                 name, "train", seconds[name], samples, note, rel_error=self.error[name],
                 peak_bytes=self.peak[name],
@@ -285,7 +283,6 @@ def main() -> None:
         files = write_files(
             Path(folder), pairs=size.pairs, tests=size.tests, classes=size.classes, sides=size.sides
         )
-        report.note(f"pictures: {files.source}")
         benchmark(options, files, size, report)
     report.close()
 

@@ -11,6 +11,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from pybackdoor.engine.towers import Encoder, TextTrim
 from pybackdoor.features import FeatureReader
 from pybackdoor.models import text_features
+from pybackdoor.par import par_clean
 
 VISION = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "layers": 2, "width": 32, "heads": 2}
@@ -125,6 +126,24 @@ def test_groups_are_for_towers_that_see_no_padding():
     assert TextTrim(unmasked, wanted=True, grouped=True)(tokens) is tokens
     full = open_clip.tokenize(["cat " * 80] * 4)
     assert TextTrim(clip(), wanted=True, grouped=True)(full) is full
+
+
+@pytest.mark.parametrize("micro_batch", [None, 24])
+def test_a_cleaning_run_in_groups_is_the_run_on_whole_captions(micro_batch):
+    tokens = of_lengths(*[6] * 40, *[14] * 40)
+    pixels = torch.randint(
+        0, 256, (80, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    common = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "precision": "fp32", "progress": False}
+    common |= {"device": "cpu", "lr_start": 1e-3, "lr": 1e-3, "epochs": 3, "augment": False}
+    got, want = (
+        par_clean(clip(), [(pixels, tokens)], trim_text=trim, micro_batch=size, **common).history
+        for trim, size in ((True, micro_batch), (False, None))
+    )
+    assert len(want) == 3 and want[2]["s_text"] > 1e-3
+    for one, other in zip(got, want, strict=True):
+        for name in ("loss", "s_image", "s_text"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
 
 
 def test_evaluation_trims_to_the_same_features():
