@@ -16,7 +16,7 @@ ms_median is milliseconds per 1,000 pairs. Modes:
     run         two epochs with an evaluation each, of clean and of triggered images, from files on
     ablation    pybackdoor as it is, and with one lever off each (_clean_ours.py); its case
                 "... evaluation" is per 1,000 images
-Notes hold pairs per second and, from a pass of its own, milliseconds by stage. Compilation (of the
+Two torch threads unless told otherwise. Notes hold pairs per second and, from a pass of its own, milliseconds by stage. Compilation (of the
 provider tuned, on CUDA; on a CPU only with --compile on) is in no time, but in a note. Peak memory
 is that of building a trainer and taking a step.
 """
@@ -269,8 +269,10 @@ def main() -> None:
     )
     options.add_argument("--workers", type=int, help="that decode (default: one per core)")
     options.add_argument("--trace", type=Path, metavar="FILE", help="profiler traces, one each")
-    options.set_defaults(threads=2)
+    options.set_defaults(threads=None)
     options = options.parse_args()
+    if options.threads is None:
+        options.threads = 1 if options.tiny else 2
     if options.workers is None:
         options.workers = 0 if options.tiny else len(os.sched_getaffinity(0))
     torch.set_num_threads(options.threads)

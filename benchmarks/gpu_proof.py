@@ -113,7 +113,7 @@ def cpu_stages() -> list[Stage]:
         bench("peers", 120, K2, *tiny, "--shapes", "33x64", "--providers", *PEERS),
         bench("dispatch", 30, "bench_dispatch.py", *tiny),
         bench("step", 120, "bench_step.py", *tiny),
-        bench("clean", 60, CLEAN, *tiny),
+        bench("clean", 120, CLEAN, *tiny),
         bench("k3", 60, K3, *tiny),
     ]
 
