@@ -16,9 +16,9 @@ ms_median is milliseconds per 1,000 pairs. Modes:
     run         two epochs with an evaluation each, of clean and of triggered images, from files on
     ablation    pybackdoor as it is, and with one lever off each (_clean_ours.py); its case
                 "... evaluation" is per 1,000 images
-Two torch threads unless told otherwise. Notes hold pairs per second and, from a pass of its own, milliseconds by stage. Compilation (of the
+Notes hold pairs per second and, from a pass of its own, milliseconds by stage. Compilation (of the
 provider tuned, on CUDA; on a CPU only with --compile on) is in no time, but in a note. Peak memory
-is that of building a trainer and taking a step.
+is that of building a trainer and taking a step. Two torch threads, unless told otherwise.
 """
 
 from __future__ import annotations
