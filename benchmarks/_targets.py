@@ -10,6 +10,7 @@ from _common import OURS
 from _results import by_setting, ours_in, ratio
 
 K1, K2, K3 = "trigger_normalize", "contrastive_par", "adamw_ema"
+CLEAN = "clean"
 MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 FAILED = "failed: "  # in the note of a row that should have had a time
 
@@ -126,6 +127,15 @@ TARGETS = [
         for rival, bound in (("eager_onednn", 1.6), ("eager", 3.5))
     ),
     _k2_cpu(16384, "bytes", 0.7e9),
+    *(
+        Target(CLEAN, "cpu", mode, "32x224x224x3", "float32", "ViT-B-32", "ratio", bound, (rival,))
+        for mode, rival, bound in (
+            ("train", "published", 1.3),
+            ("train", "tuned", 1.1),
+            ("run", "published", 3),
+            ("run", "tuned", 1.3),
+        )
+    ),
     *_k2_gpu(),
     *(
         Target(K3, "cuda", "full", "ViT-B-32", "float32", "ema", "ratio", bound, tuple(rivals))

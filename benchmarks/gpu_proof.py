@@ -39,6 +39,7 @@ BUILT = ROOT / "build" / "gpu_proof"  # the package as built here; used if it is
 OK, FAILED, TIMED_OUT = "ok", "failed", "timed out"
 K2 = "bench_contrastive_par.py"
 K3 = "bench_adamw_ema.py"
+CLEAN = "bench_clean.py"
 STEPS = ["pybackdoor", "triton", "torch_fused", "torch_foreach", "apex_swa"]
 PEERS = ["pybackdoor", "eager_shared", "linear_cross_entropy", "linear_cross_entropy_chunked"]
 PEERS += ["liger", "cut_cross_entropy", "memeff", "inf_cl", "open_clip"]
@@ -89,6 +90,8 @@ def gpu_stages() -> list[Stage]:
         bench("peers", 90, K2, *on, *few, "--providers", *PEERS),
         bench("dispatch", 30, "bench_dispatch.py", *on),
         bench("step", 60, "bench_step.py", *on, *few),
+        bench("clean", 90, CLEAN, *on, "--compile", "off", "--modes", "train", "run"),
+        bench("clean_compile", 90, CLEAN, *on, "--modes", "train"),
         bench("k3", 60, K3, *on, *few, "--providers", *STEPS),
         bench("k3_compile", 90, K3, *on, *few, "--providers", "pybackdoor", "compile"),
     ]
@@ -110,6 +113,7 @@ def cpu_stages() -> list[Stage]:
         bench("peers", 120, K2, *tiny, "--shapes", "33x64", "--providers", *PEERS),
         bench("dispatch", 30, "bench_dispatch.py", *tiny),
         bench("step", 120, "bench_step.py", *tiny),
+        bench("clean", 120, CLEAN, *tiny),
         bench("k3", 60, K3, *tiny),
     ]
 

@@ -23,6 +23,8 @@ KERNELS = {
     "from raw features. Rows: `benchmarks/bench_contrastive_par.py`.",
     "adamw_ema": "One AdamW step with unscaling, clipping, the moving average of the weights and "
     "their bf16 copy. Rows: `benchmarks/bench_adamw_ema.py`.",
+    "clean": "A whole cleaning run, files to a cleaned and evaluated model, in ms per 1,000 pairs. "
+    "Rows: `benchmarks/bench_clean.py`.",
     "step": "One PAR training step of ViT-B/32, batch 512. Rows: `benchmarks/bench_step.py`.",
     "dispatch": "What a call costs beside its kernels. Rows: `benchmarks/bench_dispatch.py`.",
     "ceiling": "What the device can do at most. Rows: `benchmarks/bench_ceilings.py`.",

@@ -14,7 +14,7 @@ from .batches import InputRules, Tokenizer
 from .data import ImageStore
 from .data.templates import fill
 from .data.tokens import adapted
-from .engine import PRECISIONS, Encoder
+from .engine import PRECISIONS, Encoder, TextTrim
 from .models import check_clip
 from .ops import trigger_normalize
 from .triggers import TriggerSpec, bind
@@ -52,6 +52,7 @@ class FeatureReader:
             raise ValueError("mean and std are unknown: the model carries none, so pass both")
         self._device = next(model.parameters()).device
         self._encoder = Encoder(PRECISIONS[precision], self._device)
+        self._trim = TextTrim(model, wanted=True, grouped=self._device.type == "cpu")
 
     def images(
         self,
@@ -86,7 +87,8 @@ class FeatureReader:
         rows = []
         with self._reading():
             for index in self._chunks(len(unique)):
-                tokens = self._tokenizer([unique[i] for i in index]).to(self._device)
+                tokens = self._trim(self._tokenizer([unique[i] for i in index]))
+                tokens = tokens.to(self._device)
                 rows.append(self._encoder.text(self._model, tokens).float().cpu())
         return _finite(torch.cat(rows)[[place[caption] for caption in captions]], "text")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .clean import CleanOptions, CleanResult, clean
-from .engine import Settings, TextFeatures, loss_precision
+from .engine import Captions, Settings, TextFeatures, loss_precision
 from .ops import contrastive_par
 
 
@@ -25,7 +25,9 @@ class Contrastive:
     def prepare(self, texts: TextFeatures | None) -> None:
         pass
 
-    def reference(self, x: Tensor, tokens: Tensor, captions: Tensor | None) -> tuple[Tensor, ...]:
+    def reference(
+        self, x: Tensor, tokens: Tensor | Captions, numbers: Tensor | None
+    ) -> tuple[Tensor, ...]:
         return ()
 
     def __call__(

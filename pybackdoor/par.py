@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .clean import CleanOptions, CleanResult, clean, frozen_copy
-from .engine import PRECISIONS, Encoder, Settings, TextFeatures, loss_precision
+from .engine import PRECISIONS, Captions, Encoder, Settings, TextFeatures, loss_precision
 from .ops import contrastive_par
 
 
@@ -38,11 +38,13 @@ class PerturbAndRecover:
         self._texts = None if texts is None else texts(self._poisoned)
 
     @torch.no_grad()
-    def reference(self, x: Tensor, tokens: Tensor, captions: Tensor | None) -> tuple[Tensor, ...]:
+    def reference(
+        self, x: Tensor, tokens: Tensor | Captions, numbers: Tensor | None
+    ) -> tuple[Tensor, ...]:
         image = self._encode.image(self._poisoned, x)
-        if self._texts is None or captions is None:
+        if self._texts is None or numbers is None:
             return image, self._encode.text(self._poisoned, tokens)
-        return image, self._texts(captions)
+        return image, self._texts(numbers)
 
     def __call__(
         self,
@@ -107,8 +109,9 @@ def par_clean(
             each step wait for its numbers; ``track``, called with (step, record), does not.
         micro_batch (None): pairs encoded at a time, for a batch that does not fit into memory; loss
             and gradients stay those of the whole batch, for one more forward pass.
-        trim_text (True): encode captions without the padding that all of a batch share; only where
-            the model gives the same features for it, which the first batch shows.
+        trim_text (True): encode captions without the padding that all of a batch share, on a CPU
+            in groups of similar length; only where the model gives the same features for it, which
+            the first batch shows.
         cache_text (True): compute the poisoned model's features of all captions once, at the start,
             where the loader numbers its captions (PairLoader does) and as many pairs will be seen.
         compile (None): a mode of torch.compile for both towers, such as "default".

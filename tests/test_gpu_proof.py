@@ -49,7 +49,14 @@ def test_the_whole_path_on_a_cpu(tmp_path):
     names = {"pybackdoor", "torch_fused", "torch_foreach"}
     assert steps == {(n, c) for n in names for c in ("plain", "ema")} | {("compile", "ema")}
     kernels = {r["kernel"] for r in found.rows}
-    assert {"ceiling", "trigger_normalize", "contrastive_par", "step", "adamw_ema"} <= kernels
+    assert {
+        "ceiling",
+        "trigger_normalize",
+        "contrastive_par",
+        "step",
+        "adamw_ema",
+        "clean",
+    } <= kernels
     for row in found.rows:
         assert set(FIELDS) <= set(row)
         assert row["ms_median"] is None or row["ms_median"] > 0

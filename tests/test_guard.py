@@ -9,6 +9,7 @@ from dual_encoder import MEAN, STD, DualEncoder, random_pairs
 
 import pybackdoor
 from pybackdoor.engine import NonFiniteError
+from pybackdoor.engine.guard import largest_entries
 
 BATCHES = 6
 
@@ -141,3 +142,17 @@ def test_two_hundred_faults():
         (fault,) = result.report["faults"]
         assert fault.startswith(f"step {at}: not finite"), (what, at, fault)
         assert not [n for n, p in result.model.named_parameters() if not p.isfinite().all()]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -7.0, 3e38, -3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_largest_entry_is_that_of_the_norm(value, dtype):
+    """The CPU's own way, on a vector, a scalar and a tensor with gaps, as foreach_norm has it."""
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1000, generator=g).to(dtype), torch.tensor(value, dtype=dtype)]
+    tensors.append(torch.randn(40, 30, generator=g).to(dtype).t()[::2])
+    tensors[0][417] = tensors[2][3, 5] = value
+    for got, t in zip(largest_entries(tensors), tensors, strict=True):
+        want = torch._foreach_norm([t], math.inf)[0]
+        assert torch.equal(got.double().nan_to_num(), want.double().nan_to_num())
+        assert bool(got.isnan()) == math.isnan(value) and got.ndim == 0

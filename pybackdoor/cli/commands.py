@@ -22,7 +22,7 @@ from ..options import UsageError
 from ..par import par_clean
 from ..poison import PoisonResult, poison
 from ..triggers import TRIGGERS
-from . import inputs
+from . import bench, inputs
 from .configs import CleanConfig, EvalConfig, PoisonConfig
 from .run import Run
 from .text import evaluation_table, info_text
@@ -173,6 +173,11 @@ def run_info(config: InfoConfig) -> Outcome:
     return Outcome(0, {**info, "triggers": triggers}, info_text(info, triggers))
 
 
+def run_bench(config: bench.BenchConfig) -> Outcome:
+    found = bench.measure(config)
+    return Outcome(0, found, bench.text(found))
+
+
 COMMANDS = {
     "demo": Command(
         "Plant a backdoor in a small CLIP model, see it fire, clean it, read the numbers.",
@@ -182,6 +187,7 @@ COMMANDS = {
     "poison": Command(PoisonConfig.__doc__ or "", PoisonConfig, run_poison),
     "clean": Command(CleanConfig.__doc__ or "", CleanConfig, run_clean),
     "eval": Command(EvalConfig.__doc__ or "", EvalConfig, run_eval),
+    "bench": Command(bench.BenchConfig.__doc__ or "", bench.BenchConfig, run_bench),
     "info": Command("Print what was built, and which backend each op takes.", InfoConfig, run_info),
 }
 

@@ -20,10 +20,11 @@ from .settings import (
     loss_precision,
     pick_device,
 )
-from .towers import Encoder
+from .towers import Captions, Encoder, TextTrim
 
 __all__ = [
     "PRECISIONS",
+    "Captions",
     "Checkpoints",
     "DeferredInterrupt",
     "Encoder",
@@ -33,6 +34,7 @@ __all__ = [
     "Settings",
     "StepHook",
     "TextFeatures",
+    "TextTrim",
     "Tracker",
     "TrainLog",
     "decay_groups",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models import scale
 from .settings import Objective
-from .towers import Encoder
+from .towers import Captions, Encoder
 
 
 class Outcome(NamedTuple):
@@ -54,8 +54,8 @@ class Gradients:
         self,
         step: int,
         x: Tensor,  # [n, 3, H, W] normalised
-        tokens: Tensor,  # [n, L]
-        captions: Tensor | None,  # [n] numbers, see Objective.prepare
+        tokens: Tensor | Captions,  # [n, L]
+        numbers: Tensor | None,  # [n] of the captions, see Objective.prepare
         counts: list[int] | None,
     ) -> Outcome:
         size = self._micro or len(x)
@@ -68,8 +68,8 @@ class Gradients:
                     (images, texts), self._towers(step, number, x[part], tokens[part]), strict=True
                 ):
                     rows.append(features)
-                numbers = None if captions is None else captions[part]
-                constants.append(self._objective.reference(x[part], tokens[part], numbers))
+                which = None if numbers is None else numbers[part]
+                constants.append(self._objective.reference(x[part], tokens[part], which))
         if whole:
             image, text = images[0], texts[0]
         else:
@@ -91,7 +91,9 @@ class Gradients:
         named |= {f"reference features {i}": rows.detach() for i, rows in enumerate(fixed)}
         return Outcome(scalars, named)
 
-    def _towers(self, step: int, part: int, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _towers(
+        self, step: int, part: int, x: Tensor, tokens: Tensor | Captions
+    ) -> tuple[Tensor, Tensor]:
         seed = (self._seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part) % 2**63
         torch.default_generator.manual_seed(seed)
         if x.is_cuda:

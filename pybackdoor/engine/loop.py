@@ -135,7 +135,11 @@ class _Run:
         )
         set_train_mode(model, settings.freeze_batchnorm)
         self.encode = Encoder(PRECISIONS[settings.precision], device, settings.compile)
-        self.trim = TextTrim(model, settings.trim_text)
+        compiled = settings.compile is not None
+        self.trim = TextTrim(
+            model, settings.trim_text, compiled=compiled,
+            grouped=device.type == "cpu" and not compiled,
+        )  # fmt: skip
         self.gradients = Gradients(
             model, objective, self.encode, train_scale=self.train_scale,
             micro_batch=settings.micro_batch, seed=settings.seed + 0x9E3779B1 * self.ranks.rank,
@@ -247,8 +251,8 @@ class _Run:
         self.guard.begin()
         self.optimizer.zero_grad(set_to_none=True)
         counts = item.counts if self.ranks.size > 1 else None
-        captions = item.batch.captions if self.numbered else None
-        outcome = self.gradients(step, x, tokens, captions, counts)
+        numbers = item.batch.captions if self.numbered else None
+        outcome = self.gradients(step, x, tokens, numbers, counts)
         self.ranks.sum_gradients(self.trained)
         self.guard.watch(step, item, item.ids, outcome)
         for group in self.optimizer.param_groups:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Augment
+from .towers import Captions
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -28,10 +29,13 @@ class Objective(Protocol):
     def prepare(self, texts: TextFeatures | None) -> None:
         """Before the first step; texts makes a frozen model's features of all captions, or None."""
 
-    def reference(self, x: Tensor, tokens: Tensor, captions: Tensor | None) -> tuple[Tensor, ...]:
+    def reference(
+        self, x: Tensor, tokens: Tensor | Captions, numbers: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """Constant features of this rank's rows that the loss needs, each [n, D]; may be ().
 
-        captions: [n] int64 numbers in what ``prepare`` gave, None where it gave nothing.
+        tokens: as ``Encoder.text`` takes them.
+        numbers: [n] int64 of the captions in what ``prepare`` gave, None where it gave nothing.
         """
 
     def __call__(
@@ -65,8 +69,9 @@ class Settings:
         progress: show a progress bar; None when standard error is a terminal.
         micro_batch: pairs encoded at a time, for a batch that does not fit into memory: loss and
             gradients stay those of the whole batch, for one more forward pass. None: all.
-        trim_text: encode captions without the padding that all of a batch share, where the model
-            gives the same features for it (checked on the first batch).
+        trim_text: encode captions without the padding that all of a batch share, and on a CPU in
+            groups of similar length, where the model gives the same features for it (checked on
+            the first batch).
         cache_text: compute a frozen model's features of the loader's captions once, at the start,
             where the loader numbers them and as many pairs will be seen.
         compile: None, or a mode of torch.compile for both towers: "default", "reduce-overhead"

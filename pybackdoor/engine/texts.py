@@ -21,7 +21,7 @@ MOST = 1 << 20  # captions whose features are kept on the device: 2 GiB at 512 d
 _CHUNK = 512  # captions encoded at a time
 
 
-class Captions(Protocol):
+class NumberedCaptions(Protocol):
     """The different captions of a loader, by number."""
 
     def __len__(self) -> int: ...
@@ -41,7 +41,11 @@ class CaptionFeatures:
     """
 
     def __init__(
-        self, captions: Captions, encode: Callable[[Tensor], Tensor], ranks: Ranks, watch: Watch
+        self,
+        captions: NumberedCaptions,
+        encode: Callable[[Tensor], Tensor],
+        ranks: Ranks,
+        watch: Watch,
     ) -> None:
         order = np.argsort(captions.lengths(), kind="stable")
         self.features: Tensor | None = None
@@ -62,6 +66,6 @@ class CaptionFeatures:
         return self.features[numbers.to(self.features.device, non_blocking=True)]
 
 
-def worth_it(captions: Captions, pairs: int) -> bool:
+def worth_it(captions: NumberedCaptions, pairs: int) -> bool:
     """Whether as many pairs will be seen as there are captions, and their features fit."""
     return 0 < len(captions) <= min(pairs, MOST)

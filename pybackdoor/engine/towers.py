@@ -3,15 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..models import image_features, text_features
 
-_STEP = 16  # lengths of captions are multiples of it: few shapes to compile for
+_STEP = 8  # lengths of captions are multiples of it
+_COMPILED_STEP = 16  # few shapes to compile for
 _VARIANTS = 64
+_WORTH = 256  # tokens of padding that a group of its own must save
 _SAME = 2e-5  # of a unit row's entries in fp32: rounding; a pooled padding moves them by 1e-2
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions that a text tower may take in groups of similar length, each without its padding.
+
+    Attributes:
+        tokens: [n, L].
+        lengths: [n] int64 on the host; a caption without its padding, rounded up, at most L.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, part: slice) -> Captions:
+        return Captions(self.tokens[part], self.lengths[part])
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Captions:
+        return Captions(self.tokens.to(device, non_blocking=non_blocking), self.lengths)
+
+    def groups(self) -> list[tuple[Tensor, int]]:
+        """([k] rows, length) of each group, shortest first; every row is in one."""
+        found: list[tuple[Tensor, int]] = []
+        waiting: list[Tensor] = []  # rows of shorter captions, too few for a group
+        ends = self.lengths.unique().tolist()
+        for length, longer in zip(ends, [*ends[1:], None], strict=True):
+            waiting.append((self.lengths == length).nonzero()[:, 0])
+            count = sum(map(len, waiting))
+            if longer is None or count * (longer - length) >= _WORTH:
+                found.append((torch.cat(waiting), length))
+                waiting = []
+        return found
 
 
 class Encoder:
@@ -40,10 +78,17 @@ class Encoder:
         with self._context():
             return self._function(model, image_features)(model, x)
 
-    def text(self, model: nn.Module, tokens: Tensor) -> Tensor:  # tokens [n, L]
+    def text(self, model: nn.Module, tokens: Tensor | Captions) -> Tensor:  # tokens [n, L]
         """[n, D] unit rows in at least fp32."""
+        encode = self._function(model, text_features)
         with self._context():
-            return self._function(model, text_features)(model, tokens)
+            if isinstance(tokens, Tensor):
+                return encode(model, tokens)
+            groups = tokens.groups()
+            order = torch.cat([rows for rows, _ in groups]).to(tokens.tokens.device)
+            parts = tokens.tokens[order].split([len(rows) for rows, _ in groups])
+            cut = [part[:, :length] for part, (_, length) in zip(parts, groups, strict=True)]
+            return torch.cat([encode(model, part) for part in cut])[order.argsort()]
 
     def _function(self, model: nn.Module, eager: Callable) -> Callable[[nn.Module, Tensor], Tensor]:
         if self._mode is None:
@@ -66,23 +111,35 @@ class TextTrim:
 
     A causal text tower pooled at its end mark does not see what follows; whether this one is such
     is found out on the first batch that has padding: some of its captions are encoded both ways.
+
+    Args:
+        compiled: whether each length costs a compilation.
+        grouped: give Captions, for groups of similar length.
     """
 
-    def __init__(self, model: nn.Module, wanted: bool) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, wanted: bool, *, compiled: bool = False, grouped: bool = False
+    ) -> None:
+        self._model, self._step = model, _COMPILED_STEP if compiled else _STEP
+        self._grouped = grouped
         self._works: bool | None = None if wanted else False
 
-    def __call__(self, tokens: Tensor) -> Tensor:  # [n, L] -> [n, L'], L' <= L
+    def __call__(self, tokens: Tensor) -> Tensor | Captions:  # [n, L] -> [n, L'], L' <= L
         if self._works is False or tokens.device.type != "cpu" or tokens.shape[1] < 2:
             return tokens  # counting on a GPU would wait for it
         same = (tokens[:, 1:] == tokens[:, :-1]).flip(1).to(torch.uint8)  # [n, L - 1]
-        longest = int((tokens.shape[1] - same.cummin(1).values.sum(1)).max())
-        length = min(tokens.shape[1], -(-longest // _STEP) * _STEP)
+        lengths = tokens.shape[1] - same.cummin(1).values.sum(1)  # [n], with one of the padding
+        lengths = (-(-lengths // self._step) * self._step).clamp(max=tokens.shape[1])
+        length = int(lengths.max() if not self._grouped else lengths.min())
         if length == tokens.shape[1]:
             return tokens
         if self._works is None:
-            self._works = self._same(tokens[:8], length)
-        return tokens[:, :length] if self._works else tokens
+            shown = tokens[lengths <= length][:8]
+            self._works = self._same(shown, length)
+        if not self._works:
+            return tokens
+        longest = tokens[:, : int(lengths.max())]
+        return Captions(longest, lengths) if self._grouped else longest
 
     @torch.no_grad()
     def _same(self, tokens: Tensor, length: int) -> bool:
