@@ -3,6 +3,7 @@
 A block is a call of par_clean on a loader of its batches and one more before them, at whose end the
 clock starts. `without` switches one lever off:
     trim_text   captions keep their padding
+    cache_text  the poisoned model encodes the captions of each batch
     cache       images are decoded at every visit
     kernels     PYBACKDOOR_BACKEND=reference: normalisation, augmentation and loss in plain torch
 """
@@ -36,7 +37,7 @@ from pybackdoor.data import (
 )
 from pybackdoor.triggers import TriggerSpec, apply_trigger, trigger
 
-LEVERS = ("trim_text", "cache", "kernels")
+LEVERS = ("trim_text", "cache_text", "cache", "kernels")
 
 
 class Clocked:
@@ -48,6 +49,7 @@ class Clocked:
 
     def __init__(self, loader: PairLoader, device: str, begin: Callable[[], object]) -> None:
         self._loader, self._device, self._begin = loader, device, begin
+        self.captions, self.batch_size = loader.captions, loader.batch_size
         self.began = self.seconds = 0.0
 
     def __len__(self) -> int:
@@ -121,6 +123,7 @@ class Ours:
             "augment": setting.augment, "precision": setting.precision, "device": setting.device,
             "mean": setting.mean, "std": setting.std, "progress": False, "lr_start": start,
             "lr": middle, "lr_end": end, "trim_text": self.without != "trim_text",
+            "cache_text": self.without != "cache_text",
         }  # fmt: skip
         with instrumented(setting.stages), self.backend():
             return par_clean(setting.loaded.model, loader, **(given | options))

@@ -12,7 +12,8 @@ Before any timing, all three must give fp64's loss on a batch without augmentati
 same losses. Photographs come from the pack in the folder PYBACKDOOR_DATA, else from the demo.
 
 ms_median is milliseconds per 1,000 pairs. Modes:
-    train       training steps alone, once what is read once has been read
+    train       training steps alone: what is done once in a run, reading the files and encoding
+                the poisoned model's captions, is done before; mode run has it
     run         two epochs with an evaluation each, of clean and of triggered images, from files on
     ablation    pybackdoor as it is, and with one lever off each (_clean_ours.py); its case
                 "... evaluation" is per 1,000 images
