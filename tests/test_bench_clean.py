@@ -131,7 +131,7 @@ def test_the_tiny_run_gives_every_row(files, monkeypatch):
     found = {(r["provider"], r["mode"], r["case"]): r for r in report.rows}
     trainers = ("published", "tuned", "pybackdoor")
     wanted = {(name, mode, "tiny") for name in trainers for mode in ("train", "run")}
-    levers = ("pybackdoor", "without_trim_text", "without_cache", "without_kernels")
+    levers = ("pybackdoor", *(f"without_{lever}" for lever in bench_clean.LEVERS))
     wanted |= {(name, "ablation", "tiny") for name in levers}
     heads = ("pybackdoor", "without_shared_head")
     wanted |= {(name, "ablation", "tiny evaluation") for name in heads}
