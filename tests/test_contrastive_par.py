@@ -432,7 +432,9 @@ BAD = {
     "distance_weight must be finite": (ValueError, {"distance_weight": math.nan}),
     "tau must be at least 0": (ValueError, {"tau": -1.0}),
     "precision must be one of": (ValueError, {"precision": "fp8"}),
-    "budget must be": (ValueError, {"budget": -1}),
+    "budget must be a number": (ValueError, {"budget": -1}),
+    "budget must be an integer": (TypeError, {"budget": 1e9}),
+    "text rows need images": (ValueError, {"image": torch.zeros(0, 8)}),
     "counts must hold": (ValueError, {"counts": [4, 4]}),
 }  # fmt: skip
 
