@@ -1,5 +1,6 @@
 """A run that is killed, stopped, damaged or out of disk goes on as if nothing had happened."""
 
+import contextlib
 import json
 import math
 import os
@@ -190,7 +191,11 @@ print("READY", flush=True)
 time.sleep(30)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         assert process.stdout.readline() == "READY\n"
@@ -198,8 +203,10 @@ time.sleep(30)
         process.wait()
         hold(tmp_path).close()
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.stdout.close()
+        process.wait()
 
 
 def test_a_run_starts_at_the_beginning_wherever_the_loader_is(whole):

@@ -224,7 +224,7 @@ def test_opening_is_cheap(tmp_path):
     TokenTable.on_disk(many(tmp_path, count).captions, tokenize)
     out = subprocess.run(
         [sys.executable, "-c", OPEN, str(tmp_path), str(Path(__file__).parent), str(count)],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, cwd=tmp_path,
     ).stdout.split()  # fmt: skip
     # A 100th of what 3,000,000 rows may take, and what a first batch costs anyway.
     assert float(out[0]) < 0.02 + 0.5 and int(out[1]) < 3e6 + 20e6

@@ -157,8 +157,9 @@ def test_kills_leave_no_false_row(tmp_path, decoded):
         process = subprocess.Popen(
             [sys.executable, "-c", FILL, str(tmp_path), str(Path(__file__).parent)],
             stdout=subprocess.PIPE,
+            cwd=tmp_path,
         )
-        process.stdout.readline()
+        assert process.stdout.readline() == b"go\n"
         time.sleep(rng.uniform(0, 0.02))
         process.kill()
         process.communicate()

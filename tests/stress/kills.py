@@ -37,7 +37,9 @@ def main() -> int:
         for kill in range(0, options.kills, 2):
             pair = [
                 subprocess.Popen(
-                    [sys.executable, "-c", FILL, name, str(TESTS)], stdout=subprocess.PIPE
+                    [sys.executable, "-c", FILL, name, str(TESTS)],
+                    stdout=subprocess.PIPE,
+                    cwd=name,
                 )
                 for _ in range(2)
             ]
