@@ -120,7 +120,7 @@ def par_clean(
         folder (None): keep checkpoints there every ``save_minutes`` (10), at the end, on Ctrl-C and
             on SIGTERM.
         resume (False): continue from the folder's newest valid checkpoint, if there is one. On a
-            CPU the weights end bit for bit as without the interruption.
+            CPU, with as many threads, the weights end bit for bit as without the interruption.
         force (False): resume even though the settings have changed.
     Returns:
         The cleaned copy, one history record per step (loss, contrastive, s_image, s_text, both

@@ -281,7 +281,7 @@ def test_a_signal_keeps_the_state(whole, tmp_path, number):
 def child(folder, *options):
     return subprocess.Popen(
         [sys.executable, str(HERE / "training_child.py"), str(folder), *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # as sums depend on
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -198,7 +198,10 @@ def test_a_signal_keeps_the_last_state_and_resume_goes_on(world, run, tmp_path, 
     steps = 120
     arguments = [str(a) for a in cleaning(world, tmp_path / "out")]
     arguments[arguments.index("--steps") + 1] = str(steps)
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "pybackdoor", *arguments], env=env, cwd=tmp_path,
         stderr=subprocess.PIPE, text=True,
