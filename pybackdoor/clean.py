@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 import os
 import platform
@@ -131,6 +132,7 @@ def clean(
     resume: bool = False,
     save_minutes: float = 10.0,
     force: bool = False,
+    **unknown: Any,
 ) -> CleanResult:
     """Train a copy of ``model``; the model given keeps its weights, mode and device.
 
@@ -142,6 +144,13 @@ def clean(
         own: the method's own settings, kept in the result's report.
         The others: see ``par_clean``.
     """
+    for name in unknown:
+        close = difflib.get_close_matches(name, CleanOptions.__annotations__, 1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        known = ", ".join(CleanOptions.__annotations__)
+        raise TypeError(f"{method}_clean: unknown option {name!r}{hint}; known: {known}")
+    if folder is None and (resume or force):
+        raise ValueError("resume and force need folder, where the checkpoints are, got none")
     settings = Settings(
         steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
         progress=progress, micro_batch=micro_batch, trim_text=trim_text, cache_text=cache_text,

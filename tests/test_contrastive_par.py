@@ -430,6 +430,8 @@ BAD = {
     "valid must be bool": (TypeError, {"valid": torch.ones(4)}),
     "suspect must be \\[4\\]": (ValueError, {"suspect": torch.ones(5, dtype=torch.bool)}),
     "distance_weight must be finite": (ValueError, {"distance_weight": math.nan}),
+    "distance_weight must be a number, got 'a'": (TypeError, {"distance_weight": "a"}),
+    "tau must be a number, got None": (TypeError, {"tau": None}),
     "tau must be at least 0": (ValueError, {"tau": -1.0}),
     "precision must be one of": (ValueError, {"precision": "fp8"}),
     "budget must be a number": (ValueError, {"budget": -1}),

@@ -98,6 +98,14 @@ def test_bad_setting_is_named(name):
         clean(**{name: value})
 
 
+def test_options_that_say_nothing_are_refused():
+    with pytest.raises(TypeError, match="par_clean: unknown option 'lr_stat' .did you mean 'lr_st"):
+        clean(lr_stat=1e-3)
+    for option in ("resume", "force"):
+        with pytest.raises(ValueError, match="resume and force need folder"):
+            clean(**{option: True})
+
+
 def test_mean_and_std_are_needed_for_pixels_and_go_together():
     with pytest.raises(ValueError, match="uint8 images need mean and std"):
         clean(mean=None, std=None)

@@ -61,6 +61,9 @@ def check_features(
 
 def check_options(distance_weight: float, tau: float, precision: str, budget: int | None) -> None:
     """Refuse options out of range."""
+    for name, value in (("distance_weight", distance_weight), ("tau", tau)):
+        if not hasattr(value, "__float__"):  # numpy's numbers have it
+            raise TypeError(f"{OP}: {name} must be a number, got {value!r}")
     if not math.isfinite(distance_weight):
         raise ValueError(f"{OP}: distance_weight must be finite, got {distance_weight}")
     if math.isnan(tau) or tau < 0:
