@@ -203,7 +203,7 @@ def instrumented(stages: Callable) -> Iterator[None]:
         yield
         return
     from pybackdoor.engine import feed, gradients, guard, loop
-    from pybackdoor.par import PerturbAndRecover
+    from pybackdoor.methods.par import PerturbAndRecover
 
     places = (
         (feed, "next", "data", next),
@@ -211,7 +211,7 @@ def instrumented(stages: Callable) -> Iterator[None]:
         (loop.TextTrim, "__call__", "copy", loop.TextTrim.__call__),
         (PerturbAndRecover, "reference", "reference", PerturbAndRecover.reference),
         (PerturbAndRecover, "__call__", "loss", PerturbAndRecover.__call__),
-        (gradients.Gradients, "_towers", "student", gradients.Gradients._towers),
+        (gradients.Gradients, "_student", "student", gradients.Gradients._student),
         (torch.Tensor, "backward", "backward", torch.Tensor.backward),
         (torch.optim.AdamW, "step", "optimizer", torch.optim.AdamW.step),
         (guard.Guard, "watch", "guard", guard.Guard.watch),

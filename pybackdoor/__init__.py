@@ -8,13 +8,12 @@ from .clean import CleanResult
 from .engine import NonFiniteError
 from .estimates import Estimate
 from .evaluate import Evaluation, Verdict, evaluate, verify_trigger
-from .finetune import finetune_clean
 from .losses import ContrastiveLoss
 from .manifest import Manifest
+from .methods import finetune_clean, par_clean
 from .models import load, save
 from .ops import Augment
 from .optim import AdamWEma
-from .par import par_clean
 from .poison import PoisonResult, poison, poison_pairs
 from .triggers import TriggerSpec, apply_trigger, trigger
 

@@ -123,7 +123,7 @@ def read_batch(raw: Any, rules: InputRules, *, first: bool = False) -> Batch:
 
 
 def model_input(
-    batch: Batch,
+    images: Tensor,  # as in Batch
     rules: InputRules,
     *,
     device: torch.device,
@@ -132,13 +132,15 @@ def model_input(
     augment: Augment | None = None,
     seed: int = 0,
     view: int = 0,
+    trigger: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """[n, 3, H, W] normalised input of the image tower, augmented when asked.
 
-    uint8 pixels take one pass of ``trigger_normalize``. Floats are the user's own normalisation:
-    they are erased, and get noise only where mean and std say what a pixel is.
+    uint8 pixels take one pass of ``trigger_normalize``, which also puts a trigger on (its arguments
+    for that). Floats are the user's own normalisation: they are erased, and get noise only where
+    mean and std say what a pixel is; no trigger can be put on them.
     """
-    images = batch.images.to(device, non_blocking=True)
+    images = images.to(device, non_blocking=True)
     ids = ids.to(device, non_blocking=True)
     if images.dtype == torch.uint8:
         return trigger_normalize(
@@ -151,7 +153,10 @@ def model_input(
             sample_id=ids,
             input_layout="nhwc" if images.shape[-1] == 3 else "nchw",
             dtype=dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32,
+            **(trigger or {}),
         ).to(dtype)
+    if trigger:
+        raise TypeError(f"a trigger is put on uint8 pixels, got images of {images.dtype}")
     if augment is not None:
         images = reference.augment_normalized(
             images, rules.mean, rules.std, augment=augment, seed=seed, view=view, sample_id=ids

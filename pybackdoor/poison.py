@@ -29,8 +29,8 @@ from .engine import (
     train,
 )
 from .evaluate import Evaluation, Verdict, check_attack, evaluate, verdict
-from .finetune import Contrastive
 from .manifest import MODES, Manifest, Sample, image_sha256
+from .methods.finetune import Contrastive
 from .triggers import TriggerSpec, apply_trigger
 
 

@@ -7,6 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pybackdoor.batches import Batch
+from pybackdoor.engine import Given
+
+GIVEN = Given(3, 0, Batch(torch.empty(0), torch.empty(0), None), torch.arange(23))  # a step
 MEAN, STD = (0.4, 0.45, 0.5), (0.25, 0.2, 0.3)
 
 

@@ -4,30 +4,35 @@ import copy
 
 import pytest
 import torch
-from dual_encoder import MEAN, STD, DualEncoder, random_pairs
+from dual_encoder import GIVEN, MEAN, STD, DualEncoder, random_pairs
 
 import pybackdoor
-from pybackdoor.engine import Encoder
+from pybackdoor.engine import Encoder, Preparation
 from pybackdoor.engine.gradients import Gradients
-from pybackdoor.finetune import Contrastive
-from pybackdoor.par import PerturbAndRecover
+from pybackdoor.methods.finetune import Contrastive
+from pybackdoor.methods.par import PerturbAndRecover
 
 CPU = torch.device("cpu")
+
+
+def par():
+    return PerturbAndRecover(DualEncoder(seed=2).double().eval(), 2.15)
+
+
+def prepared(model, objective, micro, train_scale):
+    encode = Encoder(None, CPU, chunk=micro)
+    objective.prepare(Preparation(model, encode, CPU))
+    return Gradients(model, objective, encode, train_scale=train_scale, micro_batch=micro, seed=5)
 
 
 def gradients(micro, objective=None, dropout=0.0, train_scale=True):
     model = DualEncoder(seed=1, dropout=dropout).double().train()
     model.image[1].eval()
-    objective = objective or PerturbAndRecover(
-        DualEncoder(seed=2).double().eval(), 2.15, Encoder(None, CPU)
-    )
-    compute = Gradients(
-        model, objective, Encoder(None, CPU), train_scale=train_scale, micro_batch=micro, seed=5
-    )
+    compute = prepared(model, objective or par(), micro, train_scale)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(23, 3, 16, 16, generator=g, dtype=torch.float64)
     tokens = random_pairs(23, 23)[0]["tokens"]
-    outcome = compute(3, x, tokens, None, None)
+    outcome = compute(x, tokens, GIVEN)
     return outcome, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -56,13 +61,10 @@ def test_dropout_is_the_same_in_both_passes():
         model.image[1].eval()
         with torch.no_grad():
             model.image[6].bias += step * direction
-        objective = PerturbAndRecover(DualEncoder(seed=2).double().eval(), 2.15, Encoder(None, CPU))
-        compute = Gradients(
-            model, objective, Encoder(None, CPU), train_scale=False, micro_batch=8, seed=5
-        )
+        compute = prepared(model, par(), 8, train_scale=False)
         g = torch.Generator().manual_seed(0)
         x = torch.randn(23, 3, 16, 16, generator=g, dtype=torch.float64)
-        losses.append(compute(3, x, random_pairs(23, 23)[0]["tokens"], None, None).scalars["loss"])
+        losses.append(compute(x, random_pairs(23, 23)[0]["tokens"], GIVEN).scalars["loss"])
     difference = (losses[0] - losses[1]) / 2e-5
     torch.testing.assert_close(grads["image.6.bias"] @ direction, difference, rtol=1e-5, atol=0)
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from dual_encoder import MEAN, STD, DualEncoder, random_pairs
+from dual_encoder import GIVEN, MEAN, STD, DualEncoder, random_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy, normalize
 import pybackdoor
 from pybackdoor.clean import two_phase_schedule
 from pybackdoor.engine import decay_groups
+from pybackdoor.methods.par import PerturbAndRecover
 from pybackdoor.ops import contrastive_par
-from pybackdoor.par import PerturbAndRecover
 
 FAST = {"steps": 3, "precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
 
@@ -37,7 +37,7 @@ def distances(image, image_ref, tau=2.15):
     """The objective's terms for an image tower; the text tower stays at its reference."""
     text = torch.eye(*image.shape, dtype=image.dtype)
     one = torch.ones((), dtype=image.dtype)
-    return PerturbAndRecover(nn.Module(), tau, None)(image, text, one, (image_ref, text), None)
+    return PerturbAndRecover(nn.Module(), tau)(image, text, one, (image_ref, text), GIVEN)
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 9))
@@ -137,7 +137,7 @@ def reference_run(model, batches, steps, tau, lr):
 class EagerPar(PerturbAndRecover):
     """The objective in eager torch: two cross entropies and two squared distances."""
 
-    def __call__(self, image, text, scale, reference, counts):
+    def __call__(self, image, text, scale, reference, given):
         logits = scale * image @ text.T
         target = torch.arange(len(logits))
         recover = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
@@ -154,7 +154,7 @@ def test_kernels_train_as_eager_torch_does(monkeypatch):
     model, pairs = DualEncoder(seed=3), random_pairs(64, 16)
     options = FAST | {"steps": 20, "lr": 1e-3}
     ours = pybackdoor.par_clean(model, pairs, **options)
-    monkeypatch.setattr(pybackdoor.par, "PerturbAndRecover", EagerPar)
+    monkeypatch.setattr(pybackdoor.methods.par, "PerturbAndRecover", EagerPar)
     eager = pybackdoor.par_clean(model, pairs, **options)
     for a, b in zip(ours.history, eager.history, strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["s_image"] - b["s_image"]) < 1e-5

@@ -10,8 +10,8 @@ from open_clip.model import CLIP, CustomTextCLIP
 
 from pybackdoor.engine.towers import Encoder, TextTrim
 from pybackdoor.features import FeatureReader
+from pybackdoor.methods.par import par_clean
 from pybackdoor.models import text_features
-from pybackdoor.par import par_clean
 
 VISION = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "layers": 2, "width": 32, "heads": 2}

@@ -10,9 +10,9 @@ import pybackdoor
 from pybackdoor.batches import InputRules
 from pybackdoor.data import PairLoader, pairs_from_arrays
 from pybackdoor.distributed import Ranks
-from pybackdoor.engine import Encoder, Settings, train
-from pybackdoor.finetune import Contrastive
-from pybackdoor.par import PerturbAndRecover
+from pybackdoor.engine import Settings, train
+from pybackdoor.methods.finetune import Contrastive
+from pybackdoor.methods.par import PerturbAndRecover
 
 DEVICE = torch.device("cpu")
 ranks = Ranks.start(DEVICE)
@@ -70,7 +70,7 @@ def model(seed: int) -> DualEncoder:
     return fresh
 
 
-objective = PerturbAndRecover(model(2).eval(), 2.15, Encoder(None, DEVICE))
+objective = PerturbAndRecover(model(2).eval(), 2.15)
 found["par"] = trained(model(1), objective, shares())
 found["trained scale"] = trained(model(1), Contrastive(), shares(), freeze_scale=False)
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..engine import loss_precision, pick_device
+from ..methods import par_clean
 from ..models import LoadedModel
 from ..ops import contrastive_par
 from ..options import UsageError, option
-from ..par import par_clean
 from . import inputs
 from .configs import ModelOptions
 

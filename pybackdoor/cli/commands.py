@@ -16,10 +16,9 @@ from ..demo.config import DemoConfig
 from ..engine import pick_device
 from ..evaluate import evaluate, verdict
 from ..files import writable_folder, write_json
-from ..finetune import finetune_clean
+from ..methods import METHODS, own_options
 from ..models import load, preprocess_record, save
 from ..options import UsageError
-from ..par import par_clean
 from ..poison import PoisonResult, poison
 from ..triggers import TRIGGERS
 from . import bench, inputs
@@ -99,8 +98,7 @@ def run_clean(config: CleanConfig) -> Outcome:
     pairs = inputs.read_pairs(config, loaded)
     manifest = inputs.read_manifest(config.manifest, config.model)
     loader = PairLoader(pairs, loaded.tokenizer, batch_size=config.batch_size, seed=config.seed)
-    own = {"tau": config.tau} if config.method == "par" else {}
-    method = par_clean if config.method == "par" else finetune_clean
+    own = {n: getattr(config, n) for n in own_options(config.method) if hasattr(config, n)}
 
     def keep(folder: Path, result: CleanResult) -> None:
         save(
@@ -109,7 +107,7 @@ def run_clean(config: CleanConfig) -> Outcome:
         )  # fmt: skip
 
     with Run(config, config.out, config.model, keep) as run:
-        result = method(
+        result = METHODS[config.method](
             loaded.model, loader, epochs=config.epochs, steps=config.steps,
             lr_start=config.lr_start, lr=config.lr, lr_end=config.lr_end,
             weight_decay=config.weight_decay, augment=config.augment,

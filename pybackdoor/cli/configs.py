@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from ..data.indexed import CACHES
 from ..engine.settings import COMPILE_MODES
+from ..methods import METHODS
 from ..options import REQUIRED, option
 from ..poison import MODES
-
-METHODS = ("par", "finetune")
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class CleanConfig(PromptOptions, PairOptions, ModelOptions):
     """Remove a backdoor without knowing the trigger, with clean image-caption pairs."""
 
     out: str = option(REQUIRED, "folder for the cleaned model")
-    method: str = option("par", "Perturb and Recover, or its control", choices=METHODS)
+    method: str = option("par", "Perturb and Recover, or another", choices=tuple(METHODS))
     tau: float = option(2.15, "PAR: squared embedding distance at which a tower is let go")
     epochs: int = option(2, "passes over the pairs")
     steps: int | None = option(None, "optimiser steps, instead of --epochs")

@@ -25,10 +25,10 @@ from ..distributed import Ranks
 from ..engine import pick_device
 from ..evaluate import evaluate, verdict
 from ..files import writable_folder, write_atomically, write_json
-from ..finetune import finetune_clean
+from ..methods import finetune_clean, par_clean
+from ..methods.par import check_tau
 from ..models import LoadedModel, create, preprocess_record, save
 from ..options import write_yaml
-from ..par import check_tau, par_clean
 from ..poison import poison
 from ..triggers import trigger
 from .config import DemoConfig

@@ -8,13 +8,12 @@ from .checkpoints import Checkpoints
 from .guard import NonFiniteError
 from .interrupts import DeferredInterrupt
 from .loop import decay_groups, train
+from .objective import Frozen, Given, Objective, Preparation
 from .settings import (
     PRECISIONS,
-    Objective,
     Schedule,
     Settings,
     StepHook,
-    TextFeatures,
     Tracker,
     TrainLog,
     loss_precision,
@@ -28,12 +27,14 @@ __all__ = [
     "Checkpoints",
     "DeferredInterrupt",
     "Encoder",
+    "Frozen",
+    "Given",
     "NonFiniteError",
     "Objective",
+    "Preparation",
     "Schedule",
     "Settings",
     "StepHook",
-    "TextFeatures",
     "TextTrim",
     "Tracker",
     "TrainLog",

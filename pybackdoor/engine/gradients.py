@@ -7,13 +7,14 @@ their gradients, and each micro-batch is encoded again to pass its part on (grad
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..models import scale
-from .settings import Objective
+from .objective import Given, Objective
 from .towers import Captions, Encoder
 
 
@@ -52,53 +53,49 @@ class Gradients:
 
     def __call__(
         self,
-        step: int,
-        x: Tensor,  # [n, 3, H, W] normalised
-        tokens: Tensor | Captions,  # [n, L]
-        numbers: Tensor | None,  # [n] of the captions, see Objective.prepare
-        counts: list[int] | None,
+        x: Tensor,  # [r, 3, H, W] normalised
+        tokens: Tensor | Captions,  # [k, L]
+        given: Given,
     ) -> Outcome:
-        size = self._micro or len(x)
-        parts = [slice(i, i + size) for i in range(0, len(x), size)]
-        whole = len(parts) == 1
+        size = self._micro or max(len(x), len(tokens))
+        whole = max(len(x), len(tokens)) <= size
+        towers = ((self._encode.image, x), (self._encode.text, tokens))
+
+        def parts(tower: int) -> Iterator[tuple[int, Tensor]]:
+            encode, rows = towers[tower]
+            for start in range(0, len(rows), size):
+                place = 2 * start + tower
+                yield start, self._student(encode, rows[start : start + size], given.step, place)
+
         with torch.set_grad_enabled(whole):
-            images, texts, constants = [], [], []
-            for number, part in enumerate(parts):
-                for rows, features in zip(
-                    (images, texts), self._towers(step, number, x[part], tokens[part]), strict=True
-                ):
-                    rows.append(features)
-                which = None if numbers is None else numbers[part]
-                constants.append(self._objective.reference(x[part], tokens[part], which))
-        if whole:
-            image, text = images[0], texts[0]
-        else:
-            image, text = (torch.cat(rows).requires_grad_() for rows in (images, texts))
-        fixed = tuple(
-            rows[0] if whole else torch.cat(rows) for rows in zip(*constants, strict=True)
-        )
+            image, text = (torch.cat([rows for _, rows in parts(tower)]) for tower in (0, 1))
+        if not whole:
+            image.requires_grad_()
+            text.requires_grad_()
+        with torch.no_grad():
+            fixed = self._objective.reference(x, tokens, given)
         temperature = self._model.logit_scale.exp() if self._train_scale else scale(self._model)
-        loss, terms = self._objective(image, text, temperature, fixed, counts)
+        loss, terms = self._objective(image, text, temperature, fixed, given)
         loss.backward()
         if not whole:
-            for number, part in enumerate(parts):
-                again = self._towers(step, number, x[part], tokens[part])
-                for features, grad in zip(again, (image.grad, text.grad), strict=True):
-                    if features.requires_grad and grad is not None:
-                        features.backward(grad[part])
+            for tower, grad in enumerate((image.grad, text.grad)):
+                for start, features in parts(tower) if grad is not None else ():
+                    if features.requires_grad:
+                        features.backward(grad[start : start + size])
         scalars = {name: t.detach() for name, t in {"loss": loss, **terms}.items()}
         named = {"image features": image.detach(), "text features": text.detach()}
         named |= {f"reference features {i}": rows.detach() for i, rows in enumerate(fixed)}
         return Outcome(scalars, named)
 
-    def _towers(
-        self, step: int, part: int, x: Tensor, tokens: Tensor | Captions
-    ) -> tuple[Tensor, Tensor]:
-        seed = (self._seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part) % 2**63
+    def _student(
+        self, encode: Callable[..., Tensor], rows: Tensor | Captions, step: int, place: int
+    ) -> Tensor:  # [n, D]
+        """Features, with the same dropout whenever these rows are encoded in this step."""
+        seed = (self._seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + place) % 2**63
         torch.default_generator.manual_seed(seed)
-        if x.is_cuda:
+        if self._model.logit_scale.is_cuda:
             torch.cuda.manual_seed(seed)  # of this device alone
-        return self._encode.image(self._model, x), self._encode.text(self._model, tokens)
+        return encode(self._model, rows)
 
 
 def _has_live_batchnorm(model: nn.Module) -> bool:

@@ -145,9 +145,12 @@ class Guard:
         for name, rows in sent.outcome.features.items():
             bad = (~rows.isfinite()).any(-1).nonzero()[:, 0].cpu()
             if len(bad):
-                ids = sent.ids.cpu()[bad].tolist()
-                listed = ", ".join(map(str, ids[:_SHOWN])) + (", ..." if len(ids) > _SHOWN else "")
-                causes.append(f"{name} of {len(bad)} of {len(rows)} pairs (ids {listed})")
+                kind, which = "rows", bad
+                if len(rows) == len(sent.ids):
+                    kind, which = "ids", sent.ids.cpu()[bad]
+                listed = ", ".join(map(str, which[:_SHOWN].tolist()))
+                listed += ", ..." if len(bad) > _SHOWN else ""
+                causes.append(f"{name} of {len(bad)} of {len(rows)} pairs ({kind} {listed})")
         causes += [n for n in broken if n not in self._state]
         if not causes:
             causes = ["something on another rank"]

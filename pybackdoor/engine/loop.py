@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ from .feed import Feed, Item
 from .gradients import Gradients
 from .guard import Checked, Fault, Guard, NonFiniteError
 from .interrupts import DeferredInterrupt, exception_of
+from .objective import Given, Objective, Preparation
 from .progress import Progress
-from .settings import PRECISIONS, Objective, Schedule, Settings, StepHook, Tracker, TrainLog
+from .settings import PRECISIONS, Schedule, Settings, StepHook, Tracker, TrainLog
 from .texts import CaptionFeatures, worth_it
 from .towers import Encoder, TextTrim
 from .watch import Watch
@@ -39,6 +41,7 @@ from .watch import Watch
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound on the learned temperature
 _KEPT_OF_LOG = ("steps", "pairs", "faults", "seconds", "waiting")
 _NO_DECAY_NAMES = ("bias", "ln", "bn")
+_OBJECTIVE = "objective/"  # what the names of its tensors begin with in a checkpoint
 
 
 class _Lost(Exception):
@@ -115,6 +118,8 @@ class _Run:
         self.on_step, self.track = on_step, track
         self.ranks = Ranks.start(device)
         self.loader, self.objective, self.numbered = loader, objective, False
+        self.kept: dict[str, Tensor] = {}  # the objective's, for its load
+        self.prepared = False
         self.watch = Watch(self.ranks)
         self.feed = Feed(
             loader, rules, self.ranks, device, steps=settings.steps, epochs=settings.epochs,
@@ -134,16 +139,19 @@ class _Run:
             fused=True,
         )
         set_train_mode(model, settings.freeze_batchnorm)
-        self.encode = Encoder(PRECISIONS[settings.precision], device, settings.compile)
+        self.encode = Encoder(
+            PRECISIONS[settings.precision], device, settings.compile, settings.micro_batch
+        )
         compiled = settings.compile is not None
         self.trim = TextTrim(
             model, settings.trim_text, compiled=compiled,
             grouped=device.type == "cpu" and not compiled,
         )  # fmt: skip
-        self.gradients = Gradients(
+        gradients = Gradients(
             model, objective, self.encode, train_scale=self.train_scale,
             micro_batch=settings.micro_batch, seed=settings.seed + 0x9E3779B1 * self.ranks.rank,
         )  # fmt: skip
+        self.gradients = objective.around(gradients)
         # With a hook, which looks at the model of each step, the host keeps up with the device.
         hooks = self.ranks.agree([on_step is not None], device)
         lag = 0 if any(hook for (hook,) in hooks) else 1
@@ -185,7 +193,7 @@ class _Run:
         self._return_to(state)
 
     def _prepare(self) -> None:
-        """Lets the objective make features of all captions at once, where that pays."""
+        """Shows the objective the run; it may encode all captions at once, where that pays."""
         captions = getattr(self.loader, "captions", None) if self.settings.cache_text else None
         pairs = self.feed.steps * getattr(self.loader, "batch_size", 0)
         self.numbered = captions is not None and worth_it(captions, pairs)
@@ -196,7 +204,15 @@ class _Run:
 
             return CaptionFeatures(captions, encode, self.ranks, self.watch)
 
-        self.objective.prepare(features if self.numbered else None)
+        self.objective.prepare(
+            Preparation(
+                self.model, self.encode, self.device, features if self.numbered else None,
+                self.ranks, self.rules, self.loader, self.feed.steps, self.settings.seed,
+            )
+        )  # fmt: skip
+        self.prepared = True
+        if self.kept:
+            self.objective.load(self.kept)
 
     def _run(self, interrupt: DeferredInterrupt, kept: bool) -> None:
         self._prepare()
@@ -237,22 +253,17 @@ class _Run:
         self.feed.save = self.folder is not None and self.folder.due()
 
     def _step(self, step: int, item: Item) -> None:
-        x = model_input(
-            item.batch,
-            self.rules,
-            device=self.device,
-            dtype=self.encode.input_dtype(self.model),
-            ids=item.ids,
-            augment=self.settings.augment,
-            seed=self.settings.seed,
-            view=item.epoch,
-        )
-        tokens = self.trim(item.batch.tokens).to(self.device, non_blocking=True)
+        given = Given(
+            step, item.epoch, item.batch, item.ids,
+            item.counts if self.ranks.size > 1 else None,
+            item.batch.captions if self.numbered else None,
+            partial(self._input, view=item.epoch),
+        )  # fmt: skip
+        x, tokens = self.objective.inputs(given)
+        tokens = self.trim(tokens).to(self.device, non_blocking=True)
         self.guard.begin()
         self.optimizer.zero_grad(set_to_none=True)
-        counts = item.counts if self.ranks.size > 1 else None
-        numbers = item.batch.captions if self.numbered else None
-        outcome = self.gradients(step, x, tokens, numbers, counts)
+        outcome = self.gradients(x, tokens, given)
         self.ranks.sum_gradients(self.trained)
         self.guard.watch(step, item, item.ids, outcome)
         for group in self.optimizer.param_groups:
@@ -261,6 +272,21 @@ class _Run:
         if self.train_scale:
             with torch.no_grad():
                 self.model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+
+    def _input(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        augmented: bool,
+        trigger: Mapping[str, Any] | None,
+        view: int,
+    ) -> Tensor:  # [n, 3, H, W]
+        settings = self.settings
+        return model_input(
+            images, self.rules, device=self.device, dtype=self.encode.input_dtype(self.model),
+            ids=ids, augment=settings.augment if augmented else None, seed=settings.seed, view=view,
+            trigger=trigger,
+        )  # fmt: skip
 
     def _settle(self, steps: list[Checked], bar: Progress) -> bool:
         """Writes down the steps that stand; True where the last one must be done without."""
@@ -311,6 +337,7 @@ class _Run:
             return
         with self.watch.patient():
             tensors = train_state(self.model, self.optimizer)
+            tensors |= {_OBJECTIVE + n: t.detach().cpu() for n, t in self.objective.state().items()}
             broken = not_finite(tensors, self.guard.watched)
             found = self.ranks.agree([bool(broken)], self.device)
             if any(bad for (bad,) in found):
@@ -330,6 +357,13 @@ class _Run:
             return False
         tensors = self.ranks.tensors_from_first({} if state is None else state.tensors, self.device)
         restore(tensors, self.model, self.optimizer)
+        self.kept = {
+            name.removeprefix(_OBJECTIVE): tensor.cpu()
+            for name, tensor in tensors.items()
+            if name.startswith(_OBJECTIVE)
+        }
+        if self.prepared and self.kept:
+            self.objective.load(self.kept)
         self.feed.position = content["position"]
         faults = self.log.faults
         for name, value in content["log"].items():

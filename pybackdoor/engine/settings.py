@@ -6,50 +6,18 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..ops import Augment
-from .towers import Captions
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
-TextFeatures = Callable[[nn.Module], Callable[[Tensor], Tensor]]  # model -> numbers -> [n, D]
 Schedule = Callable[[int, int], float]  # (step, steps) -> learning rate
 Tracker = Callable[[int, dict[str, float]], None]
 StepHook = Callable[[int, dict[str, float], nn.Module], bool | None]
-
-
-class Objective(Protocol):
-    """What a step minimises. A method is an objective and a schedule."""
-
-    def prepare(self, texts: TextFeatures | None) -> None:
-        """Before the first step; texts makes a frozen model's features of all captions, or None."""
-
-    def reference(
-        self, x: Tensor, tokens: Tensor | Captions, numbers: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """Constant features of this rank's rows that the loss needs, each [n, D]; may be ().
-
-        tokens: as ``Encoder.text`` takes them.
-        numbers: [n] int64 of the captions in what ``prepare`` gave, None where it gave nothing.
-        """
-
-    def __call__(
-        self,
-        image: Tensor,  # [n, D] unit rows of this rank
-        text: Tensor,  # [n, D] unit rows of this rank
-        scale: Tensor,  # [] exp(logit_scale)
-        reference: tuple[Tensor, ...],  # the constants
-        counts: list[int] | None,  # pairs of each rank; None for one process
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the whole batch, and named [] tensors for the history.
-
-        The ranks' gradients, each of its own rows and share of scale, must add up to the whole.
-        """
 
 
 @dataclass(frozen=True)

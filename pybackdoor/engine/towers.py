@@ -58,12 +58,18 @@ class Encoder:
     Args:
         autocast: the towers' dtype under autocast; None: their own.
         compile: a mode of torch.compile, or None.
+        chunk: rows encoded at a time where no gradient is wanted; None: all.
     """
 
     def __init__(
-        self, autocast: torch.dtype | None, device: torch.device, compile: str | None = None
+        self,
+        autocast: torch.dtype | None,
+        device: torch.device,
+        compile: str | None = None,
+        chunk: int | None = None,
     ) -> None:
         self._autocast, self._device, self._mode = autocast, device, compile
+        self._chunk = chunk
         if compile is not None:  # two models, with and without gradients, each at a few lengths
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, _VARIANTS)
@@ -75,20 +81,30 @@ class Encoder:
 
     def image(self, model: nn.Module, x: Tensor) -> Tensor:  # x [n, 3, H, W] normalised
         """[n, D] unit rows in at least fp32."""
+        encode = self._function(model, image_features)
         with self._context():
-            return self._function(model, image_features)(model, x)
+            return torch.cat([encode(model, part) for part in self._parts(x)])
 
     def text(self, model: nn.Module, tokens: Tensor | Captions) -> Tensor:  # tokens [n, L]
         """[n, D] unit rows in at least fp32."""
         encode = self._function(model, text_features)
         with self._context():
-            if isinstance(tokens, Tensor):
-                return encode(model, tokens)
-            groups = tokens.groups()
-            order = torch.cat([rows for rows, _ in groups]).to(tokens.tokens.device)
-            parts = tokens.tokens[order].split([len(rows) for rows, _ in groups])
-            cut = [part[:, :length] for part, (_, length) in zip(parts, groups, strict=True)]
-            return torch.cat([encode(model, part) for part in cut])[order.argsort()]
+            return torch.cat([self._grouped(encode, model, part) for part in self._parts(tokens)])
+
+    def _parts(self, rows: Tensor | Captions) -> list[Tensor] | list[Captions]:
+        size = self._chunk if self._chunk and not torch.is_grad_enabled() else max(len(rows), 1)
+        return [rows[i : i + size] for i in range(0, max(len(rows), 1), size)]
+
+    def _grouped(
+        self, encode: Callable, model: nn.Module, tokens: Tensor | Captions
+    ) -> Tensor:  # [n, D]
+        if isinstance(tokens, Tensor):
+            return encode(model, tokens)
+        groups = tokens.groups()
+        order = torch.cat([rows for rows, _ in groups]).to(tokens.tokens.device)
+        parts = tokens.tokens[order].split([len(rows) for rows, _ in groups])
+        cut = [part[:, :length] for part, (_, length) in zip(parts, groups, strict=True)]
+        return torch.cat([encode(model, part) for part in cut])[order.argsort()]
 
     def _function(self, model: nn.Module, eager: Callable) -> Callable[[nn.Module, Tensor], Tensor]:
         if self._mode is None:

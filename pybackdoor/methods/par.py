@@ -12,39 +12,28 @@ taken over the whole batch of all ranks before it is compared with tau: one gate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .clean import CleanOptions, CleanResult, clean, frozen_copy
-from .engine import PRECISIONS, Captions, Encoder, Settings, TextFeatures, loss_precision
-from .ops import contrastive_par
+from ..clean import CleanOptions, CleanResult, clean, frozen_copy
+from ..engine import Captions, Given, Objective, Preparation, Settings, loss_precision
+from ..ops import contrastive_par
 
 
-class PerturbAndRecover:
+class PerturbAndRecover(Objective):
     """The PAR objective against a frozen poisoned model."""
 
-    def __init__(
-        self, poisoned: nn.Module, tau: float, encode: Encoder, precision: str = "auto"
-    ) -> None:
-        self._poisoned, self._tau, self._encode = poisoned, tau, encode
-        self._precision = precision
-        self._texts: Callable[[Tensor], Tensor] | None = None
+    def __init__(self, poisoned: nn.Module, tau: float, precision: str = "auto") -> None:
+        self._poisoned, self._tau, self._precision = poisoned, tau, precision
 
-    def prepare(self, texts: TextFeatures | None) -> None:
-        self._texts = None if texts is None else texts(self._poisoned)
+    def prepare(self, run: Preparation) -> None:
+        self._reference = run.frozen(self._poisoned)
 
-    @torch.no_grad()
-    def reference(
-        self, x: Tensor, tokens: Tensor | Captions, numbers: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        image = self._encode.image(self._poisoned, x)
-        if self._texts is None or numbers is None:
-            return image, self._encode.text(self._poisoned, tokens)
-        return image, self._texts(numbers)
+    def reference(self, x: Tensor, tokens: Tensor | Captions, given: Given) -> tuple[Tensor, ...]:
+        return self._reference.image(x), self._reference.text(tokens, given.numbers)
 
     def __call__(
         self,
@@ -52,7 +41,7 @@ class PerturbAndRecover:
         text: Tensor,  # [n, D] unit rows
         scale: Tensor,  # []
         reference: tuple[Tensor, ...],  # the poisoned model's image and text features, [n, D]
-        counts: list[int] | None,
+        given: Given,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, *terms = contrastive_par(
             text,
@@ -64,7 +53,7 @@ class PerturbAndRecover:
             tau=self._tau,
             normalize=False,
             precision=self._precision,
-            counts=counts,
+            counts=given.counts,
         )
         names = ("contrastive", "s_image", "s_text", "gate_image", "gate_text")
         return loss, dict(zip(names, terms, strict=True))
@@ -140,10 +129,7 @@ def par_clean(
     check_tau(tau)
 
     def objective(student: nn.Module, settings: Settings) -> PerturbAndRecover:
-        where = next(student.parameters()).device
-        encode = Encoder(PRECISIONS[settings.precision], where, settings.compile)
-        precision = loss_precision(settings.precision)
-        return PerturbAndRecover(frozen_copy(student), tau, encode, precision)
+        return PerturbAndRecover(frozen_copy(student), tau, loss_precision(settings.precision))
 
     return clean("par", model, loader, objective, {"tau": tau}, **options)
 

@@ -11,24 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .clean import CleanOptions, CleanResult, clean
-from .engine import Captions, Settings, TextFeatures, loss_precision
-from .ops import contrastive_par
+from ..clean import CleanOptions, CleanResult, clean
+from ..engine import Given, Objective, Settings, loss_precision
+from ..ops import contrastive_par
 
 
-class Contrastive:
+class Contrastive(Objective):
     """CLIP's own loss and nothing else."""
 
     def __init__(self, precision: str = "auto") -> None:
         self._precision = precision
-
-    def prepare(self, texts: TextFeatures | None) -> None:
-        pass
-
-    def reference(
-        self, x: Tensor, tokens: Tensor | Captions, numbers: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        return ()
 
     def __call__(
         self,
@@ -36,9 +28,9 @@ class Contrastive:
         text: Tensor,  # [n, D] unit rows
         scale: Tensor,  # []
         reference: tuple[Tensor, ...],
-        counts: list[int] | None,
+        given: Given,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        options = {"normalize": False, "precision": self._precision, "counts": counts}
+        options = {"normalize": False, "precision": self._precision, "counts": given.counts}
         return contrastive_par(text, image, scale, **options).loss, {}
 
 
