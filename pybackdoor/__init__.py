@@ -10,7 +10,7 @@ from .estimates import Estimate
 from .evaluate import Evaluation, Verdict, evaluate, verify_trigger
 from .losses import ContrastiveLoss
 from .manifest import Manifest
-from .methods import finetune_clean, par_clean
+from .methods import finetune_clean, invert_clean, par_clean
 from .models import load, save
 from .ops import Augment
 from .optim import AdamWEma
@@ -37,6 +37,7 @@ __all__ = [
     "data",
     "evaluate",
     "finetune_clean",
+    "invert_clean",
     "load",
     "models",
     "ops",

@@ -208,6 +208,7 @@ class _Run:
             Preparation(
                 self.model, self.encode, self.device, features if self.numbered else None,
                 self.ranks, self.rules, self.loader, self.feed.steps, self.settings.seed,
+                self.watch.patient,
             )
         )  # fmt: skip
         self.prepared = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,7 @@ class Preparation:
             not numbered, or that does not pay.
         loader: the run's own.
         steps: planned.
+        patient: a context for what takes the ranks longer than a step.
     """
 
     model: nn.Module
@@ -78,6 +80,7 @@ class Preparation:
     loader: Iterable[Any] = ()
     steps: int = 0
     seed: int = 0
+    patient: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def frozen(self, model: nn.Module) -> Frozen:
         return Frozen(model, self.encode, None if self.texts is None else self.texts(model))

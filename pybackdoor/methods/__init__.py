@@ -8,14 +8,16 @@ from typing import Any
 
 from ..clean import CleanResult
 from .finetune import finetune_clean
+from .invert import invert_clean
 from .par import par_clean
 
 METHODS: dict[str, Callable[..., CleanResult]] = {
     "par": par_clean,
     "finetune": finetune_clean,
+    "invert": invert_clean,
 }
 
-__all__ = ["METHODS", "finetune_clean", "own_options", "par_clean"]
+__all__ = ["METHODS", "finetune_clean", "invert_clean", "own_options", "par_clean"]
 
 
 def own_options(name: str) -> dict[str, Any]:

@@ -1,0 +1,194 @@
+"""Invert and recover: find triggers on the model as it is, and train against them.
+
+Every few dozen steps, universal triggers are inverted on the current model (``triggers.invert``):
+patterns that make images embed alike, one under a small mask, one over the whole image at a low
+opacity. A pool keeps the latest. At every step part of the batch carries one of them each, paired
+with its own true captions, so that the model learns to see past whatever it now reacts to, a
+planted trigger included. Neither the trigger nor its target is known. The loss is CLIP's own, with
+or without PAR's distance term. This is a method of this project, without a publication behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from ..clean import CleanOptions, CleanResult, clean, frozen_copy
+from ..engine import Captions, Given, Objective, Preparation, Settings, loss_precision
+from ..triggers.invert import FAMILIES, Inverted, invert
+from .finetune import Contrastive
+from .par import PerturbAndRecover, check_tau
+
+_DRAWS = 0x51ED2701  # keeps these draws apart from those of the order and the augmentation
+
+
+class InvertAndRecover(Objective):
+    """Another objective, on batches of which part carries inverted triggers.
+
+    Args:
+        inner: the loss.
+        every: steps between two inversions of each family.
+        share: of a batch that carries a trigger.
+        pool: triggers kept of each family, the latest.
+        how: options of ``invert``.
+    """
+
+    def __init__(
+        self,
+        inner: Objective,
+        every: int,
+        share: float,
+        pool: int,
+        families: Sequence[str],
+        how: Mapping[str, Any],
+    ) -> None:
+        self._inner, self._every, self._share, self._pool = inner, every, share, pool
+        self._families, self._how = tuple(families), how
+        self._found: dict[str, Inverted] = {}
+        self._told: dict[str, Tensor] = {}
+
+    def prepare(self, run: Preparation) -> None:
+        self._run = run
+        self._inner.prepare(run)
+
+    def inputs(self, given: Given) -> tuple[Tensor, Tensor]:
+        if given.step % self._every == 0:
+            with self._run.patient():
+                self._invert(given)
+        pool = [self._found[family] for family in self._families]
+        found = Inverted(
+            torch.cat([one.pattern for one in pool]), torch.cat([one.mask for one in pool])
+        )
+        generator = torch.Generator().manual_seed(self._seed(given, _DRAWS))
+        n = len(given.ids)
+        which = torch.randint(len(found.mask), (n,), generator=generator, dtype=torch.int32)
+        which[torch.rand(n, generator=generator) >= self._share] = -1
+        trigger = {"triggers": found.table(), "trigger_id": which.to(found.mask.device)}
+        return given.images(trigger=trigger), given.batch.tokens
+
+    def reference(self, x: Tensor, tokens: Tensor | Captions, given: Given) -> tuple[Tensor, ...]:
+        return self._inner.reference(x, tokens, given)
+
+    def __call__(
+        self,
+        image: Tensor,  # [n, D] unit rows
+        text: Tensor,  # [n, D] unit rows
+        scale: Tensor,  # []
+        reference: tuple[Tensor, ...],
+        given: Given,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, terms = self._inner(image, text, scale, reference, given)
+        return loss, {**terms, **self._told}
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{family}/{name}": getattr(found, name)
+            for family, found in self._found.items()
+            for name in ("pattern", "mask")
+        } | {f"told/{name}": value for name, value in self._told.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        there = {name: tensor.to(self._run.device) for name, tensor in state.items()}
+        self._found = {
+            family: Inverted(there[f"{family}/pattern"], there[f"{family}/mask"])
+            for family in self._families
+        }
+        told = {name: value for name, value in there.items() if name.startswith("told/")}
+        self._told = {name.removeprefix("told/"): value for name, value in told.items()}
+
+    def _invert(self, given: Given) -> None:
+        """Each rank inverts on its own images; the pool takes them all."""
+        run, ranks = self._run, self._run.ranks
+        assert run.rules is not None and ranks is not None
+        images = given.batch.images
+        if images.dtype != torch.uint8:
+            raise TypeError(f"invert_clean needs uint8 images to stamp, got {images.dtype}")
+        modes = [(module, module.training) for module in run.model.modules()]
+        run.model.eval()
+        try:
+            for number, family in enumerate(self._families):
+                one, told = invert(
+                    lambda x: run.encode.image(run.model, x), images.to(run.device),
+                    mean=run.rules.mean, std=run.rules.std, family=family,
+                    seed=self._seed(given, number), **self._how,
+                )  # fmt: skip
+                ones = [1] * ranks.size
+                new = [ranks.gather(x, ones) for x in (one.pattern, one.mask)]
+                if family in self._found:
+                    old = self._found[family]
+                    new = [torch.cat(both) for both in ((old.pattern, new[0]), (old.mask, new[1]))]
+                self._found[family] = Inverted(*(x[-self._pool * ranks.size :] for x in new))
+                ranks.sum_(told["cosine"])
+                self._told[f"cosine_{family}"] = told["cosine"] / ranks.size
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _seed(self, given: Given, kind: int) -> int:
+        assert self._run.ranks is not None
+        words = (self._run.seed, given.step, kind, self._run.ranks.rank)
+        seed = 0
+        for word in words:
+            seed = (seed * 0x9E3779B97F4A7C15 + word + 1) % 2**63
+        return seed
+
+
+def invert_clean(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    tau: float | None = None,
+    every: int = 50,
+    share: float = 0.5,
+    pool: int = 3,
+    families: Sequence[str] = FAMILIES,
+    inversion_steps: int = 150,
+    inversion_batch: int = 64,
+    area_weight: float = 1.0,
+    opacity: float = 0.1,
+    **options: Unpack[CleanOptions],
+) -> CleanResult:
+    """Remove a backdoor from a CLIP model by training against triggers inverted on it.
+
+    Args:
+        model, loader: as for ``par_clean``; the loader yields uint8 images.
+        tau: with a number, PAR's distance term up to it is part of the loss; None: CLIP's loss.
+        every: steps between inversions; each costs inversion_steps forward and backward passes
+            of inversion_batch images, for each family.
+        share: of a batch that carries an inverted trigger, in [0, 1].
+        pool: triggers kept of each family (and rank), the latest.
+        families: of triggers, see ``triggers.invert.invert``, as are the next four.
+        options: those of every cleaning method, see ``par_clean``.
+    Returns:
+        As ``par_clean``; the history has the mean cosine that each family's last inversion reached.
+    Raises:
+        As ``par_clean``.
+    """
+    if tau is not None:
+        check_tau(tau)
+    for name, value, least in (("every", every, 1), ("pool", pool, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1], got {share}")
+    wrong = [family for family in families if family not in FAMILIES]
+    if wrong or not families:
+        raise ValueError(f"families must be of {', '.join(FAMILIES)}, got {families!r}")
+    how = {
+        "steps": inversion_steps, "batch_size": inversion_batch, "area_weight": area_weight,
+        "opacity": opacity,
+    }  # fmt: skip
+    own = {"tau": tau, "every": every, "share": share, "pool": pool, "families": list(families)}
+
+    def objective(student: nn.Module, settings: Settings) -> InvertAndRecover:
+        precision = loss_precision(settings.precision)
+        inner: Objective = Contrastive(precision)
+        if tau is not None:
+            inner = PerturbAndRecover(frozen_copy(student), tau, precision)
+        return InvertAndRecover(inner, every, share, pool, families, how)
+
+    return clean("invert", model, loader, objective, {**own, **how}, **options)

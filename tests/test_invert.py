@@ -1,0 +1,126 @@
+"""Inverted triggers, and training against them."""
+
+import pytest
+import torch
+from dual_encoder import MEAN, STD, DualEncoder, random_pairs
+from torch.nn.functional import normalize
+
+import pybackdoor
+from pybackdoor.models import image_features
+from pybackdoor.triggers.invert import FAMILIES, invert, mean_cosine
+
+FAST = {"precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2, "steps": 5}
+QUICK = {"inversion_steps": 10, "inversion_batch": 8, "every": 2, "pool": 2}
+
+
+def model(seed=1):
+    return DualEncoder(seed=seed).eval().requires_grad_(False)
+
+
+def images(n=24):
+    return random_pairs(n, n)[0]["images"]
+
+
+@pytest.mark.parametrize("n", [2, 3, 17])
+def test_mean_cosine_is_that_of_all_pairs(n):
+    rows = normalize(torch.randn(n, 5, dtype=torch.float64), dim=-1)
+    every = (rows @ rows.T)[~torch.eye(n, dtype=torch.bool)]
+    torch.testing.assert_close(mean_cosine(rows), every.mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_an_inverted_trigger_pulls_images_together(family, layout):
+    net, pixels = model(), images()
+    given = pixels if layout == "nhwc" else pixels.permute(0, 3, 1, 2)
+    encode = lambda x: image_features(net, x)  # noqa: E731
+    common = {"mean": MEAN, "std": STD, "family": family, "opacity": 0.3, "batch_size": 12}
+    found, told = invert(encode, given, steps=80, area_weight=0.1, **common)
+    again, _ = invert(encode, given, steps=80, area_weight=0.1, **common)
+    assert torch.equal(found.pattern, again.pattern) and torch.equal(found.mask, again.mask)
+
+    def cosine(of):
+        """Of images stamped by hand, in fp64."""
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+        x = pixels.permute(0, 3, 1, 2).double() / 255
+        stamped = (1 - of.mask.double()) * x + of.mask.double() * of.pattern.double()
+        return float(mean_cosine(image_features(model().double(), (stamped - mean) / std)))
+
+    first, _ = invert(encode, given, steps=1, **common)
+    assert cosine(found) > cosine(first) + 0.05
+    assert abs(cosine(found) - float(told["cosine"])) < 0.1  # of a draw of images, a step earlier
+    assert 0 <= float(found.mask.min()) and float(found.mask.max()) <= 1
+    if family == "dense":
+        assert torch.equal(found.mask, torch.full_like(found.mask, 0.3))
+    else:
+        dear, _ = invert(encode, given, steps=80, area_weight=20.0, **common)
+        assert float(dear.mask.mean()) < float(found.mask.mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"family": "thick"}, "family must be one of sparse, dense, got 'thick'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 1}, "must be at least 2, got 24 and 1"),
+        ({"opacity": 0.0}, r"opacity must be in \(0, 1\], got 0.0"),
+    ],
+)
+def test_refusals_of_invert(options, message):
+    with pytest.raises(ValueError, match=message):
+        invert(lambda x: x, images(), mean=MEAN, std=STD, **options)
+
+
+@pytest.mark.parametrize("tau", [None, 2.15])
+def test_part_of_each_batch_carries_a_trigger(tau, monkeypatch):
+    from pybackdoor.methods import invert as module
+
+    seen = []
+    make = module.Given.images
+
+    def noted(self, *args, **options):
+        seen.append(options["trigger"])
+        return make(self, *args, **options)
+
+    monkeypatch.setattr(module.Given, "images", noted)
+    result = pybackdoor.invert_clean(model(), random_pairs(40, 20), tau=tau, **QUICK, **FAST)
+    assert [len(t["triggers"].mask) for t in seen] == [2, 2, 4, 4, 4]  # two families, at most two
+    stamped = torch.cat([t["trigger_id"] for t in seen])
+    assert 0.2 < float((stamped >= 0).float().mean()) < 0.8
+    assert set(stamped.tolist()) >= {-1, 0, 1}
+    assert ("s_image" in result.history[-1]) == (tau is not None)
+    assert -1 <= result.history[-1]["cosine_dense"] <= 1
+    assert result.report["settings"]["every"] == 2
+
+
+def test_an_interrupted_run_goes_on_with_its_pool(tmp_path):
+    loader = random_pairs(40, 20)
+    whole = pybackdoor.invert_clean(model(), loader, **QUICK, **FAST)
+    stop = {"on_step": lambda k, r, m: k == 2, "folder": tmp_path}
+    pybackdoor.invert_clean(model(), loader, **QUICK, **FAST, **stop)
+    rest = pybackdoor.invert_clean(model(), loader, **QUICK, **FAST, folder=tmp_path, resume=True)
+    assert rest.history == whole.history
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(rest.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every must be an integer of at least 1, got 0"),
+        ({"pool": 1.5}, "pool must be an integer of at least 1, got 1.5"),
+        ({"share": 1.5}, r"share must be in \[0, 1\], got 1.5"),
+        ({"families": ()}, "families must be of sparse, dense"),
+        ({"families": ("thick",)}, "families must be of sparse, dense"),
+        ({"tau": 5.0}, "tau must be in"),
+    ],
+)
+def test_refusals_of_invert_clean(options, message):
+    with pytest.raises(ValueError, match=message):
+        pybackdoor.invert_clean(model(), random_pairs(20, 10), **options)
+
+
+def test_float_images_cannot_be_stamped():
+    floats = [(b["images"].permute(0, 3, 1, 2) / 255.0, b["tokens"]) for b in random_pairs(20, 10)]
+    with pytest.raises(TypeError, match="invert_clean needs uint8 images"):
+        pybackdoor.invert_clean(model(), floats, **QUICK, **FAST)
