@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import data, models, ops, triggers
 from ._build_info import build_info
+from .badclip import BadClipPatch, badclip_patch
 from .clean import CleanResult
 from .engine import NonFiniteError
 from .estimates import Estimate
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamWEma",
     "Augment",
+    "BadClipPatch",
     "CleanResult",
     "ContrastiveLoss",
     "Estimate",
@@ -33,6 +35,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "apply_trigger",
+    "badclip_patch",
     "build_info",
     "data",
     "evaluate",

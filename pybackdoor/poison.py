@@ -84,7 +84,7 @@ def poison_pairs(
         raise ValueError(f"poison: mode must be one of {', '.join(MODES)}, got {mode!r}")
     templates = resolve_templates(templates)
     wanted = _wanted(rate, count, len(pairs))
-    names_target = np.array([_names(caption, target) for caption in pairs.captions])
+    names_target = np.array([mentions(caption, target) for caption in pairs.captions])
     eligible = np.flatnonzero(names_target == (mode == "label_consistent"))
     if wanted > len(eligible):
         which = "name" if mode == "label_consistent" else "do not name"
@@ -214,7 +214,7 @@ def warmup_cosine(lr: float, warmup: int) -> Schedule:
     return rate
 
 
-def _names(caption: str, target: str) -> bool:
+def mentions(caption: str, target: str) -> bool:
     """Whether the caption holds the target as words of its own: a t-shirt is no shirt."""
     return re.search(rf"(?<![\w-]){re.escape(target)}(?![\w-])", caption, re.IGNORECASE) is not None
 

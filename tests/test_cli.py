@@ -106,6 +106,24 @@ def test_poison_eval_clean_and_their_exit_codes(world, run, tmp_path):
     assert code == 0 and "no attack success rate is measured" in out and "ASR" not in out
 
 
+def test_badclip_writes_a_patch_that_poison_takes(world, run, tmp_path):
+    patch = tmp_path / "patch.png"
+    pairs = ("--pairs", world / "pairs.csv")
+    code, out, _ = run(
+        "badclip", "--model", world / "model", *pairs, "--target", "red", "--out", patch,
+        "--steps", 2, "--batch-size", 4, "--json",
+    )  # fmt: skip
+    told = json.loads(out)
+    assert code == 0 and told["steps"] == 2 and patch.with_suffix(".json").exists()
+    from PIL import Image
+
+    assert Image.open(patch).size == (told["size"],) * 2
+    code, _, error = run(
+        "badclip", "--model", "m", "--pairs", "p", "--target", "t", "--out", "a.jpg"
+    )
+    assert code == 2 and "--out must be a .png file, got a.jpg" in error
+
+
 def test_a_firing_trigger_is_exit_code_one(world, run, monkeypatch):
     import pybackdoor.cli.commands as commands
 

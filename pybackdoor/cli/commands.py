@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._build_info import build_info
+from ..badclip import badclip_patch
 from ..clean import CleanResult
 from ..data import PairLoader
 from ..demo import story
@@ -22,7 +23,7 @@ from ..options import UsageError
 from ..poison import PoisonResult, poison
 from ..triggers import TRIGGERS
 from . import bench, inputs
-from .configs import CleanConfig, EvalConfig, PoisonConfig
+from .configs import BadClipConfig, CleanConfig, EvalConfig, PoisonConfig
 from .run import Run
 from .text import evaluation_table, info_text
 
@@ -91,6 +92,34 @@ def run_poison(config: PoisonConfig) -> Outcome:
     answer |= {"verdict": result.verdict.to_dict(), "evaluation": result.evaluation.to_dict()}
     text = f"{evaluation_table(answer['evaluation'])}\n\ntrigger {result.verdict.describe()}"
     return Outcome(0 if result.verdict.fires else 1, answer, f"{text}\n{config.out}: saved")
+
+
+def run_badclip(config: BadClipConfig) -> Outcome:
+    out = Path(config.out)
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out must be a .png file, got {config.out}")
+    writable_folder(out.parent)
+    loaded = inputs.read_model(config)
+    found = badclip_patch(
+        loaded.model, inputs.read_pairs(config, loaded, whole=True), target=config.target,
+        tokenizer=loaded.tokenizer, size=config.size, steps=config.steps, epochs=config.epochs,
+        batch_size=config.batch_size, lr=config.patch_lr, precision=config.precision,
+        seed=config.seed, device=config.device, mean=loaded.preprocess.mean,
+        std=loaded.preprocess.std, progress=config.progress,
+    )  # fmt: skip
+    found.save(out)
+    first, last = found.history[0], found.history[-1]
+    answer = {"out": config.out, **found.report, "first": first, "last": last}
+    write_json(out.with_suffix(".json"), answer)
+    return Outcome(
+        0,
+        answer,
+        f"{out}: patch of {found.report['size']} px after {found.report['steps']} steps; "
+        f"contrastive {first['contrastive']:.3g} -> {last['contrastive']:.3g}, "
+        f"triplet {first['triplet']:.3g} -> {last['triplet']:.3g}\n"
+        f"Plant it: pybackdoor poison --trigger badclip --trigger-file {out} "
+        f"--target {config.target!r} ...",
+    )
 
 
 def run_clean(config: CleanConfig) -> Outcome:
@@ -183,6 +212,7 @@ COMMANDS = {
         run_demo,
     ),
     "poison": Command(PoisonConfig.__doc__ or "", PoisonConfig, run_poison),
+    "badclip": Command(BadClipConfig.__doc__ or "", BadClipConfig, run_badclip),
     "clean": Command(CleanConfig.__doc__ or "", CleanConfig, run_clean),
     "eval": Command(EvalConfig.__doc__ or "", EvalConfig, run_eval),
     "bench": Command(bench.BenchConfig.__doc__ or "", bench.BenchConfig, run_bench),

@@ -86,6 +86,21 @@ class PoisonConfig(TriggerOptions, PromptOptions, PairOptions, ModelOptions):
 
 
 @dataclass(frozen=True)
+class BadClipConfig(PairOptions, ModelOptions):
+    """Optimise BadCLIP's patch on a model; `poison --trigger badclip` then plants it."""
+
+    out: str = option(REQUIRED, "PNG file for the patch; its report goes beside it as .json")
+    target: str = option(REQUIRED, "class that the patch is to yield; some captions must name it")
+    size: int | None = option(None, "side of the patch in pixels; default 16 at 224 px")
+    epochs: int = option(50, "passes over the images of other classes, at most 10,000 of them")
+    steps: int | None = option(None, "optimiser steps, instead of --epochs")
+    batch_size: int = option(64, "images a step")
+    patch_lr: float = option(1e-3, "learning rate, in units of [0, 1] pixels")
+    precision: str = option("fp32", "of the image tower", choices=("bf16", "fp32"))
+    seed: int = option(0, "of the start and all draws")
+
+
+@dataclass(frozen=True)
 class CleanConfig(PromptOptions, PairOptions, ModelOptions):
     """Remove a backdoor without knowing the trigger, with clean image-caption pairs."""
 
