@@ -115,9 +115,9 @@ def test_badclip_writes_a_patch_that_poison_takes(world, run, tmp_path):
     )  # fmt: skip
     told = json.loads(out)
     assert code == 0 and told["steps"] == 2 and patch.with_suffix(".json").exists()
-    from PIL import Image
 
-    assert Image.open(patch).size == (told["size"],) * 2
+    with Image.open(patch) as image:
+        assert image.size == (told["size"],) * 2
     code, _, error = run(
         "badclip", "--model", "m", "--pairs", "p", "--target", "t", "--out", "a.jpg"
     )
