@@ -115,9 +115,13 @@ def test_badclip_writes_a_patch_that_poison_takes(world, run, tmp_path):
     )  # fmt: skip
     told = json.loads(out)
     assert code == 0 and told["steps"] == 2 and patch.with_suffix(".json").exists()
-
     with Image.open(patch) as image:
         assert image.size == (told["size"],) * 2
+    code, _, _ = run(
+        "poison", "--model", world / "model", *pairs, "--trigger", "badclip", "--trigger-file",
+        patch, "--target", "red", "--steps", 1, "--batch-size", 4, "--out", tmp_path / "p",
+    )  # fmt: skip
+    assert code == 0 and (tmp_path / "p" / "manifest.json").exists()
     code, _, error = run(
         "badclip", "--model", "m", "--pairs", "p", "--target", "t", "--out", "a.jpg"
     )
