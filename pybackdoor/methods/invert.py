@@ -141,7 +141,8 @@ def invert_clean(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    tau: float | None = None,
+    perturb: bool = False,
+    tau: float = 2.15,
     every: int = 50,
     share: float = 0.5,
     pool: int = 3,
@@ -156,7 +157,7 @@ def invert_clean(
 
     Args:
         model, loader: as for ``par_clean``; the loader yields uint8 images.
-        tau: with a number, PAR's distance term up to it is part of the loss; None: CLIP's loss.
+        perturb: whether PAR's distance term, up to tau, is part of the loss, beside CLIP's own.
         every: steps between inversions; each costs inversion_steps forward and backward passes
             of inversion_batch images, for each family.
         share: of a batch that carries an inverted trigger, in [0, 1].
@@ -168,8 +169,7 @@ def invert_clean(
     Raises:
         As ``par_clean``.
     """
-    if tau is not None:
-        check_tau(tau)
+    check_tau(tau)
     for name, value, least in (("every", every, 1), ("pool", pool, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -182,12 +182,19 @@ def invert_clean(
         "steps": inversion_steps, "batch_size": inversion_batch, "area_weight": area_weight,
         "opacity": opacity,
     }  # fmt: skip
-    own = {"tau": tau, "every": every, "share": share, "pool": pool, "families": list(families)}
+    own = {
+        "perturb": perturb,
+        "tau": tau,
+        "every": every,
+        "share": share,
+        "pool": pool,
+        "families": list(families),
+    }
 
     def objective(student: nn.Module, settings: Settings) -> InvertAndRecover:
         precision = loss_precision(settings.precision)
         inner: Objective = Contrastive(precision)
-        if tau is not None:
+        if perturb:
             inner = PerturbAndRecover(frozen_copy(student), tau, precision)
         return InvertAndRecover(inner, every, share, pool, families, how)
 
