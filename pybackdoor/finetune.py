@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .clean import CleanOptions, CleanResult, clean
-from .engine import Captions, Settings, TextFeatures, loss_precision
+from .engine import Captions, ImagesOf, Settings, TextFeatures, loss_precision
 from .ops import contrastive_par
 
 
@@ -22,7 +22,7 @@ class Contrastive:
     def __init__(self, precision: str = "auto") -> None:
         self._precision = precision
 
-    def prepare(self, texts: TextFeatures | None) -> None:
+    def prepare(self, texts: TextFeatures | None, images: ImagesOf | None) -> None:
         pass
 
     def reference(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .clean import CleanOptions, CleanResult, clean, frozen_copy
-from .engine import PRECISIONS, Captions, Encoder, Settings, TextFeatures, loss_precision
+from .engine import PRECISIONS, Captions, Encoder, ImagesOf, Settings, TextFeatures, loss_precision
 from .ops import contrastive_par
 
 
@@ -33,15 +33,20 @@ class PerturbAndRecover:
         self._poisoned, self._tau, self._encode = poisoned, tau, encode
         self._precision = precision
         self._texts: Callable[[Tensor], Tensor] | None = None
+        self._images: Callable[[Tensor], Tensor] | None = None
 
-    def prepare(self, texts: TextFeatures | None) -> None:
+    def prepare(self, texts: TextFeatures | None, images: ImagesOf | None) -> None:
         self._texts = None if texts is None else texts(self._poisoned)
+        self._images = None if images is None else images(self._poisoned)
 
     @torch.no_grad()
     def reference(
         self, x: Tensor, tokens: Tensor | Captions, numbers: Tensor | None
     ) -> tuple[Tensor, ...]:
-        image = self._encode.image(self._poisoned, x)
+        if self._images is not None:
+            image = self._images(x)
+        else:
+            image = self._encode.image(self._poisoned, x)
         if self._texts is None or numbers is None:
             return image, self._encode.text(self._poisoned, tokens)
         return image, self._texts(numbers)
@@ -114,6 +119,10 @@ def par_clean(
             the first batch shows.
         cache_text (True): compute the poisoned model's features of all captions once, at the start,
             where the loader numbers its captions (PairLoader does) and as many pairs will be seen.
+        views (None): K augmentations of a pair that take turns: epoch e shows number e mod K. The
+            poisoned model's image features are then computed once for each and kept, for a loader
+            that has ``image_ids`` (PairLoader does): on a GPU up to 2 GiB and a quarter of what is
+            free, else in page-locked memory, up to a quarter of the machine's.
         compile (None): a mode of torch.compile for both towers, such as "default".
         max_faults (3): batches whose loss or gradients are not finite that are left out, each
             named in the report, before the run is given up.

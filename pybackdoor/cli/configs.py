@@ -113,6 +113,9 @@ class CleanConfig(PromptOptions, PairOptions, ModelOptions):
     micro_batch: int | None = option(
         None, "pairs encoded at a time, for a batch that does not fit into memory"
     )
+    views: int | None = option(
+        None, "augmentations of a pair, in turns by epoch: a frozen model then encodes each once"
+    )
     compile: str | None = option(
         None, "mode of torch.compile for both towers", choices=COMPILE_MODES
     )

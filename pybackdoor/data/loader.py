@@ -147,6 +147,11 @@ class PairLoader:
         self._seed, self._epoch, self._start, self._position = seed, epoch, position, position
 
     @property
+    def image_ids(self) -> np.ndarray:
+        """[N] int64, the ids of the pairs: whenever one comes, it comes with the same image."""
+        return self.pairs.ids
+
+    @property
     def captions(self) -> DifferentCaptions:
         """The different captions, tokenised."""
         return self._table().different

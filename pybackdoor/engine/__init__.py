@@ -1,7 +1,8 @@
 """Training, whatever for: an objective and a schedule make a method of it.
 
 loop.py walks the steps, gradients.py computes one, guard.py keeps what is not finite from being
-applied, feed.py reads the batches, checkpoints.py keeps the state of a run, towers.py encodes.
+applied, feed.py reads the batches, checkpoints.py keeps the state of a run, towers.py encodes,
+texts.py and images.py keep what a frozen model has encoded.
 """
 
 from .checkpoints import Checkpoints
@@ -10,6 +11,7 @@ from .interrupts import DeferredInterrupt
 from .loop import decay_groups, train
 from .settings import (
     PRECISIONS,
+    ImagesOf,
     Objective,
     Schedule,
     Settings,
@@ -28,6 +30,7 @@ __all__ = [
     "Checkpoints",
     "DeferredInterrupt",
     "Encoder",
+    "ImagesOf",
     "NonFiniteError",
     "Objective",
     "Schedule",

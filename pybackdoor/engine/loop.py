@@ -29,9 +29,19 @@ from .checkpoints import (
 from .feed import Feed, Item
 from .gradients import Gradients
 from .guard import Checked, Fault, Guard, NonFiniteError
+from .images import ImageFeatures
 from .interrupts import DeferredInterrupt, exception_of
 from .progress import Progress
-from .settings import PRECISIONS, Objective, Schedule, Settings, StepHook, Tracker, TrainLog
+from .settings import (
+    PRECISIONS,
+    ImagesOf,
+    Objective,
+    Schedule,
+    Settings,
+    StepHook,
+    Tracker,
+    TrainLog,
+)
 from .texts import CaptionFeatures, worth_it
 from .towers import Encoder, TextTrim
 from .watch import Watch
@@ -133,6 +143,7 @@ class _Run:
             eps=1e-8,
             fused=True,
         )
+        self.kept_images: list[ImageFeatures] = []
         set_train_mode(model, settings.freeze_batchnorm)
         self.encode = Encoder(PRECISIONS[settings.precision], device, settings.compile)
         compiled = settings.compile is not None
@@ -196,7 +207,31 @@ class _Run:
 
             return CaptionFeatures(captions, encode, self.ranks, self.watch)
 
-        self.objective.prepare(features if self.numbered else None)
+        self.objective.prepare(features if self.numbered else None, self._images())
+
+    def _images(self) -> ImagesOf | None:
+        """Makes what keeps a frozen model's image features, where an image comes again."""
+        views = self.settings.views
+        if views is None:
+            return None
+        ids = getattr(self.loader, "image_ids", None)
+        if ids is None:
+            raise ValueError(
+                "views needs a loader that names its images, by image_ids as PairLoader does, got "
+                f"{type(self.loader).__name__}"
+            )
+        if self.feed.steps * getattr(self.loader, "batch_size", 0) <= views * len(ids):
+            return None
+
+        def features(model: nn.Module) -> ImageFeatures:
+            def encode(x: Tensor) -> Tensor:
+                return self.encode.image(model, x)
+
+            kept = ImageFeatures(ids, views, encode, self.ranks, self.watch)
+            self.kept_images.append(kept)
+            return kept
+
+        return features
 
     def _run(self, interrupt: DeferredInterrupt, kept: bool) -> None:
         self._prepare()
@@ -237,6 +272,7 @@ class _Run:
         self.feed.save = self.folder is not None and self.folder.due()
 
     def _step(self, step: int, item: Item) -> None:
+        views = self.settings.views
         x = model_input(
             item.batch,
             self.rules,
@@ -245,8 +281,10 @@ class _Run:
             ids=item.ids,
             augment=self.settings.augment,
             seed=self.settings.seed,
-            view=item.epoch,
+            view=item.epoch if views is None else item.epoch % views,
         )
+        for kept in self.kept_images:
+            kept.begin(item.ids, item.epoch)
         tokens = self.trim(item.batch.tokens).to(self.device, non_blocking=True)
         self.guard.begin()
         self.optimizer.zero_grad(set_to_none=True)

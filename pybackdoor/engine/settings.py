@@ -18,6 +18,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 TextFeatures = Callable[[nn.Module], Callable[[Tensor], Tensor]]  # model -> numbers -> [n, D]
+ImagesOf = Callable[[nn.Module], Callable[[Tensor], Tensor]]  # model -> x -> [n, D]
 Schedule = Callable[[int, int], float]  # (step, steps) -> learning rate
 Tracker = Callable[[int, dict[str, float]], None]
 StepHook = Callable[[int, dict[str, float], nn.Module], bool | None]
@@ -26,8 +27,12 @@ StepHook = Callable[[int, dict[str, float], nn.Module], bool | None]
 class Objective(Protocol):
     """What a step minimises. A method is an objective and a schedule."""
 
-    def prepare(self, texts: TextFeatures | None) -> None:
-        """Before the first step; texts makes a frozen model's features of all captions, or None."""
+    def prepare(self, texts: TextFeatures | None, images: ImagesOf | None) -> None:
+        """Before the first step: texts makes a frozen model's features of all captions, or None.
+
+        images makes a function that takes the place of ``Encoder.image`` for a frozen model and
+        each batch's x in ``reference``, part after part, or None.
+        """
 
     def reference(
         self, x: Tensor, tokens: Tensor | Captions, numbers: Tensor | None
@@ -74,6 +79,9 @@ class Settings:
             the first batch).
         cache_text: compute a frozen model's features of the loader's captions once, at the start,
             where the loader numbers them and as many pairs will be seen.
+        views: augment a pair in epoch e as in epoch e mod views, and keep a frozen model's image
+            features from one to the other; None: each epoch in a way of its own. The loader must
+            name its images (``image_ids``).
         compile: None, or a mode of torch.compile for both towers: "default", "reduce-overhead"
             (with CUDA graphs) or "max-autotune".
         max_faults: batches whose loss or gradients are not finite that may be left out before the
@@ -93,6 +101,7 @@ class Settings:
     micro_batch: int | None = None
     trim_text: bool = True
     cache_text: bool = True
+    views: int | None = None
     compile: str | None = None
     max_faults: int = 3
 
@@ -103,10 +112,10 @@ class Settings:
             raise ValueError(
                 f"compile must be None or one of {list(COMPILE_MODES)}, got {self.compile!r}"
             )
-        limits = {"steps": 1, "epochs": 1, "seed": 0, "micro_batch": 1, "max_faults": 0}
+        limits = {"steps": 1, "epochs": 1, "seed": 0, "micro_batch": 1, "views": 1, "max_faults": 0}
         for name, least in limits.items():
             value = getattr(self, name)
-            if value is None and name in ("steps", "micro_batch"):
+            if value is None and name in ("steps", "micro_batch", "views"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
