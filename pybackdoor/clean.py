@@ -91,6 +91,7 @@ class CleanOptions(TypedDict, total=False):
     micro_batch: int | None
     trim_text: bool
     cache_text: bool
+    lock: str | None
     views: int | None
     compile: str | None
     max_faults: int
@@ -127,6 +128,7 @@ def clean(
     micro_batch: int | None = None,
     trim_text: bool = True,
     cache_text: bool = True,
+    lock: str | None = None,
     views: int | None = None,
     compile: str | None = None,
     max_faults: int = 3,
@@ -156,7 +158,7 @@ def clean(
     settings = Settings(
         steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
         progress=progress, micro_batch=micro_batch, trim_text=trim_text, cache_text=cache_text,
-        views=views, compile=compile, max_faults=max_faults,
+        lock=lock, views=views, compile=compile, max_faults=max_faults,
     )  # fmt: skip
     own = {**own, "lr_start": lr_start, "lr": lr, "lr_end": lr_end}
     schedule = two_phase_schedule(lr_start, lr, lr_end)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.indexed import CACHES
-from ..engine.settings import COMPILE_MODES
+from ..engine.settings import COMPILE_MODES, LOCKS
 from ..options import REQUIRED, option
 from ..poison import MODES
 
@@ -112,6 +112,9 @@ class CleanConfig(PromptOptions, PairOptions, ModelOptions):
     save_minutes: float = option(10.0, "minutes between checkpoints, kept in --out until the end")
     micro_batch: int | None = option(
         None, "pairs encoded at a time, for a batch that does not fit into memory"
+    )
+    lock: str | None = option(
+        None, "tower left as it is: cheaper, and another method than the published", choices=LOCKS
     )
     views: int | None = option(
         None, "augmentations of a pair, in turns by epoch: a frozen model then encodes each once"

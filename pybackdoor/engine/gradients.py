@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import scale
+from .lock import LockedText
 from .settings import Objective
 from .towers import Captions, Encoder
 
@@ -31,6 +32,7 @@ class Gradients:
         train_scale: whether logit_scale takes a gradient.
         micro_batch: pairs encoded at a time; None: all.
         seed: of dropout, with the step and the rank.
+        locked: gives the text features where the text tower is not trained.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class Gradients:
         train_scale: bool,
         micro_batch: int | None,
         seed: int,
+        locked: LockedText | None = None,
     ) -> None:
+        self._locked = locked
         self._model, self._objective, self._encode = model, objective, encode
         self._train_scale, self._micro, self._seed = train_scale, micro_batch, seed
         if micro_batch is not None and _has_live_batchnorm(model):
@@ -64,16 +68,15 @@ class Gradients:
         with torch.set_grad_enabled(whole):
             images, texts, constants = [], [], []
             for number, part in enumerate(parts):
-                for rows, features in zip(
-                    (images, texts), self._towers(step, number, x[part], tokens[part]), strict=True
-                ):
-                    rows.append(features)
                 which = None if numbers is None else numbers[part]
+                images.append(self._image(step, number, x[part]))
+                texts.append(self._text(tokens[part], which))
                 constants.append(self._objective.reference(x[part], tokens[part], which))
         if whole:
             image, text = images[0], texts[0]
         else:
-            image, text = (torch.cat(rows).requires_grad_() for rows in (images, texts))
+            image, text = torch.cat(images).requires_grad_(), torch.cat(texts)
+            text.requires_grad_(self._locked is None)
         fixed = tuple(
             rows[0] if whole else torch.cat(rows) for rows in zip(*constants, strict=True)
         )
@@ -82,8 +85,10 @@ class Gradients:
         loss.backward()
         if not whole:
             for number, part in enumerate(parts):
-                again = self._towers(step, number, x[part], tokens[part])
-                for features, grad in zip(again, (image.grad, text.grad), strict=True):
+                again = [self._image(step, number, x[part])]
+                if self._locked is None:
+                    again.append(self._text(tokens[part], None))
+                for features, grad in zip(again, (image.grad, text.grad), strict=False):
                     if features.requires_grad and grad is not None:
                         features.backward(grad[part])
         scalars = {name: t.detach() for name, t in {"loss": loss, **terms}.items()}
@@ -91,14 +96,18 @@ class Gradients:
         named |= {f"reference features {i}": rows.detach() for i, rows in enumerate(fixed)}
         return Outcome(scalars, named)
 
-    def _towers(
-        self, step: int, part: int, x: Tensor, tokens: Tensor | Captions
-    ) -> tuple[Tensor, Tensor]:
+    def _image(self, step: int, part: int, x: Tensor) -> Tensor:
         seed = (self._seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part) % 2**63
         torch.default_generator.manual_seed(seed)
         if x.is_cuda:
             torch.cuda.manual_seed(seed)  # of this device alone
-        return self._encode.image(self._model, x), self._encode.text(self._model, tokens)
+        return self._encode.image(self._model, x)
+
+    def _text(self, tokens: Tensor | Captions, numbers: Tensor | None) -> Tensor:
+        """Right after the image tower: dropout draws on from there."""
+        if self._locked is not None:
+            return self._locked(tokens, numbers)
+        return self._encode.text(self._model, tokens)
 
 
 def _has_live_batchnorm(model: nn.Module) -> bool:

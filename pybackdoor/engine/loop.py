@@ -31,6 +31,7 @@ from .gradients import Gradients
 from .guard import Checked, Fault, Guard, NonFiniteError
 from .images import ImageFeatures
 from .interrupts import DeferredInterrupt, exception_of
+from .lock import LockedText
 from .progress import Progress
 from .settings import (
     PRECISIONS,
@@ -43,7 +44,7 @@ from .settings import (
     TrainLog,
 )
 from .texts import CaptionFeatures, worth_it
-from .towers import Encoder, TextTrim
+from .towers import Encoder, TextTrim, evaluating
 from .watch import Watch
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound on the learned temperature
@@ -146,6 +147,7 @@ class _Run:
         self.kept_images: list[ImageFeatures] = []
         set_train_mode(model, settings.freeze_batchnorm)
         self.encode = Encoder(PRECISIONS[settings.precision], device, settings.compile)
+        self.locked = None if settings.lock is None else LockedText(model, self.encode)
         compiled = settings.compile is not None
         self.trim = TextTrim(
             model, settings.trim_text, compiled=compiled,
@@ -154,6 +156,7 @@ class _Run:
         self.gradients = Gradients(
             model, objective, self.encode, train_scale=self.train_scale,
             micro_batch=settings.micro_batch, seed=settings.seed + 0x9E3779B1 * self.ranks.rank,
+            locked=self.locked,
         )  # fmt: skip
         # With a hook, which looks at the model of each step, the host keeps up with the device.
         hooks = self.ranks.agree([on_step is not None], device)
@@ -203,10 +206,13 @@ class _Run:
 
         def features(model: nn.Module) -> CaptionFeatures:
             def encode(tokens: Tensor) -> Tensor:
-                return self.encode.text(model, self.trim(tokens).to(self.device))
+                with evaluating(model):
+                    return self.encode.text(model, self.trim(tokens).to(self.device))
 
             return CaptionFeatures(captions, encode, self.ranks, self.watch)
 
+        if self.locked is not None and self.numbered:
+            self.locked.features = features(self.model)
         self.objective.prepare(features if self.numbered else None, self._images())
 
     def _images(self) -> ImagesOf | None:
@@ -286,6 +292,8 @@ class _Run:
         for kept in self.kept_images:
             kept.begin(item.ids, item.epoch)
         tokens = self.trim(item.batch.tokens).to(self.device, non_blocking=True)
+        if self.locked is not None:
+            self.locked.freeze(tokens)
         self.guard.begin()
         self.optimizer.zero_grad(set_to_none=True)
         counts = item.counts if self.ranks.size > 1 else None

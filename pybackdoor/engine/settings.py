@@ -15,6 +15,7 @@ from ..ops import Augment
 from .towers import Captions
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16}
+LOCKS = ("text",)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 TextFeatures = Callable[[nn.Module], Callable[[Tensor], Tensor]]  # model -> numbers -> [n, D]
@@ -79,6 +80,7 @@ class Settings:
             the first batch).
         cache_text: compute a frozen model's features of the loader's captions once, at the start,
             where the loader numbers them and as many pairs will be seen.
+        lock: None, or "text": the text tower is left as it is and the image tower alone trained.
         views: augment a pair in epoch e as in epoch e mod views, and keep a frozen model's image
             features from one to the other; None: each epoch in a way of its own. The loader must
             name its images (``image_ids``).
@@ -101,6 +103,7 @@ class Settings:
     micro_batch: int | None = None
     trim_text: bool = True
     cache_text: bool = True
+    lock: str | None = None
     views: int | None = None
     compile: str | None = None
     max_faults: int = 3
@@ -112,6 +115,8 @@ class Settings:
             raise ValueError(
                 f"compile must be None or one of {list(COMPILE_MODES)}, got {self.compile!r}"
             )
+        if self.lock is not None and self.lock not in LOCKS:
+            raise ValueError(f"lock must be None or one of {list(LOCKS)}, got {self.lock!r}")
         limits = {"steps": 1, "epochs": 1, "seed": 0, "micro_batch": 1, "views": 1, "max_faults": 0}
         for name, least in limits.items():
             value = getattr(self, name)
