@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .decode import EXTENSIONS
 from .index import Index, IndexWriter
@@ -35,7 +36,7 @@ def pairs_from_shards(
     image_size: int | tuple[int, int],
     resize_mode: str = "shortest",
     interpolation: str = "bicubic",
-    cache: str = "disk",
+    cache: str | torch.device = "disk",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     retry: Retry = PATIENCE,
@@ -59,7 +60,8 @@ def pairs_from_shards(
             or several of them. A remote shard is read once whole for the index.
         image_size: pixels, one side or (height, width).
         resize_mode, interpolation: as in `Preprocessing`.
-        cache: "disk", "ram" or "none": where decoded images are kept; see `OnDemandImages`.
+        cache: where decoded images are kept: "disk", "ram", "device" (this process's GPU, or a
+            torch.device; "ram" where it is the CPU) or "none".
         cache_dir: of the index and the images; None = `default_cache_dir()`.
         max_bad: share of the rows that may be bad, in [0, 1].
         retry: patience with remote files.

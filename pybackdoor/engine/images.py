@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.rows import host_memory
 from ..distributed import Ranks
 from .watch import Watch
 
@@ -147,8 +148,3 @@ class ImageFeatures:
                 self._ranks.sum_(rows)  # of one rank's row and zeros
                 self._bank[view, part] = rows
                 self._known[view, part] = (giver > 0).cpu()
-
-
-def host_memory() -> int:
-    """Bytes of the machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
