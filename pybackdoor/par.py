@@ -125,7 +125,7 @@ def par_clean(
         views (None): K augmentations of a pair that take turns: epoch e shows number e mod K. The
             poisoned model's image features are then computed once for each and kept, for a loader
             that has ``image_ids`` (PairLoader does): on a GPU up to 2 GiB and a quarter of what is
-            free, else in page-locked memory, up to a quarter of the machine's.
+            free, else in the host's memory, up to a quarter of it.
         compile (None): a mode of torch.compile for both towers, such as "default".
         max_faults (3): batches whose loss or gradients are not finite that are left out, each
             named in the report, before the run is given up.

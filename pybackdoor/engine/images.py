@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,10 +92,13 @@ class ImageFeatures:
 
     def _kept(self, view: int, rows: Tensor, device: torch.device) -> Tensor:
         """[b, D]; undefined where a row is not known."""
-        found = self._bank[view, rows.to(self._bank.device, non_blocking=True)]
-        if found.device != device:
-            found = found.pin_memory().to(device, non_blocking=True)
-        return found
+        if self._bank.is_cuda:
+            return self._bank[view, rows.to(device, non_blocking=True)]
+        found = self._bank.new_empty((len(rows), self._bank.shape[2]))
+        if device.type == "cuda":
+            found = found.pin_memory()
+        torch.index_select(self._bank[view], 0, rows, out=found)
+        return found.to(device, non_blocking=True)
 
     def _keep(self, view: int, rows: Tensor, features: Tensor) -> None:
         if self._bank is None:
@@ -121,8 +125,9 @@ class ImageFeatures:
     def _room(self, features: Tensor) -> Tensor:
         shape = (*self._known.shape, features.shape[1])
         needed = self._known.numel() * features.shape[1] * features.element_size()
-        cuda = features.is_cuda
-        if cuda and needed <= min(ON_DEVICE, torch.cuda.mem_get_info(features.device)[0] // 4):
+        if features.is_cuda and needed <= min(
+            ON_DEVICE, torch.cuda.mem_get_info(features.device)[0] // 4
+        ):
             return features.new_empty(shape)
         limit = host_memory() // _OF_HOST // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if needed > limit:
@@ -130,7 +135,7 @@ class ImageFeatures:
                 f"views: {self._views} views of {len(self._ids):,} images take {needed:,} bytes of "
                 f"features, at most {limit:,} are given to them: ask for fewer views, or none"
             )
-        return torch.empty(shape, dtype=features.dtype, pin_memory=cuda)
+        return torch.empty(shape, dtype=features.dtype)
 
     def _share(self, view: int) -> None:
         """Give every rank what any of them knows of a view; all ranks do it in the same step."""
@@ -148,3 +153,18 @@ class ImageFeatures:
                 self._ranks.sum_(rows)  # of one rank's row and zeros
                 self._bank[view, part] = rows
                 self._known[view, part] = (giver > 0).cpu()
+
+
+def recurring(loader: Any, views: int, pairs: int) -> np.ndarray | None:
+    """The ids of a loader's images, where more pairs will be seen than there are views of them.
+
+    Raises:
+        ValueError: the loader does not tell.
+    """
+    ids = getattr(loader, "image_ids", None)
+    if ids is None:
+        raise ValueError(
+            "views needs a loader that names its images, by image_ids as PairLoader does, got "
+            f"{type(loader).__name__}"
+        )
+    return ids if pairs > views * len(ids) else None

@@ -29,7 +29,7 @@ from .checkpoints import (
 from .feed import Feed, Item
 from .gradients import Gradients
 from .guard import Checked, Fault, Guard, NonFiniteError
-from .images import ImageFeatures
+from .images import ImageFeatures, recurring
 from .interrupts import DeferredInterrupt, exception_of
 from .lock import LockedText
 from .progress import Progress
@@ -201,8 +201,7 @@ class _Run:
     def _prepare(self) -> None:
         """Lets the objective make features of all captions at once, where that pays."""
         captions = getattr(self.loader, "captions", None) if self.settings.cache_text else None
-        pairs = self.feed.steps * getattr(self.loader, "batch_size", 0)
-        self.numbered = captions is not None and worth_it(captions, pairs)
+        self.numbered = captions is not None and worth_it(captions, self._pairs())
 
         def features(model: nn.Module) -> CaptionFeatures:
             def encode(tokens: Tensor) -> Tensor:
@@ -215,18 +214,15 @@ class _Run:
             self.locked.features = features(self.model)
         self.objective.prepare(features if self.numbered else None, self._images())
 
+    def _pairs(self) -> int:
+        """Pairs that will be seen; 0 where the loader does not tell."""
+        return self.feed.steps * getattr(self.loader, "batch_size", 0)
+
     def _images(self) -> ImagesOf | None:
         """Makes what keeps a frozen model's image features, where an image comes again."""
         views = self.settings.views
-        if views is None:
-            return None
-        ids = getattr(self.loader, "image_ids", None)
+        ids = None if views is None else recurring(self.loader, views, self._pairs())
         if ids is None:
-            raise ValueError(
-                "views needs a loader that names its images, by image_ids as PairLoader does, got "
-                f"{type(self.loader).__name__}"
-            )
-        if self.feed.steps * getattr(self.loader, "batch_size", 0) <= views * len(ids):
             return None
 
         def features(model: nn.Module) -> ImageFeatures:
