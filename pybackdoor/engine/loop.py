@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -226,9 +227,7 @@ class _Run:
             return None
 
         def features(model: nn.Module) -> ImageFeatures:
-            def encode(x: Tensor) -> Tensor:
-                return self.encode.image(model, x)
-
+            encode = partial(self.encode.image, model)
             kept = ImageFeatures(ids, views, encode, self.ranks, self.watch)
             self.kept_images.append(kept)
             return kept
@@ -274,7 +273,6 @@ class _Run:
         self.feed.save = self.folder is not None and self.folder.due()
 
     def _step(self, step: int, item: Item) -> None:
-        views = self.settings.views
         x = model_input(
             item.batch,
             self.rules,
@@ -283,7 +281,7 @@ class _Run:
             ids=item.ids,
             augment=self.settings.augment,
             seed=self.settings.seed,
-            view=item.epoch if views is None else item.epoch % views,
+            view=self.settings.view(item.epoch),
         )
         for kept in self.kept_images:
             kept.begin(item.ids, item.epoch)

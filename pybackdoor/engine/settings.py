@@ -129,6 +129,10 @@ class Settings:
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
 
+    def view(self, epoch: int) -> int:
+        """The number of the augmentation that an epoch shows."""
+        return epoch if self.views is None else epoch % self.views
+
 
 @dataclass
 class TrainLog:
