@@ -91,6 +91,8 @@ class CleanOptions(TypedDict, total=False):
     micro_batch: int | None
     trim_text: bool
     cache_text: bool
+    lock: str | None
+    views: int | None
     compile: str | None
     max_faults: int
     folder: str | os.PathLike | None
@@ -126,6 +128,8 @@ def clean(
     micro_batch: int | None = None,
     trim_text: bool = True,
     cache_text: bool = True,
+    lock: str | None = None,
+    views: int | None = None,
     compile: str | None = None,
     max_faults: int = 3,
     folder: str | os.PathLike | None = None,
@@ -149,20 +153,18 @@ def clean(
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         known = ", ".join(CleanOptions.__annotations__)
         raise TypeError(f"{method}_clean: unknown option {name!r}{hint}; known: {known}")
-    if folder is None and (resume or force):
-        raise ValueError("resume and force need folder, where the checkpoints are, got none")
     settings = Settings(
         steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
         progress=progress, micro_batch=micro_batch, trim_text=trim_text, cache_text=cache_text,
-        compile=compile, max_faults=max_faults,
+        lock=lock, views=views, compile=compile, max_faults=max_faults,
     )  # fmt: skip
     own = {**own, "lr_start": lr_start, "lr": lr, "lr_end": lr_end}
     schedule = two_phase_schedule(lr_start, lr, lr_end)
     rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
-    kept = None if folder is None else Checkpoints(folder, resume, save_minutes, force)
+    kept = kept_in(folder, resume, save_minutes, force)
     where = pick_device(device)
     student = trainable_copy(model, where)
-    config = {} if kept is None else _identity(method, student, loader, settings, own, rules)
+    config = {} if kept is None else identity(method, student, loader, settings, own, rules)
     log = TrainLog()
 
     def result() -> CleanResult:
@@ -188,7 +190,16 @@ def clean(
     return result()
 
 
-def _identity(
+def kept_in(
+    folder: str | os.PathLike | None, resume: bool, save_minutes: float, force: bool
+) -> Checkpoints | None:
+    """Where the run's checkpoints are kept; None without a folder."""
+    if folder is None and (resume or force):
+        raise ValueError("resume and force need folder, where the checkpoints are, got none")
+    return None if folder is None else Checkpoints(folder, resume, save_minutes, force)
+
+
+def identity(
     method: str,
     student: nn.Module,
     loader: Iterable[Any],

@@ -5,7 +5,10 @@ For studies of one's own models: a defence is judged on a model whose trigger is
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +19,7 @@ import torch
 from torch import nn
 
 from .batches import InputRules, Tokenizer
-from .clean import carrying, trainable_copy
+from .clean import carrying, identity, kept_in, trainable_copy
 from .data import Labelled, Overlay, PairLoader, Pairs, Strings
 from .data.templates import fill, resolve_templates
 from .engine import (
@@ -139,6 +142,10 @@ def poison(
     std: Sequence[float] | None = None,
     progress: bool | None = None,
     on_step: StepHook | None = None,
+    folder: str | os.PathLike | None = None,
+    resume: bool = False,
+    save_minutes: float = 10.0,
+    force: bool = False,
 ) -> PoisonResult:
     """Poison pairs and train a copy of a model on them within a budget of steps.
 
@@ -154,12 +161,14 @@ def poison(
         lr, warmup, weight_decay: highest learning rate, steps to reach it, AdamW's decay.
         test: held-out labelled images: the trigger is verified on them, and the result recorded in
             the manifest.
-        tokenizer, precision, seed, device, mean, std, progress, on_step: as for ``par_clean``.
+        tokenizer, precision, seed, device, mean, std, progress, on_step, folder, resume,
+            save_minutes, force: as for ``par_clean``.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
         KeyboardInterrupt: on Ctrl-C. This and whatever else ends the training after its first step
             has an attribute ``result``, the PoisonResult so far, not verified.
     """
+    checkpoints = kept_in(folder, resume, save_minutes, force)
     rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
     schedule = warmup_cosine(lr, warmup)
     settings = Settings(
@@ -181,11 +190,16 @@ def poison(
     where = pick_device(device)
     student = trainable_copy(model, where)
     loader = PairLoader(poisoned, tokenizer, batch_size=batch_size, seed=seed)
+    config = {}
+    if checkpoints is not None:
+        own = {"lr": lr, "warmup": warmup, **_planted(manifest)}
+        config = identity("poison", student, loader, settings, own, rules)
     log = TrainLog()
     with carrying(lambda: PoisonResult(student.eval(), manifest, log.steps, None, None), log):
         train(
             student, loader, Contrastive(loss_precision(settings.precision)), schedule, settings,
-            rules=rules, device=where, on_step=on_step, log=log,
+            rules=rules, device=where, on_step=on_step, log=log, checkpoints=checkpoints,
+            config=config,
         )  # fmt: skip
     student.eval()
     if test is None:
@@ -197,6 +211,16 @@ def poison(
     held = verdict(found)
     results: dict[str, Any] = {**found.to_dict(), "verdict": held.verdict}
     return PoisonResult(student, replace(manifest, results=results), log.steps, found, held)
+
+
+def _planted(manifest: Manifest) -> dict[str, Any]:
+    """What is planted, for telling one run from another."""
+    samples = [(s.id, s.new_caption, s.sha256) for s in manifest.samples]
+    return {
+        "trigger": manifest.trigger, "target": manifest.target, "mode": manifest.mode,
+        "poisoned": len(samples),
+        "samples": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
+    }  # fmt: skip
 
 
 def warmup_cosine(lr: float, warmup: int) -> Schedule:

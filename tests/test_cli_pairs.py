@@ -70,6 +70,12 @@ def test_clean_from_shards(tmp_path, run):
         code, out, err = run(pairs, "--max-bad", 0.1, "--json")
         assert code == 0, err
         assert json.loads(out)["steps_done"] == 3 and json.loads(out)["left_out"] == 1
+    levers = ("--views", 1, "--lock", "text", "--cache", "device", "--device", "cpu")
+    code, out, err = run(tmp_path / "wds", "--max-bad", 0.1, "--json", *levers)
+    assert code == 0, err
+    used = json.loads(out)
+    assert (used["settings"]["views"], used["settings"]["lock"]) == (1, "text")
+    assert used["last_step"]["s_text"] == 0 < used["last_step"]["s_image"]
     code, out, _ = run(tmp_path / "wds", "--max-bad", 0.1, "--cache", "none")
     assert code == 0 and "1 pairs could not be used: see " in out
     code, _, err = run(tmp_path / "wds", "--max-bad", 0.01)

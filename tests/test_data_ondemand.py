@@ -223,7 +223,7 @@ def test_memory_is_checked(tmp_path, shard, monkeypatch):
     monkeypatch.setattr(rows.os, "sysconf", lambda _: 32)
     with pytest.raises(MemoryError, match=r'cache="ram" needs 2,304 bytes, the machine has 1,024'):
         read(shard, cache="ram")
-    with pytest.raises(ValueError, match="cache must be one of disk, ram, none, got 'all'"):
+    with pytest.raises(ValueError, match="cache must be one of disk, ram, device, none, got 'all'"):
         read(shard, cache="all")
     with pytest.raises(ValueError, match="num_workers must be at least 1, got 0"):
         read(shard, num_workers=0)

@@ -112,7 +112,7 @@ def test_damaged_files(tmp_path):
         (("image", "b"), {}, r"column 'caption' or 'text' or 'title' \(caption_key=\)"),
         (("image", "caption"), {"image_key": "x"}, r"column 'x' \(image_key=\), got the columns"),
         (("caption", "image"), {}, r"column 'image' of .* must hold bytes or .* got string"),
-        (("image", "caption"), {"cache": "none"}, "cache must be disk or ram"),
+        (("image", "caption"), {"cache": "none"}, "cache must be disk, ram or device"),
     ],
 )
 def test_wrong_columns(tmp_path, names, options, match):

@@ -84,6 +84,8 @@ def run_poison(config: PoisonConfig) -> Outcome:
             precision=config.precision, seed=config.seed, device=config.device, test=test,
             mean=loaded.preprocess.mean, std=loaded.preprocess.std, progress=config.progress,
             on_step=lambda step, record, model: run.record(step, record),
+            folder=run.checkpoints, resume=config.resume is not None,
+            save_minutes=config.save_minutes, force=config.force,
         )  # fmt: skip
         run.finish(result)
     answer = {"out": config.out, "poisoned": len(result.manifest.samples)}
@@ -143,7 +145,8 @@ def run_clean(config: CleanConfig) -> Outcome:
             precision=config.precision, seed=config.seed, device=config.device,
             mean=loaded.preprocess.mean, std=loaded.preprocess.std,
             progress=config.progress, track=run.record, micro_batch=config.micro_batch,
-            compile=config.compile, max_faults=config.max_faults, folder=run.checkpoints,
+            lock=config.lock, views=config.views, compile=config.compile,
+            max_faults=config.max_faults, folder=run.checkpoints,
             resume=config.resume is not None, save_minutes=config.save_minutes,
             force=config.force, **own,
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.indexed import CACHES
-from ..engine.settings import COMPILE_MODES
+from ..engine.settings import COMPILE_MODES, LOCKS
 from ..methods import METHODS
 from ..options import REQUIRED, option
 from ..poison import MODES
@@ -68,7 +68,17 @@ class TriggerOptions:
 
 
 @dataclass(frozen=True)
-class PoisonConfig(TriggerOptions, PromptOptions, PairOptions, ModelOptions):
+class ResumeOptions:
+    resume: str | None = option(
+        None, "latest: continue an interrupted run of the same settings, if --out holds one",
+        choices=("latest",),
+    )  # fmt: skip
+    force: bool = option(False, "resume even though the settings have changed")
+    save_minutes: float = option(10.0, "minutes between checkpoints, kept in --out until the end")
+
+
+@dataclass(frozen=True)
+class PoisonConfig(TriggerOptions, PromptOptions, PairOptions, ResumeOptions, ModelOptions):
     """Plant a backdoor in a model: poison pairs, train on them, verify that the trigger fires."""
 
     out: str = option(REQUIRED, "folder for the poisoned model, its manifest and figures")
@@ -101,7 +111,7 @@ class BadClipConfig(PairOptions, ModelOptions):
 
 
 @dataclass(frozen=True)
-class CleanConfig(PromptOptions, PairOptions, ModelOptions):
+class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
     """Remove a backdoor without knowing the trigger, with clean image-caption pairs."""
 
     out: str = option(REQUIRED, "folder for the cleaned model")
@@ -121,14 +131,14 @@ class CleanConfig(PromptOptions, PairOptions, ModelOptions):
     precision: str = option("bf16", "of the towers; losses are fp32", choices=("bf16", "fp32"))
     seed: int = option(0, "of the order and the augmentation")
     manifest: str | None = option(None, "manifest.json of the planted trigger, kept with the model")
-    resume: str | None = option(
-        None, "latest: continue an interrupted run of the same settings, if --out holds one",
-        choices=("latest",),
-    )  # fmt: skip
-    force: bool = option(False, "resume even though the settings have changed")
-    save_minutes: float = option(10.0, "minutes between checkpoints, kept in --out until the end")
     micro_batch: int | None = option(
         None, "pairs encoded at a time, for a batch that does not fit into memory"
+    )
+    lock: str | None = option(
+        None, "tower left as it is: cheaper, and another method than the published", choices=LOCKS
+    )
+    views: int | None = option(
+        None, "augmentations of a pair, in turns by epoch: a frozen model then encodes each once"
     )
     compile: str | None = option(
         None, "mode of torch.compile for both towers", choices=COMPILE_MODES

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import data
+from ..engine import pick_device
 from ..manifest import Manifest
 from ..models import MANIFEST, LoadedModel, load
 from ..triggers import TriggerSpec, trigger
@@ -37,6 +38,8 @@ def read_pairs(
     common["max_bad"] = config.max_bad or 0.0  # unless told otherwise, evaluation drops nothing
     keys = {"image_key": config.image_key, "caption_key": config.caption_key}
     cache = {"cache": getattr(config, "cache", "disk")}
+    if cache["cache"] == "device":
+        cache["cache"] = pick_device(config.device)
     kind = pairs_kind(source)
     if kind == "folder":
         return data.pairs_from_folder(

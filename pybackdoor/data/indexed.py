@@ -9,15 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .index import Index, IndexWriter, explained, file_stem, hashed, open_index, open_lock
 from .ledger import Ledger
 from .ondemand import ImageSource, OnDemandImages, RowsOf
 from .pairs import Pairs
 from .preprocess import Preprocessing
-from .rows import DiskRows, MemoryRows, NoRows, Rows
+from .rows import DeviceRows, DiskRows, MemoryRows, NoRows, Rows
 from .store import ImageStore, subset_images
 
-CACHES = ("disk", "ram", "none")
+CACHES = ("disk", "ram", "device", "none")
 _FORMAT = 1  # raise when decoding changes
 
 
@@ -34,13 +36,13 @@ class Indexed:
     op: str
     source: str
     preprocessing: Preprocessing
-    cache: str
+    cache: str | torch.device
     cache_dir: str | Path | None
     max_bad: float
     num_workers: int | None
 
     def __post_init__(self) -> None:
-        if self.cache not in CACHES:
+        if not isinstance(self.cache, torch.device) and self.cache not in CACHES:
             raise ValueError(
                 f"{self.op}: cache must be one of {', '.join(CACHES)}, got {self.cache!r}"
             )
@@ -119,7 +121,10 @@ class Indexed:
         """The images, in the cache that was chosen; the broken ones of earlier runs are known."""
         count, size = len(locations), self.preprocessing.image_size
         rows: Rows = NoRows(count)
-        if self.cache == "ram":
+        device = self._device()
+        if device is not None and device.type != "cpu":
+            rows = DeviceRows(self.op, count, size, device)
+        elif device is not None or self.cache == "ram":
             rows = MemoryRows(self.op, count, size)
         elif self.cache == "disk":
             with explained(self.op, "image cache", place.parent):
@@ -134,6 +139,13 @@ class Indexed:
         )  # fmt: skip
         ledger.save()
         return images
+
+    def _device(self) -> torch.device | None:
+        if self.cache != "device":
+            return self.cache if isinstance(self.cache, torch.device) else None
+        from ..engine import pick_device  # it reads batches, which the data package tokenises
+
+        return pick_device(None)
 
 
 def _without_state(place: Path) -> str:

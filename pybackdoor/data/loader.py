@@ -16,7 +16,7 @@ from torch import Tensor
 from ..distributed import Ranks
 from ._keyed import permutation
 from .pairs import Pairs
-from .store import attempt
+from .store import gather
 from .tokens import DifferentCaptions, TokenTable, token_table
 
 _STATE = ("seed", "epoch", "position")
@@ -52,8 +52,9 @@ class PairLoader:
         pin_memory: put batches in page-locked memory; None = when CUDA is in use.
         progress: show a bar while tokenising; None = on a terminal.
     Yields:
-        {"images": [b, H, W, 3] uint8, "tokens": [b, L] int64, "ids": [b] int64, "captions": [b]
-        int64, the numbers of the captions in ``captions``}.
+        {"images": [b, H, W, 3] uint8, on a GPU where the pairs are kept there, "tokens": [b, L]
+        int64, "ids": [b] int64, "captions": [b] int64, the numbers of the captions in
+        ``captions``}.
     Raises:
         TypeError, ValueError: naming the argument.
     Example:
@@ -145,6 +146,11 @@ class PairLoader:
                 f"PairLoader: position must be in [0, {len(self.pairs)}], the pairs, got {position}"
             )
         self._seed, self._epoch, self._start, self._position = seed, epoch, position, position
+
+    @property
+    def image_ids(self) -> np.ndarray:
+        """[N] int64, the ids of the pairs: whenever one comes, it comes with the same image."""
+        return self.pairs.ids
 
     @property
     def captions(self) -> DifferentCaptions:
@@ -249,22 +255,24 @@ def _batch(
 ) -> dict[str, Tensor]:
     places = plan.places(start)
     rows = plan.order[places]
-    images, broken = attempt(pairs.images, rows)
+    images, broken = gather(pairs.images, rows)
     for at in broken:
         for row in plan.substitutes(int(places[at])):
-            image, bad = attempt(pairs.images, np.array([row]))
+            image, bad = gather(pairs.images, np.array([row]))
             if not bad:
                 images[at], rows[at] = image[0], row
                 break
         else:
             raise ValueError("PairLoader: none of the images can be decoded")
     batch = {
-        "images": torch.from_numpy(images),
+        "images": images,
         "tokens": tokens.take(rows),
         "captions": torch.from_numpy(tokens.numbers(rows)),
         "ids": torch.from_numpy(pairs.ids[rows]),
     }
-    return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
+    if not pin:
+        return batch
+    return {n: value if value.is_cuda else value.pin_memory() for n, value in batch.items()}
 
 
 def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .decode import decode_bytes
 from .index import open_lock
 from .ledger import Ledger, append_line
 from .preprocess import BrokenImage, Preprocessing
-from .rows import DiskRows, Rows
+from .rows import DeviceRows, DiskRows, Rows
 from .store import check_indices
 
 
@@ -133,6 +135,16 @@ class OnDemandImages:
                 raise
         return out, dict(sorted(bad.items()))
 
+    def gather(self, indices: Any) -> tuple[Tensor, dict[int, str]]:
+        """As `attempt`, with the images on the device where they are kept, else on the CPU."""
+        if not isinstance(self._rows, DeviceRows):
+            images, bad = self.attempt(indices)
+            return torch.from_numpy(images), bad
+        rows = check_indices(indices, len(self))
+        new = [place for place, row in enumerate(rows.tolist()) if not self._has(row)]
+        _, bad = self.attempt(rows[new])
+        return self._rows.gather(rows), {new[at]: reason for at, reason in bad.items()}
+
     def pending(self) -> np.ndarray:
         """[N] bool: which images are neither kept nor known to be broken, and may be either."""
         if self._source.constant:
@@ -146,6 +158,12 @@ class OnDemandImages:
                 known = self._broken.get(row, (None, ""))[0] == stamp
                 mask[row] = not (known or self._rows.has(row, stamp))
         return mask
+
+    def _has(self, row: int) -> bool:
+        try:
+            return self._rows.has(row, self._source.stamp(row))
+        except BrokenImage:
+            return False
 
     @contextmanager
     def alone(self) -> Iterator[None]:

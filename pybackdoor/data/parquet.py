@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .decode import inspect_file
 from .index import Index, IndexWriter
@@ -34,7 +35,7 @@ def pairs_from_parquet(
     interpolation: str = "bicubic",
     image_key: str | None = None,
     caption_key: str | None = None,
-    cache: str = "disk",
+    cache: str | torch.device = "disk",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     retry: Retry = PATIENCE,
@@ -52,7 +53,7 @@ def pairs_from_parquet(
         image_key: column of bytes, or of Hugging Face's {"bytes", "path"}; None = the first of
             `IMAGE_KEYS` that there is.
         caption_key: None = the first of `CAPTION_KEYS`.
-        cache: "disk" or "ram".
+        cache: "disk", "ram" or "device".
         The others as in `pairs_from_shards`.
     Raises:
         ValueError: no such columns, naming those there are; as `pairs_from_shards` else.
@@ -61,7 +62,7 @@ def pairs_from_parquet(
     op = "pairs_from_parquet"
     _needed(op, "pyarrow")
     if cache == "none":
-        raise ValueError(f'{op}: cache must be disk or ram, got "none": rows come by the group')
+        raise ValueError(f'{op}: cache must be disk, ram or device, got "none": rows come by group')
     preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
     names = file_names(op, source, ".parquet")
     reader = Indexed(op, names[0], preprocessing, cache, cache_dir, max_bad, num_workers)
@@ -81,7 +82,7 @@ def pairs_from_hf(
     interpolation: str = "bicubic",
     image_key: str | None = None,
     caption_key: str | None = None,
-    cache: str = "disk",
+    cache: str | torch.device = "disk",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     num_workers: int | None = None,

@@ -6,14 +6,17 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from .preprocess import BrokenImage
 
 _ASKED_AT_ONCE = 16
+_READ_AT_ONCE = 8
 T = TypeVar("T")
 
 # Trying again would not help.
@@ -51,7 +54,9 @@ class Retry:
         for attempt in range(1, self.attempts + 1):
             try:
                 return _within(self.timeout, call)
-            except _FINAL:
+            except _FINAL as error:
+                if isinstance(error, OSError) and what not in str(error):
+                    raise type(error)(f"{what}: {error}") from error
                 raise
             except Exception as error:
                 if attempt == self.attempts:
@@ -163,6 +168,45 @@ def states(names: Sequence[str], retry: Retry) -> list[list[Any]]:
         return [LocalFile(name).state for name in names]
     with ThreadPoolExecutor(_ASKED_AT_ONCE, "pybackdoor-remote") as pool:
         return list(pool.map(lambda name: open_file(name, retry).state, names))
+
+
+def each_file(names: Sequence[str], retry: Retry, work: Callable[[File, str], T]) -> Iterator[T]:
+    """What ``work`` makes of each file and its name, in order; remote ones several at a time.
+
+    The first error in that order is raised; files behind it are given up.
+    """
+    if not any(map(is_remote, names)):
+        for name in names:
+            yield work(open_file(name, retry), name)
+        return
+    stop, rest = threading.Event(), iter(names)
+    pool = ThreadPoolExecutor(_READ_AT_ONCE, "pybackdoor-remote")
+
+    def one(name: str) -> T:
+        return work(_Until(open_file(name, retry), stop), name)
+
+    try:
+        running = deque(pool.submit(one, name) for name in islice(rest, _READ_AT_ONCE))
+        while running:
+            done = running.popleft().result()
+            running.extend(pool.submit(one, name) for name in islice(rest, 1))
+            yield done
+    finally:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Until:
+    """A file that is read until nobody wants it any more."""
+
+    def __init__(self, file: File, stop: threading.Event) -> None:
+        self.size, self.state, self.window = file.size, file.state, file.window
+        self._file, self._stop = file, stop
+
+    def read(self, offset: int, count: int) -> bytes:
+        if self._stop.is_set():
+            raise CancelledError
+        return self._file.read(offset, count)
 
 
 def filesystem(url: str) -> tuple[Any, str]:

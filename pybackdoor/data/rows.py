@@ -1,4 +1,4 @@
-"""Where decoded images are kept while an epoch runs: on the disk, in memory, or nowhere.
+"""Where decoded images are kept while an epoch runs: on the disk, in memory, a GPU's, or nowhere.
 
 On the disk a set of images is two files,
     <name>.px    the pixels, raw [n, H, W, 3]; a hole where an image is not decoded yet
@@ -15,6 +15,7 @@ import errno
 import os
 import shutil
 import struct
+import sys
 import threading
 import warnings
 import zlib
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _RECORD = struct.Struct("<IIQ")  # checksum, state, stamp
 _VALID = 0x4B4F5750  # "PWOK": nothing that a hole or a stray byte gives
@@ -77,13 +80,11 @@ class MemoryRows:
     def __init__(self, op: str, count: int, image_size: tuple[int, int]) -> None:
         shape = (count, *image_size, 3)
         needed = int(np.prod(shape, dtype=np.int64))
-        if hasattr(os, "sysconf"):
-            there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            if needed > there:
-                raise MemoryError(
-                    f'{op}: cache="ram" needs {needed:,} bytes, the machine has {there:,}: '
-                    'choose cache="disk" or "none"'
-                )
+        if needed > (there := host_memory()):
+            raise MemoryError(
+                f'{op}: cache="ram" needs {needed:,} bytes, the machine has {there:,}: '
+                'choose cache="disk" or "none"'
+            )
         self._pixels = np.empty(shape, np.uint8)
         self._stamps: dict[int, int] = {}
 
@@ -104,6 +105,41 @@ class MemoryRows:
         mask = np.zeros(len(self._pixels), bool)
         mask[list(self._stamps)] = True
         return mask
+
+
+class DeviceRows(MemoryRows):
+    """Keeps images in a GPU's memory, where batches are gathered; all of its room is taken at once.
+
+    Raises:
+        MemoryError: they would not fit into what is free.
+    """
+
+    def __init__(
+        self, op: str, count: int, image_size: tuple[int, int], device: torch.device
+    ) -> None:
+        shape = (count, *image_size, 3)
+        needed = int(np.prod(shape, dtype=np.int64))
+        if needed > (free := _free_memory(device)):
+            raise MemoryError(
+                f'{op}: cache="device" needs {needed:,} bytes on {device}, {free:,} are free, and '
+                'training needs some of them: choose cache="ram", "disk" or "none"'
+            )
+        self._pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._stamps: dict[int, int] = {}
+
+    def gather(self, rows: np.ndarray) -> Tensor:  # [n] int64
+        """[n, H, W, 3] uint8 on the device; undefined where a row has no image."""
+        return self._pixels[torch.from_numpy(rows).to(self._pixels.device)]
+
+    def get(self, row: int, stamp: int, out: np.ndarray) -> bool:
+        if self._stamps.get(row) != stamp:
+            return False
+        torch.from_numpy(out).copy_(self._pixels[row])
+        return True
+
+    def put(self, row: int, stamp: int, pixels: np.ndarray) -> None:
+        self._pixels[row].copy_(torch.from_numpy(np.require(pixels, requirements="CW")))
+        self._stamps[row] = stamp
 
 
 class DiskRows:
@@ -203,6 +239,17 @@ class DiskRows:
             if fd >= 0:
                 with suppress(OSError):
                     os.close(fd)
+
+
+def host_memory() -> int:
+    """Bytes of the machine's memory; a number without meaning where it does not tell."""
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
 
 
 def _opened(path: Path, size: int) -> tuple[int, bool]:

@@ -6,11 +6,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .decode import EXTENSIONS
 from .index import Index, IndexWriter
@@ -19,7 +21,7 @@ from .names import file_names
 from .ondemand import shown
 from .pairs import Pairs
 from .preprocess import LARGEST_FILE, Preprocessing, size_pair
-from .remote import PATIENCE, File, OpenFiles, Retry, Windowed, open_file, states
+from .remote import PATIENCE, File, OpenFiles, Retry, Windowed, each_file, states
 from .tar import Flaw, Member, scan
 
 _TEXTS = ("txt", "caption")  # the first of these, else the "caption" of json
@@ -35,7 +37,7 @@ def pairs_from_shards(
     image_size: int | tuple[int, int],
     resize_mode: str = "shortest",
     interpolation: str = "bicubic",
-    cache: str = "disk",
+    cache: str | torch.device = "disk",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     retry: Retry = PATIENCE,
@@ -56,10 +58,11 @@ def pairs_from_shards(
 
     Args:
         source: path, folder, glob or brace pattern (``{00000..00010}``), URL that fsspec opens,
-            or several of them. A remote shard is read once whole for the index.
+            or several of them. A remote shard is read once whole for the index, eight at a time.
         image_size: pixels, one side or (height, width).
         resize_mode, interpolation: as in `Preprocessing`.
-        cache: "disk", "ram" or "none": where decoded images are kept; see `OnDemandImages`.
+        cache: where decoded images are kept: "disk", "ram", "device" (this process's GPU, or a
+            torch.device; "ram" where it is the CPU) or "none".
         cache_dir: of the index and the images; None = `default_cache_dir()`.
         max_bad: share of the rows that may be bad, in [0, 1].
         retry: patience with remote files.
@@ -107,23 +110,26 @@ def _build(
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
-    row = bad = 0
+    row = 0
     skipped: Counter[str] = Counter()
-    bar = tqdm(names, desc="indexing shards", unit="shard", disable=not shown(progress))
-    for number, name in enumerate(bar):
-        found = read_shard(open_file(name, retry), name)
-        rows = row + np.array(found.rows, np.int64)
-        writer.append("id", rows)
-        place = np.empty(len(rows), _PLACE)
-        place["shard"], place["size"], place["offset"] = number, found.sizes, found.offsets
-        writer.append("place", place.view(np.uint8))
-        writer.append_strings("caption", found.captions)
-        writer.append_strings("location", found.locations)
-        writer.append_strings(
-            "bad", [json.dumps([row + at, where, reason]) for at, where, reason in found.bad]
-        )
-        row, bad = row + found.count, bad + len(found.bad)
-        skipped.update(found.skipped)
+    with closing(each_file(names, retry, read_shard)) as shards:
+        bar = tqdm(
+            shards, desc="indexing shards", unit="shard", total=len(names),
+            disable=not shown(progress),
+        )  # fmt: skip
+        for number, found in enumerate(bar):
+            rows = row + np.array(found.rows, np.int64)
+            writer.append("id", rows)
+            place = np.empty(len(rows), _PLACE)
+            place["shard"], place["size"], place["offset"] = number, found.sizes, found.offsets
+            writer.append("place", place.view(np.uint8))
+            writer.append_strings("caption", found.captions)
+            writer.append_strings("location", found.locations)
+            writer.append_strings(
+                "bad", [json.dumps([row + at, where, reason]) for at, where, reason in found.bad]
+            )
+            row += found.count
+            skipped.update(found.skipped)
     return {"total": row, "skipped": dict(skipped.most_common(100))}
 
 

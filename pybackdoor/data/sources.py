@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .decode import EXTENSIONS
 from .files import FileBytes, indexed_table
@@ -34,7 +35,7 @@ def pairs_from_csv(
     caption_key: str | None = None,
     delimiter: str | None = None,
     root: str | Path | None = None,
-    cache: str = "disk",
+    cache: str | torch.device = "disk",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     num_workers: int | None = None,
@@ -54,7 +55,8 @@ def pairs_from_csv(
         image_key, caption_key: column names, when the header has others.
         delimiter: None = tab or comma, whichever gives the columns.
         root: folder of relative image paths; None = the file's own.
-        cache: "disk", "ram" or "none": where decoded images are kept; see `OnDemandImages`.
+        cache: where decoded images are kept: "disk", "ram", "device" (this process's GPU, or a
+            torch.device; "ram" where it is the CPU) or "none".
         cache_dir: None = `default_cache_dir()`.
         max_bad: share of the rows that may be bad, in [0, 1]; 0 for evaluation.
         num_workers: decoding threads; None = one per core.

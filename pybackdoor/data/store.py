@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .preprocess import size_pair
 
@@ -87,9 +89,11 @@ class Overlay:
         """As `attempt` of the base; what is replaced cannot be broken."""
         return self._patched(indices, lambda rows: attempt(self._base, rows))
 
-    def _patched(
-        self, indices: Any, taken: Callable[[np.ndarray], tuple[np.ndarray, dict[int, str]]]
-    ) -> tuple[np.ndarray, dict[int, str]]:
+    def gather(self, indices: Any) -> tuple[Tensor, dict[int, str]]:
+        """As `gather` of the base."""
+        return self._patched(indices, lambda rows: gather(self._base, rows))
+
+    def _patched(self, indices: Any, taken: Callable[[np.ndarray], tuple[Any, dict]]) -> Any:
         indices = check_indices(indices, len(self))
         if not len(self._rows):
             return taken(indices)
@@ -97,10 +101,15 @@ class Overlay:
         hit = self._rows[slot] == indices
         if not hit.any():
             return taken(indices)
-        images = np.empty((len(indices), *self.image_size, 3), np.uint8)
-        images[hit] = self._patches[slot[hit]]
-        rest = np.flatnonzero(~hit)
-        images[rest], bad = taken(indices[rest])
+        rest, patches = np.flatnonzero(~hit), self._patches[slot[hit]]
+        found, bad = taken(indices[rest])
+        shape = (len(indices), *self.image_size, 3)
+        if isinstance(found, Tensor):
+            images = found.new_empty(shape)
+            patches = torch.from_numpy(patches).to(found.device)
+        else:
+            images = np.empty(shape, np.uint8)
+        images[np.flatnonzero(hit)], images[rest] = patches, found
         return images, {int(rest[at]): reason for at, reason in bad.items()}
 
 
@@ -121,6 +130,10 @@ class SubsetImages:
     def attempt(self, indices: Any) -> tuple[np.ndarray, dict[int, str]]:
         """As `attempt` of the base."""
         return attempt(self.base, self.rows[check_indices(indices, len(self))])
+
+    def gather(self, indices: Any) -> tuple[Tensor, dict[int, str]]:
+        """As `gather` of the base."""
+        return gather(self.base, self.rows[check_indices(indices, len(self))])
 
 
 def decode_all(store: ImageStore, progress: bool | None) -> np.ndarray:
@@ -159,6 +172,15 @@ def attempt(store: ImageStore, indices: np.ndarray) -> tuple[np.ndarray, dict[in
     """Images, and {place in indices: reason} of the broken ones, where a store can have any."""
     own = getattr(store, "attempt", None)
     return (store.take(indices), {}) if own is None else own(indices)
+
+
+def gather(store: ImageStore, indices: np.ndarray) -> tuple[Tensor, dict[int, str]]:
+    """As `attempt`, with the images on the device where the store keeps them."""
+    own = getattr(store, "gather", None)
+    if own is not None:
+        return own(indices)
+    images, bad = attempt(store, indices)
+    return torch.from_numpy(images), bad
 
 
 def subset_images(store: ImageStore, indices: Any) -> ImageStore:

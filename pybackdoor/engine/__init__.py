@@ -1,7 +1,8 @@
 """Training, whatever for: an objective and a schedule make a method of it.
 
 loop.py walks the steps, gradients.py computes one, guard.py keeps what is not finite from being
-applied, feed.py reads the batches, checkpoints.py keeps the state of a run, towers.py encodes.
+applied, feed.py reads the batches, checkpoints.py keeps the state of a run, towers.py encodes,
+texts.py and images.py keep what a frozen model has encoded.
 """
 
 from .checkpoints import Checkpoints

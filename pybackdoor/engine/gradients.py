@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models import scale
-from .objective import Given, Objective
+from .lock import LockedText
+from .objective import Given, Objective, takes_own_rows
 from .towers import Captions, Encoder
 
 
@@ -32,6 +33,7 @@ class Gradients:
         train_scale: whether logit_scale takes a gradient.
         micro_batch: pairs encoded at a time; None: all.
         seed: of dropout, with the step and the rank.
+        locked: gives the text features where the text tower is not trained.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class Gradients:
         train_scale: bool,
         micro_batch: int | None,
         seed: int,
+        locked: LockedText | None = None,
     ) -> None:
+        self._locked, self._own_rows = locked, takes_own_rows(objective)
         self._model, self._objective, self._encode = model, objective, encode
         self._train_scale, self._micro, self._seed = train_scale, micro_batch, seed
         if micro_batch is not None and _has_live_batchnorm(model):
@@ -68,10 +72,14 @@ class Gradients:
                 yield start, self._student(encode, rows[start : start + size], given.step, place)
 
         with torch.set_grad_enabled(whole):
-            image, text = (torch.cat([rows for _, rows in parts(tower)]) for tower in (0, 1))
+            image = torch.cat([rows for _, rows in parts(0)])
+            if self._locked is None:
+                text = torch.cat([rows for _, rows in parts(1)])
+            else:
+                text = self._locked(tokens, given.numbers if self._own_rows else None)
         if not whole:
             image.requires_grad_()
-            text.requires_grad_()
+            text.requires_grad_(self._locked is None)
         with torch.no_grad():
             fixed = self._objective.reference(x, tokens, given)
         temperature = self._model.logit_scale.exp() if self._train_scale else scale(self._model)

@@ -31,10 +31,11 @@ from .feed import Feed, Item
 from .gradients import Gradients
 from .guard import Checked, Fault, Guard, NonFiniteError
 from .interrupts import DeferredInterrupt, exception_of
-from .objective import Given, Objective, Preparation
+from .known import Known
+from .lock import LockedText
+from .objective import Given, Objective, Preparation, takes_own_rows
 from .progress import Progress
 from .settings import PRECISIONS, Schedule, Settings, StepHook, Tracker, TrainLog
-from .texts import CaptionFeatures, worth_it
 from .towers import Encoder, TextTrim
 from .watch import Watch
 
@@ -117,7 +118,7 @@ class _Run:
         self.rules, self.device, self.log = rules, device, log
         self.on_step, self.track = on_step, track
         self.ranks = Ranks.start(device)
-        self.loader, self.objective, self.numbered = loader, objective, False
+        self.loader, self.objective = loader, objective
         self.kept: dict[str, Tensor] = {}  # the objective's, for its load
         self.prepared = False
         self.watch = Watch(self.ranks)
@@ -142,6 +143,7 @@ class _Run:
         self.encode = Encoder(
             PRECISIONS[settings.precision], device, settings.compile, settings.micro_batch
         )
+        self.locked = None if settings.lock is None else LockedText(model, self.encode)
         compiled = settings.compile is not None
         self.trim = TextTrim(
             model, settings.trim_text, compiled=compiled,
@@ -150,6 +152,7 @@ class _Run:
         gradients = Gradients(
             model, objective, self.encode, train_scale=self.train_scale,
             micro_batch=settings.micro_batch, seed=settings.seed + 0x9E3779B1 * self.ranks.rank,
+            locked=self.locked,
         )  # fmt: skip
         self.gradients = objective.around(gradients)
         # With a hook, which looks at the model of each step, the host keeps up with the device.
@@ -193,22 +196,17 @@ class _Run:
         self._return_to(state)
 
     def _prepare(self) -> None:
-        """Shows the objective the run; it may encode all captions at once, where that pays."""
-        captions = getattr(self.loader, "captions", None) if self.settings.cache_text else None
-        pairs = self.feed.steps * getattr(self.loader, "batch_size", 0)
-        self.numbered = captions is not None and worth_it(captions, pairs)
-
-        def features(model: nn.Module) -> CaptionFeatures:
-            def encode(tokens: Tensor) -> Tensor:
-                return self.encode.text(model, self.trim(tokens).to(self.device))
-
-            return CaptionFeatures(captions, encode, self.ranks, self.watch)
-
+        """Shows the objective the run; what a frozen tower gives may be computed here, once."""
+        self.known = Known(
+            self.loader, self.settings, self.feed.steps, self.encode, self.trim, self.device,
+            self.ranks, self.watch, own_rows=takes_own_rows(self.objective),
+        )  # fmt: skip
+        if self.locked is not None:
+            self.locked.features = self.known.texts(self.model)
         self.objective.prepare(
             Preparation(
-                self.model, self.encode, self.device, features if self.numbered else None,
-                self.ranks, self.rules, self.loader, self.feed.steps, self.settings.seed,
-                self.watch.patient,
+                self.model, self.encode, self.device, self.known, self.ranks, self.rules,
+                self.loader, self.feed.steps, self.settings.seed, self.watch.patient,
             )
         )  # fmt: skip
         self.prepared = True
@@ -257,11 +255,14 @@ class _Run:
         given = Given(
             step, item.epoch, item.batch, item.ids,
             item.counts if self.ranks.size > 1 else None,
-            item.batch.captions if self.numbered else None,
-            partial(self._input, view=item.epoch),
+            item.batch.captions if self.known.numbered else None,
+            partial(self._input, view=self.settings.view(item.epoch)),
         )  # fmt: skip
         x, tokens = self.objective.inputs(given)
+        self.known.begin(item.ids, item.epoch)
         tokens = self.trim(tokens).to(self.device, non_blocking=True)
+        if self.locked is not None:
+            self.locked.freeze(tokens)
         self.guard.begin()
         self.optimizer.zero_grad(set_to_none=True)
         outcome = self.gradients(x, tokens, given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from ..batches import Batch, InputRules
 from ..distributed import Ranks
 from .towers import Captions, Encoder
 
-TextFeatures = Callable[[nn.Module], Callable[[Tensor], Tensor]]  # model -> numbers -> [n, D]
+if TYPE_CHECKING:
+    from .known import Known
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Given:
         step, epoch: from 0.
         ids: [n] int64 on the host, the loader's own or running numbers.
         counts: pairs of each rank; None for one process.
-        numbers: [n] int64 of the captions in ``Preparation.texts``, None where that is None.
+        numbers: [n] int64 of the loader's captions, None where it does not number them.
         make: (images, ids, augmented, trigger) -> [n, 3, H, W] on the device.
     """
 
@@ -64,8 +65,7 @@ class Preparation:
     Attributes:
         model: to be trained, as it is now.
         encode: its towers' features and those of any other model, in the run's precision.
-        texts: makes a frozen model's features of all the loader's captions; None where they are
-            not numbered, or that does not pay.
+        known: makes a frozen model's features of the whole data, where that pays; None: nowhere.
         loader: the run's own.
         steps: planned.
         patient: a context for what takes the ranks longer than a step.
@@ -74,7 +74,7 @@ class Preparation:
     model: nn.Module
     encode: Encoder
     device: torch.device
-    texts: TextFeatures | None = None
+    known: Known | None = None
     ranks: Ranks | None = None
     rules: InputRules | None = None
     loader: Iterable[Any] = ()
@@ -83,19 +83,21 @@ class Preparation:
     patient: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def frozen(self, model: nn.Module) -> Frozen:
-        return Frozen(model, self.encode, None if self.texts is None else self.texts(model))
+        return Frozen(model, self.encode, self.known)
 
 
 class Frozen:
-    """A frozen model's unit features, without gradients."""
+    """A frozen model's unit features, without gradients; of the batch in hand, all its rows."""
 
-    def __init__(
-        self, model: nn.Module, encode: Encoder, texts: Callable[[Tensor], Tensor] | None
-    ) -> None:
-        self._model, self._encode, self._texts = model, encode, texts
+    def __init__(self, model: nn.Module, encode: Encoder, known: Known | None) -> None:
+        self._model, self._encode = model, encode
+        self._texts = None if known is None else known.texts(model)
+        self._images = None if known is None else known.images(model)
 
     @torch.no_grad()
     def image(self, x: Tensor) -> Tensor:  # [n, 3, H, W] -> [n, D]
+        if self._images is not None:
+            return self._images(x)
         return self._encode.image(self._model, x)
 
     @torch.no_grad()
@@ -149,3 +151,8 @@ class Objective:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take back what ``state`` gave, on the CPU."""
+
+
+def takes_own_rows(objective: Objective) -> bool:
+    """Whether its towers encode each batch as it is, so that what is known of its rows holds."""
+    return type(objective).inputs is Objective.inputs

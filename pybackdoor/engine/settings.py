@@ -13,6 +13,7 @@ from torch import nn
 from ..ops import Augment
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16}
+LOCKS = ("text",)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 Schedule = Callable[[int, int], float]  # (step, steps) -> learning rate
@@ -42,6 +43,10 @@ class Settings:
             the first batch).
         cache_text: compute a frozen model's features of the loader's captions once, at the start,
             where the loader numbers them and as many pairs will be seen.
+        lock: None, or "text": the text tower is left as it is and the image tower alone trained.
+        views: augment a pair in epoch e as in epoch e mod views, and keep a frozen model's image
+            features from one to the other; None: each epoch in a way of its own. The loader must
+            name its images (``image_ids``).
         compile: None, or a mode of torch.compile for both towers: "default", "reduce-overhead"
             (with CUDA graphs) or "max-autotune".
         max_faults: batches whose loss or gradients are not finite that may be left out before the
@@ -61,6 +66,8 @@ class Settings:
     micro_batch: int | None = None
     trim_text: bool = True
     cache_text: bool = True
+    lock: str | None = None
+    views: int | None = None
     compile: str | None = None
     max_faults: int = 3
 
@@ -71,10 +78,12 @@ class Settings:
             raise ValueError(
                 f"compile must be None or one of {list(COMPILE_MODES)}, got {self.compile!r}"
             )
-        limits = {"steps": 1, "epochs": 1, "seed": 0, "micro_batch": 1, "max_faults": 0}
+        if self.lock is not None and self.lock not in LOCKS:
+            raise ValueError(f"lock must be None or one of {list(LOCKS)}, got {self.lock!r}")
+        limits = {"steps": 1, "epochs": 1, "seed": 0, "micro_batch": 1, "views": 1, "max_faults": 0}
         for name, least in limits.items():
             value = getattr(self, name)
-            if value is None and name in ("steps", "micro_batch"):
+            if value is None and name in ("steps", "micro_batch", "views"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -82,6 +91,10 @@ class Settings:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+
+    def view(self, epoch: int) -> int:
+        """The number of the augmentation that an epoch shows."""
+        return epoch if self.views is None else epoch % self.views
 
 
 @dataclass

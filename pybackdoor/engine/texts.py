@@ -1,4 +1,4 @@
-"""A frozen model's features of all captions, computed once instead of at every step.
+"""A frozen tower's features of all captions, computed once instead of at every step.
 
 A caption is not augmented, so that what a frozen tower makes of it never changes. Sorted by length
 and cut to it, all captions of a data set cost less than one epoch's batches, each of which is as

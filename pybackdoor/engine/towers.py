@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +123,19 @@ class Encoder:
         return torch.autocast(self._device.type, dtype=self._autocast, enabled=enabled)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode, module by module as it was after."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class TextTrim:
     """Cuts off the padding that all captions of a batch share, where no feature shows it.
 
@@ -159,17 +173,13 @@ class TextTrim:
 
     @torch.no_grad()
     def _same(self, tokens: Tensor, length: int) -> bool:
-        modes = [(module, module.training) for module in self._model.modules()]
         device = next(self._model.parameters()).device
-        self._model.eval()
         try:
-            whole = text_features(self._model, tokens.to(device))
-            short = text_features(self._model, tokens[:, :length].to(device))
+            with evaluating(self._model):
+                whole = text_features(self._model, tokens.to(device))
+                short = text_features(self._model, tokens[:, :length].to(device))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError, AssertionError):  # it takes one length only
             return False
-        finally:
-            for module, training in modes:
-                module.training = training
         return bool((whole - short).abs().max() <= _SAME)

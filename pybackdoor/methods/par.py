@@ -103,6 +103,13 @@ def par_clean(
             the first batch shows.
         cache_text (True): compute the poisoned model's features of all captions once, at the start,
             where the loader numbers its captions (PairLoader does) and as many pairs will be seen.
+        lock (None): "text" leaves the text tower as it is and trains the image tower alone, another
+            method than the published one: cheaper, prompts and text indexes stay valid, the text's
+            distance is 0 and its gate open in every record.
+        views (None): K augmentations of a pair that take turns: epoch e shows number e mod K. The
+            poisoned model's image features are then computed once for each and kept, for a loader
+            that has ``image_ids`` (PairLoader does): on a GPU up to 2 GiB and a quarter of what is
+            free, else in the host's memory, up to a quarter of it.
         compile (None): a mode of torch.compile for both towers, such as "default".
         max_faults (3): batches whose loss or gradients are not finite that are left out, each
             named in the report, before the run is given up.
