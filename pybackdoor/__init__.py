@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from . import data, models, ops, triggers
+from . import data, detect, models, ops, triggers
 from ._build_info import build_info
 from .clean import CleanResult
+from .detect import DetectionResult, detect_samples
 from .engine import NonFiniteError
 from .estimates import Estimate
 from .evaluate import Evaluation, Verdict, evaluate, verify_trigger
@@ -25,6 +26,7 @@ __all__ = [
     "Augment",
     "CleanResult",
     "ContrastiveLoss",
+    "DetectionResult",
     "Estimate",
     "Evaluation",
     "Manifest",
@@ -36,6 +38,8 @@ __all__ = [
     "apply_trigger",
     "build_info",
     "data",
+    "detect",
+    "detect_samples",
     "evaluate",
     "finetune_clean",
     "load",

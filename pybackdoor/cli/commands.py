@@ -22,7 +22,7 @@ from ..options import UsageError
 from ..par import par_clean
 from ..poison import PoisonResult, poison
 from ..triggers import TRIGGERS
-from . import bench, inputs
+from . import bench, detect, inputs
 from .configs import CleanConfig, EvalConfig, PoisonConfig
 from .run import Run
 from .text import evaluation_table, info_text
@@ -42,6 +42,7 @@ class Command:
     about: str
     config: type
     run: Callable[[Any], Outcome]
+    more: str = ""  # of its help, below the options
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,10 @@ def run_bench(config: bench.BenchConfig) -> Outcome:
     return Outcome(0, found, bench.text(found))
 
 
+def run_detect(config: detect.DetectConfig) -> Outcome:
+    return Outcome(0, *detect.detect(config))
+
+
 COMMANDS = {
     "demo": Command(
         "Plant a backdoor in a small CLIP model, see it fire, clean it, read the numbers.",
@@ -187,6 +192,9 @@ COMMANDS = {
     "poison": Command(PoisonConfig.__doc__ or "", PoisonConfig, run_poison),
     "clean": Command(CleanConfig.__doc__ or "", CleanConfig, run_clean),
     "eval": Command(EvalConfig.__doc__ or "", EvalConfig, run_eval),
+    "detect": Command(
+        detect.DetectConfig.__doc__ or "", detect.DetectConfig, run_detect, detect.EXAMPLES
+    ),
     "bench": Command(bench.BenchConfig.__doc__ or "", bench.BenchConfig, run_bench),
     "info": Command("Print what was built, and which backend each op takes.", InfoConfig, run_info),
 }
