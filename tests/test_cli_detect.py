@@ -77,7 +77,8 @@ def test_kept_pairs_are_the_table_without_the_worst(world, run, tmp_path, name, 
     scores = table(tmp_path / "out" / "scores.csv")
     assert scores[0] == ["rank", "score", "id", "location", "caption"] and len(scores) == N + 1
     values = [float(row[1]) for row in scores[1:]]
-    assert values == sorted(values, reverse=True) and [int(r[0]) for r in scores[1:]] == list(range(1, N + 1))  # fmt: skip
+    assert values == sorted(values, reverse=True)
+    assert [int(row[0]) for row in scores[1:]] == list(range(1, N + 1))
     dropped = {int(row[2]) for row in scores[1:6]}
     before, kept = table(world / name, mark), table(tmp_path / "out" / f"kept{name[5:]}", mark)
     wanted = [row for i, row in enumerate(before[1:]) if i not in dropped]

@@ -102,8 +102,8 @@ def test_mixture_is_found_and_scores_are_its_posterior(share, low, high):
     assert found.log_likelihood >= np.log(true).mean()  # no worse than what made the values
     scores = METHODS["gmm"].function(values)
     for i in (0, 5, 100, n - 1, n - 7):
-        a, b = (w * normal(values[i], m, v)
-                for w, m, v in zip(found.weights, found.means, found.variances, strict=True))  # fmt: skip
+        parts = zip(found.weights, found.means, found.variances, strict=True)
+        a, b = (weight * normal(values[i], mean, variance) for weight, mean, variance in parts)
         assert scores[i] == pytest.approx(a / (a + b), rel=1e-9, abs=1e-12)
     # A stationary point: each component is the weighted mean and variance of the values.
     for share_of, mean, variance in zip((scores, 1 - scores), found.means, found.variances,

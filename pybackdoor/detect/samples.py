@@ -179,7 +179,7 @@ def detect_samples(
     scores = np.full(len(reading.ids), np.nan)
     if reading.images is not None:
         device = next(model.parameters()).device
-        scores[reading.rows] = _among_neighbours(
+        scores[reading.rows] = among_neighbours(
             chosen, reading.images.to(device), settings, progress
         )
     else:
@@ -215,7 +215,7 @@ def _models(
     return [model] if overfit is None else [model, overfit]
 
 
-def _among_neighbours(
+def among_neighbours(
     method: Method, features: Tensor, settings: dict[str, Any], progress: bool | None
 ) -> np.ndarray:
     """[n] scores of a method of neighbours, part by part."""
