@@ -130,7 +130,8 @@ class _Search:
         found = rows.new_empty(len(rows), 0)
         for start in range(0, n, _COLUMNS):
             stop = min(start + _COLUMNS, n)
-            tile = self._half[start:stop] - matmul_nt(x, self._x[start:stop])
+            tile = matmul_nt(x, self._x[start:stop])
+            torch.sub(self._half[start:stop], tile, out=tile)
             own = ((rows >= start) & (rows < stop)).nonzero()[:, 0]
             tile[own, rows[own] - start] = torch.inf
             near, at = tile.topk(min(width, stop - start), largest=False)
