@@ -71,9 +71,9 @@ def table(path: Path, mark: str = ",") -> list[list[str]]:
 @pytest.mark.parametrize("name, mark", [("pairs.csv", ","), ("pairs.tsv", "\t")])
 def test_kept_pairs_are_the_table_without_the_worst(world, run, tmp_path, name, mark):
     code, out, _ = run("--pairs", world / name, "--top", 5)
-    assert code == 0 and "40 pairs scored by dao, 3 neighbours among 1024" in out
+    assert code == 0 and "40 pairs scored by dao, 3 neighbours among all" in out
     assert "What this does not show" in out and "that the other 35 are not" in out
-    assert "more than about 7.50%" in out and "clean" not in out
+    assert "poison in near 7.50%" in out and "clean" not in out
     scores = table(tmp_path / "out" / "scores.csv")
     assert scores[0] == ["rank", "score", "id", "location", "caption"] and len(scores) == N + 1
     values = [float(row[1]) for row in scores[1:]]

@@ -52,7 +52,7 @@ class DetectConfig(PromptOptions, PairOptions, ModelOptions):
     top: int | None = option(None, "pairs to leave out, the most suspicious (default: 1 % of them)")
     k: int | None = option(None, "neighbours of an image, for dao, slof, lid, k_dist (default: 16)")
     reference: int | None = option(
-        None, "pairs that neighbours are sought among, drawn at random; 0 = all (default: 1024)"
+        None, "pairs that neighbours are sought among, drawn at random; 0 = all (default: 256)"
     )
     seed: int = option(0, "of the draw")
     overfit: str | None = option(
@@ -135,7 +135,8 @@ def _text(answer: dict[str, Any], result: DetectionResult, pairs: Pairs) -> str:
     takes = METHODS[result.method].takes
     among = ""
     if takes == "neighbours":
-        where = f"{settings['reference']} at random" if settings["reference"] else "all"
+        some = 0 < settings["reference"] < answer["scored"]
+        where = f"{settings['reference']} at random" if some else "all"
         among = f", {settings['k']} neighbours among {where}"
     lines = [
         f"{answer['scored']:,} pairs scored by {result.method}{among}; the {answer['left_out']:,} "
@@ -178,8 +179,8 @@ def _not_shown(answer: dict[str, Any], result: DetectionResult, takes: str) -> l
         limit = result.settings["k"] / min(size, answer["scored"])
         lines += [
             "- triggers in captions, or captions that were exchanged: only images are compared;",
-            f"- poison of more than about {limit:.2%} of the pairs (k of the reference): such "
-            "pictures are each other's neighbours and shield each other;",
+            f"- poison in near {limit:.2%} of the pairs (k of the reference) or more: such "
+            "pictures are each other's neighbours and look ordinary;",
         ]
     elif result.method == "high_cosine":
         lines.append("- poison that the model has not learned: its pairs do not agree yet;")
