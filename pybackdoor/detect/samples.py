@@ -20,8 +20,9 @@ from .reading import read
 from .scores import Method, method_named
 
 K = 16
-# Chosen on `checkerboard` planted in 1 % of 20,000 pairs (benchmarks/detect_planted.py): AUROC of DAO
-# 0.96 among 256, 0.92 among 1,024, 0.52 among all, where the poison is its own neighbourhood.
+# Chosen on `checkerboard` alone, planted in 1 % of 20,000 pairs (benchmarks/detect_planted.py): DAO
+# has an AUROC of 0.96 among 256, 0.92 among 1,024, and 0.52 among all, where such pictures are each
+# other's neighbours.
 REFERENCE = 256
 WHOLE = 0  # as a reference: all pairs
 
