@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from . import data, models, ops, triggers
+from . import data, detect, models, ops, triggers
 from ._build_info import build_info
 from .badclip import BadClipPatch, badclip_patch
 from .clean import CleanResult
+from .detect import DetectionResult, detect_samples
 from .engine import NonFiniteError
 from .estimates import Estimate
 from .evaluate import Evaluation, Verdict, evaluate, verify_trigger
@@ -26,6 +27,7 @@ __all__ = [
     "BadClipPatch",
     "CleanResult",
     "ContrastiveLoss",
+    "DetectionResult",
     "Estimate",
     "Evaluation",
     "Manifest",
@@ -38,6 +40,8 @@ __all__ = [
     "badclip_patch",
     "build_info",
     "data",
+    "detect",
+    "detect_samples",
     "evaluate",
     "finetune_clean",
     "invert_clean",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from .batches import InputRules, Tokenizer
+from .batches import Batch, InputRules, Tokenizer, model_input
 from .data import ImageStore
 from .data.templates import fill
 from .data.tokens import adapted
@@ -25,30 +25,33 @@ class FeatureReader:
 
     Args:
         model: encoded on the device it is on; its mode is restored by ``reading``.
-        tokenizer: list of strings -> [n, L] tokens.
+        tokenizer: list of strings -> [n, L] tokens; None where no captions are read.
         mean, std: of the pixels; default the model's own.
         batch_size: images or captions a time.
         precision: "fp32" or "bf16" autocast.
+        floats: images may be floats, normalised already, so that mean and std may be unknown.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         batch_size: int = 256,
         precision: str = "fp32",
+        floats: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
         check_clip(model)
-        self._model, self._tokenizer, self._batch = model, adapted(tokenizer), batch_size
-        self._rules = InputRules.of(model, mean=mean, std=std)
-        if self._rules.mean is None:
+        self._model, self.batch_size = model, batch_size
+        self._tokenizer = None if tokenizer is None else adapted(tokenizer)
+        self.rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
+        if self.rules.mean is None and not floats:
             raise ValueError("mean and std are unknown: the model carries none, so pass both")
         self._device = next(model.parameters()).device
         self._encoder = Encoder(PRECISIONS[precision], self._device)
@@ -63,20 +66,15 @@ class FeatureReader:
         """[N, D] fp32 unit rows on the CPU, of the images as they are or with the trigger on."""
         if len(store) == 0:
             raise ValueError("images must hold at least one image to evaluate, got none")
-        size = self._rules.image_size
-        if size is not None and tuple(store.image_size) != size:
-            raise ValueError(
-                f"images must be {size[0]}x{size[1]} pixels for this model, got "
-                f"{store.image_size[0]}x{store.image_size[1]}"
-            )
+        self.check_pixels(store.image_size)
         bound = None if trigger is None else bind(trigger, store.image_size, self._device)
         dtype = self._encoder.input_dtype(self._model)
         rows = []
-        with self._reading():
+        with self.reading():
             for index in self._chunks(len(store)):
                 pixels = torch.from_numpy(store.take(index)).to(self._device)
                 on = {} if bound is None else bound.arguments(torch.from_numpy(ids[index]))
-                x = trigger_normalize(pixels, mean=self._rules.mean, std=self._rules.std, **on)
+                x = trigger_normalize(pixels, mean=self.rules.mean, std=self.rules.std, **on)
                 rows.append(self._encoder.image(self._model, x.to(dtype)).float().cpu())
         return _finite(torch.cat(rows), "image")
 
@@ -85,12 +83,10 @@ class FeatureReader:
         unique = list(dict.fromkeys(captions))
         place = {caption: i for i, caption in enumerate(unique)}
         rows = []
-        with self._reading():
+        with self.reading():
             for index in self._chunks(len(unique)):
-                tokens = self._trim(self._tokenizer([unique[i] for i in index]))
-                tokens = tokens.to(self._device)
-                rows.append(self._encoder.text(self._model, tokens).float().cpu())
-        return _finite(torch.cat(rows)[[place[caption] for caption in captions]], "text")
+                rows.append(self.tokens(self._tokenizer([unique[i] for i in index])))
+        return torch.cat(rows)[[place[caption] for caption in captions]]
 
     def class_head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """[classes, D] zero-shot head: normalised mean of each class's normalised prompts."""
@@ -98,8 +94,33 @@ class FeatureReader:
         features = self.captions(prompts).view(len(classes), len(templates), -1)
         return normalize(features.mean(1), dim=-1)
 
+    def check_pixels(self, image_size: tuple[int, int]) -> None:
+        """Refuse uint8 images of (H, W) that the model does not take."""
+        size = self.rules.image_size
+        if size is not None and tuple(image_size) != size:
+            raise ValueError(
+                f"images must be {size[0]}x{size[1]} pixels for this model, got "
+                f"{image_size[0]}x{image_size[1]}"
+            )
+        if self.rules.mean is None:
+            raise ValueError("mean and std are unknown: the model carries none, so pass both")
+
+    def batch(self, batch: Batch) -> Tensor:
+        """[n, D] fp32 unit rows on the CPU, of a loader's images; within ``reading``."""
+        x = model_input(
+            batch, self.rules, device=self._device, dtype=self._encoder.input_dtype(self._model),
+            ids=torch.arange(len(batch)),
+        )  # fmt: skip
+        return _finite(self._encoder.image(self._model, x).float().cpu(), "image")
+
+    def tokens(self, tokens: Tensor) -> Tensor:  # [n, L]
+        """[n, D] fp32 unit rows on the CPU, of tokenised captions; within ``reading``."""
+        trimmed = self._trim(tokens).to(self._device)
+        return _finite(self._encoder.text(self._model, trimmed).float().cpu(), "text")
+
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def reading(self) -> Iterator[None]:
+        """The model in evaluation mode, without gradients; its mode is restored after."""
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         try:
@@ -110,8 +131,8 @@ class FeatureReader:
                 module.training = training
 
     def _chunks(self, n: int) -> Iterator[np.ndarray]:
-        for start in range(0, n, self._batch):
-            yield np.arange(start, min(start + self._batch, n))
+        for start in range(0, n, self.batch_size):
+            yield np.arange(start, min(start + self.batch_size, n))
 
 
 def _finite(features: Tensor, tower: str) -> Tensor:

@@ -41,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
         about = command.about
-        sub = commands.add_parser(name, help=about, description=about)
+        sub = commands.add_parser(
+            name, help=about, description=about, epilog=command.more,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         add_flags(sub, command.config)

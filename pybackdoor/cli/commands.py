@@ -22,7 +22,7 @@ from ..models import load, preprocess_record, save
 from ..options import UsageError
 from ..poison import PoisonResult, poison
 from ..triggers import TRIGGERS
-from . import bench, inputs
+from . import bench, detect, inputs
 from .configs import BadClipConfig, CleanConfig, EvalConfig, PoisonConfig
 from .run import Run
 from .text import evaluation_table, info_text
@@ -42,6 +42,7 @@ class Command:
     about: str
     config: type
     run: Callable[[Any], Outcome]
+    more: str = ""  # of its help, below the options
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,10 @@ def run_bench(config: bench.BenchConfig) -> Outcome:
     return Outcome(0, found, bench.text(found))
 
 
+def run_detect(config: detect.DetectConfig) -> Outcome:
+    return Outcome(0, *detect.detect(config))
+
+
 COMMANDS = {
     "demo": Command(
         "Plant a backdoor in a small CLIP model, see it fire, clean it, read the numbers.",
@@ -218,6 +223,9 @@ COMMANDS = {
     "badclip": Command(BadClipConfig.__doc__ or "", BadClipConfig, run_badclip),
     "clean": Command(CleanConfig.__doc__ or "", CleanConfig, run_clean),
     "eval": Command(EvalConfig.__doc__ or "", EvalConfig, run_eval),
+    "detect": Command(
+        detect.DetectConfig.__doc__ or "", detect.DetectConfig, run_detect, detect.EXAMPLES
+    ),
     "bench": Command(bench.BenchConfig.__doc__ or "", bench.BenchConfig, run_bench),
     "info": Command("Print what was built, and which backend each op takes.", InfoConfig, run_info),
 }

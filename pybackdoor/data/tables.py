@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+import io
+import itertools
+import os
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -111,6 +114,38 @@ def iter_rows(
             yield Row(line, image, text, bad)
     if row < 0:
         raise ValueError(f"{op}: {path} has a header and no rows")
+
+
+def filtered(
+    op: str,
+    path: Path,
+    keep: Container[int],
+    image_keys: Sequence[str],
+    text_keys: Sequence[str],
+    root: str,
+) -> Iterator[str]:
+    """The lines of a table with its header and some of its rows, in the same columns.
+
+    Args:
+        op, path, image_keys, text_keys: as in `iter_rows`.
+        keep: numbers of the rows to keep.
+        root: folder of relative image paths, which become absolute.
+    """
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        header, separator = _header(file.readline(), image_keys, text_keys, None)
+        at = next(header.index(key) for key in image_keys if key in header)
+        line = io.StringIO()
+        writer = csv.writer(line, delimiter=separator, lineterminator="\n")
+        kept = (
+            [*fields[:at], os.path.join(root, fields[at]), *fields[at + 1 :]]
+            for row, (_, fields) in enumerate(_records(op, path, file, separator))
+            if row in keep
+        )
+        for fields in itertools.chain([header], kept):
+            writer.writerow(fields)
+            yield line.getvalue()
+            line.seek(0)
+            line.truncate()
 
 
 def _header(

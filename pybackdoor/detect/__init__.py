@@ -1,0 +1,24 @@
+"""Find what was poisoned: training pairs, by how suspicious they are.
+
+neighbours.py finds the nearest images, scores.py has the formulas, reading.py encodes the pairs,
+samples.py puts them together; metrics.py and truth.py judge scores by what is known to be planted.
+"""
+
+from .metrics import auroc, precision_at, recall_at
+from .neighbours import Neighbours, nearest
+from .samples import DetectionResult, detect_samples
+from .scores import METHODS, similarity_gain
+from .truth import planted
+
+__all__ = [
+    "METHODS",
+    "DetectionResult",
+    "Neighbours",
+    "auroc",
+    "detect_samples",
+    "nearest",
+    "planted",
+    "precision_at",
+    "recall_at",
+    "similarity_gain",
+]
