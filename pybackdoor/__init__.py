@@ -10,7 +10,7 @@ from .estimates import Estimate
 from .evaluate import Evaluation, Verdict, evaluate, verify_trigger
 from .losses import ContrastiveLoss
 from .manifest import Manifest
-from .methods import finetune_clean, par_clean
+from .methods import cleanclip_clean, finetune_clean, ft_sam_clean, par_clean, roclip_clean
 from .models import load, save
 from .ops import Augment
 from .optim import AdamWEma
@@ -34,15 +34,18 @@ __all__ = [
     "__version__",
     "apply_trigger",
     "build_info",
+    "cleanclip_clean",
     "data",
     "evaluate",
     "finetune_clean",
+    "ft_sam_clean",
     "load",
     "models",
     "ops",
     "par_clean",
     "poison",
     "poison_pairs",
+    "roclip_clean",
     "save",
     "trigger",
     "triggers",
