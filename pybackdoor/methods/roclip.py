@@ -41,7 +41,7 @@ class PooledContrastive(Contrastive):
         self._views.prepare(run)
         self._ranks, self._device = run.ranks or Ranks(), run.device
         least = (self._every - 1) * (len(run.loader) if hasattr(run.loader, "__len__") else 0)
-        if run.steps <= least:
+        if least and run.steps <= least:
             raise ValueError(
                 f"roclip_clean: the pool is first used after {self._every - 1} epochs of "
                 f"{least // (self._every - 1)} steps, got {run.steps} steps in all: raise epochs "
@@ -110,8 +110,9 @@ def roclip_clean(
 
     Args:
         model, loader: as for ``cleanclip_clean``.
-        pool_size: captions' features kept; the default is 2 % of 100,000 pairs. While fewer have
-            been seen all are used, and with none a caption stands for itself.
+        pool_size: captions' features kept; the default is 2 % of 100,000 pairs. A pool that is not
+            small against the pairs finds a caption's own features of the epoch before. While fewer
+            have been seen all are used, and with none a caption stands for itself.
         every: epochs ``every``, 2 ``every``, ... take the captions from the pool; 1: all do.
         synonyms: of EDA, as for ``cleanclip_clean``.
     Options: those of ``par_clean``, but ``augment`` (PAR's, in the pool's epochs) is False here.
