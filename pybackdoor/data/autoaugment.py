@@ -94,21 +94,26 @@ def apply(images: Tensor, name: str, magnitude: int, negative: bool) -> Tensor:
     """[n, 3, H, W] uint8 under one operation at a magnitude of 0 to 9, of ten even steps."""
     import torchvision.transforms.v2.functional as ops
 
-    share = magnitude / 9
-    signed = -share if negative else share
-    factor = 1.0 + 0.9 * signed
+    sign = -1.0 if negative else 1.0
+    factor = 1.0 + sign * _step(0.9, magnitude)
     operations: dict[str, Callable[[], Tensor]] = {
         "autocontrast": lambda: ops.autocontrast(images),
         "color": lambda: ops.adjust_saturation(images, factor),
         "contrast": lambda: ops.adjust_contrast(images, factor),
         "equalize": lambda: ops.equalize(images),
         "invert": lambda: ops.invert(images),
-        "posterize": lambda: ops.posterize(images, round(8 - 4 * share)),
-        "rotate": lambda: ops.rotate(images, 30.0 * signed),
+        "posterize": lambda: ops.posterize(images, round(8 - magnitude / 2.25)),
+        "rotate": lambda: ops.rotate(images, sign * _step(30.0, magnitude)),
         "sharpness": lambda: ops.adjust_sharpness(images, factor),
         "shear_x": lambda: ops.affine(
-            images, 0.0, [0, 0], 1.0, [math.degrees(math.atan(0.3 * signed)), 0.0], center=[0, 0]
+            images, 0.0, [0, 0], 1.0,
+            [math.degrees(math.atan(sign * _step(0.3, magnitude))), 0.0], center=[0, 0],
         ),
-        "solarize": lambda: ops.solarize(images, 255.0 * (1.0 - share)),
-    }
+        "solarize": lambda: ops.solarize(images, 255.0 * _step(1.0, 9 - magnitude)),
+    }  # fmt: skip
     return operations[name]()
+
+
+def _step(most: float, magnitude: int) -> float:
+    """Rounded as torchvision has it: pixels are cut to integers, where the last bit shows."""
+    return float(torch.linspace(0.0, most, 10)[magnitude])
