@@ -98,7 +98,7 @@ def run_clean(config: CleanConfig) -> Outcome:
     pairs = inputs.read_pairs(config, loaded)
     manifest = inputs.read_manifest(config.manifest, config.model)
     loader = PairLoader(pairs, loaded.tokenizer, batch_size=config.batch_size, seed=config.seed)
-    own = _own(config)
+    own = method_options(config)
 
     def keep(folder: Path, result: CleanResult) -> None:
         save(
@@ -190,7 +190,7 @@ COMMANDS = {
 }
 
 
-def _own(config: CleanConfig) -> dict[str, Any]:
+def method_options(config: CleanConfig) -> dict[str, Any]:
     """The method's own options. One of another method is refused, not left aside."""
     own = {n: getattr(config, n) for n in own_options(config.method) if hasattr(config, n)}
     defaults = {field.name: field.default for field in fields(config)}
