@@ -12,7 +12,14 @@ from .estimates import Estimate
 from .evaluate import Evaluation, Verdict, evaluate, verify_trigger
 from .losses import ContrastiveLoss
 from .manifest import Manifest
-from .methods import finetune_clean, invert_clean, par_clean
+from .methods import (
+    cleanclip_clean,
+    finetune_clean,
+    ft_sam_clean,
+    invert_clean,
+    par_clean,
+    roclip_clean,
+)
 from .models import load, save
 from .ops import Augment
 from .optim import AdamWEma
@@ -39,11 +46,13 @@ __all__ = [
     "apply_trigger",
     "badclip_patch",
     "build_info",
+    "cleanclip_clean",
     "data",
     "detect",
     "detect_samples",
     "evaluate",
     "finetune_clean",
+    "ft_sam_clean",
     "invert_clean",
     "load",
     "models",
@@ -51,6 +60,7 @@ __all__ = [
     "par_clean",
     "poison",
     "poison_pairs",
+    "roclip_clean",
     "save",
     "trigger",
     "triggers",

@@ -1,8 +1,9 @@
 """What a loader may yield, read once into one shape, and turned into a model's input.
 
 A batch is ``(images, tokens)``, ``(images, tokens, ids)`` or a dict with the keys ``images``,
-``tokens`` (or ``texts``) and optionally ``ids``. Images are uint8 pixels, which are augmented and
-normalised here, or floats that the user has normalised already.
+``tokens`` (or ``texts``) and optionally ``ids`` and ``augmented``, other wordings of the captions
+for the methods that compare the two. Images are uint8 pixels, which are augmented and normalised
+here, or floats that the user has normalised already.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Batch:
     tokens: Tensor  # [n, L] int64
     ids: Tensor | None  # [n] int64
     captions: Tensor | None = None  # [n] int64, numbers of the loader's captions
+    texts: list[str] | None = None  # [n] captions, where the loader yields strings
+    augmented: Tensor | None = None  # [n, L] int64 of other wordings, where it yields them
 
     def __len__(self) -> int:
         return len(self.images)
@@ -118,8 +121,23 @@ def read_batch(raw: Any, rules: InputRules, *, first: bool = False) -> Batch:
                 f"{tuple(ids.shape)}"
             )
         ids = ids.to(torch.int64)
-    captions = raw.get("captions") if isinstance(raw, Mapping) else None
-    return Batch(images, tokens, ids, captions if isinstance(captions, Tensor) else None)
+    more = raw if isinstance(raw, Mapping) else {}
+    captions, augmented = more.get("captions"), more.get("augmented")
+    if augmented is not None:
+        augmented = _tokens(augmented, rules)
+        if augmented.shape != tokens.shape:
+            raise ValueError(
+                f"augmented must be {list(tokens.shape)} like the batch's tokens, got "
+                f"{list(augmented.shape)}"
+            )
+    return Batch(
+        images,
+        tokens,
+        ids,
+        captions if isinstance(captions, Tensor) else None,
+        None if _is_numeric(text) else list(text),
+        augmented,
+    )
 
 
 def model_input(
@@ -216,7 +234,7 @@ def _images(images: Any, rules: InputRules) -> Tensor:
 
 
 def _tokens(text: Any, rules: InputRules) -> Tensor:
-    if isinstance(text, np.ndarray) and text.dtype.kind in "iuf":
+    if isinstance(text, np.ndarray) and _is_numeric(text):
         text = torch.from_numpy(text)
     if not isinstance(text, Tensor):
         if isinstance(text, str) or not isinstance(text, (Sequence, np.ndarray)):
@@ -249,6 +267,10 @@ def _tokens(text: Any, rules: InputRules) -> Tensor:
                 f"{low if low < 0 else high}"
             )
     return text
+
+
+def _is_numeric(text: Any) -> bool:
+    return isinstance(text, Tensor) or (isinstance(text, np.ndarray) and text.dtype.kind in "iuf")
 
 
 def _three(values: Sequence[float] | None, name: str) -> tuple[float, float, float] | None:

@@ -7,9 +7,10 @@ import difflib
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 import torch
@@ -107,6 +108,8 @@ def clean(
     loader: Iterable[Any],
     objective: Callable[[nn.Module, Settings], Objective],
     own: dict[str, Any],
+    fixed: Mapping[str, Any] = MappingProxyType({}),
+    /,
     *,
     epochs: int = 2,
     steps: int | None = None,
@@ -146,6 +149,7 @@ def clean(
     Args:
         objective: makes the method's objective from the model to be trained, before the first step.
         own: the method's own settings, kept in the result's report.
+        fixed: fields of Settings that the method decides.
         The others: see ``par_clean``.
     """
     for name in unknown:
@@ -156,7 +160,7 @@ def clean(
     settings = Settings(
         steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
         progress=progress, micro_batch=micro_batch, trim_text=trim_text, cache_text=cache_text,
-        lock=lock, views=views, compile=compile, max_faults=max_faults,
+        lock=lock, views=views, compile=compile, max_faults=max_faults, **fixed,
     )  # fmt: skip
     own = {**own, "lr_start": lr_start, "lr": lr, "lr_end": lr_end}
     schedule = two_phase_schedule(lr_start, lr, lr_end)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from PIL import Image
 
 import pybackdoor
 from pybackdoor.cli import main
+from pybackdoor.cli.commands import method_options
+from pybackdoor.cli.configs import CleanConfig
 from pybackdoor.files import hold
 from pybackdoor.models import create, save
 
@@ -82,6 +85,23 @@ def test_clean_saves_what_load_reads_and_leaves_the_input(world, run, tmp_path):
     assert run("clean", "--config", config, "--out", tmp_path / "b")[0] == 0
     for name, tensor in pybackdoor.load(tmp_path / "b").model.state_dict().items():
         assert torch.equal(tensor, new.model.state_dict()[name]), name
+
+
+def test_a_method_takes_its_own_options_alone(world, run, tmp_path):
+    own = ("--method", "cleanclip", "--in-modal-weight", 0.5)
+    assert run(*cleaning(world, tmp_path / "out", *own))[0] == 0
+    report = json.loads((tmp_path / "out" / "cleaning.json").read_text())
+    assert report["method"] == "cleanclip" and report["settings"]["in_modal_weight"] == 0.5
+    assert report["settings"]["augment"] is None and not report["settings"]["freeze_scale"]
+    for method, wanted in (("finetune", True), ("roclip", False)):
+        config = CleanConfig("m", pairs="p", out="o", method=method)
+        assert "augment" not in method_options(config)  # each has its own default
+        said = method_options(replace(config, augment=wanted))
+        assert said["augment"] is wanted
+    code, _, errors = run(*cleaning(world, tmp_path / "b", *own, "--rho", 0.1))
+    assert code == 2 and "--rho is an option of ft_sam, not of cleanclip" in errors
+    with pytest.raises(SystemExit):
+        run(*cleaning(world, tmp_path / "b", "--method", "cleanclp"))
 
 
 def test_poison_eval_clean_and_their_exit_codes(world, run, tmp_path):

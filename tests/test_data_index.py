@@ -190,6 +190,8 @@ def test_loader_over_an_index(tmp_path, monkeypatch):
         for batch in loader:
             wanted = tokenize([f"a photo of thing {i}" for i in batch["ids"].tolist()])
             assert torch.equal(batch["tokens"], wanted)
+            more = loader.rewritten(lambda text: text + " 7").tokens(batch["captions"].numpy())
+            assert torch.equal(more, tokenize([f"a photo of thing {i} 7" for i in batch["ids"]]))
     assert len(list(tmp_path.glob("*.tokens"))) == 1
 
     def unwritable(*_, **__):

@@ -138,3 +138,17 @@ def test_tokenizer_that_is_none(chunks_of_two, tokenizer, error, match):
 def test_progress_bar(capsys, progress, shown):
     TokenTable(["a"], lambda texts: torch.ones(len(texts), 2, dtype=torch.long), progress=progress)
     assert ("tokenising" in capsys.readouterr().err) is shown
+
+
+def test_rewritten_captions_keep_the_numbers_of_the_old():
+    captions = ["b", "a", "b", "cc", "a"]  # "a" and "b" become the same
+
+    def tokens(texts):
+        return torch.tensor([[len(text), *map(ord, text.ljust(3))] for text in texts])
+
+    table, asked = TokenTable(captions, tokens), []
+    other = table.rewritten(captions, lambda c: asked.append(c) or c.replace("b", "a"), tokens)
+    assert asked == ["b", "a", "cc"] and len(other) == len(table.different) == 3
+    numbers = table.numbers(np.arange(5))
+    assert torch.equal(other.tokens(numbers), tokens(["a", "a", "a", "cc", "a"]))
+    assert other.lengths().tolist() == [3, 3, 4]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def run_clean(config: CleanConfig) -> Outcome:
     pairs = inputs.read_pairs(config, loaded)
     manifest = inputs.read_manifest(config.manifest, config.model)
     loader = PairLoader(pairs, loaded.tokenizer, batch_size=config.batch_size, seed=config.seed)
-    own = {n: getattr(config, n) for n in own_options(config.method) if hasattr(config, n)}
+    own = method_options(config)
 
     def keep(folder: Path, result: CleanResult) -> None:
         save(
@@ -142,7 +142,7 @@ def run_clean(config: CleanConfig) -> Outcome:
         result = METHODS[config.method](
             loaded.model, loader, epochs=config.epochs, steps=config.steps,
             lr_start=config.lr_start, lr=config.lr, lr_end=config.lr_end,
-            weight_decay=config.weight_decay, augment=config.augment,
+            weight_decay=config.weight_decay,
             precision=config.precision, seed=config.seed, device=config.device,
             mean=loaded.preprocess.mean, std=loaded.preprocess.std,
             progress=config.progress, track=run.record, micro_batch=config.micro_batch,
@@ -229,6 +229,18 @@ COMMANDS = {
     "bench": Command(bench.BenchConfig.__doc__ or "", bench.BenchConfig, run_bench),
     "info": Command("Print what was built, and which backend each op takes.", InfoConfig, run_info),
 }
+
+
+def method_options(config: CleanConfig) -> dict[str, Any]:
+    """The method's own options. One of another method is refused, not left aside."""
+    own = {n: getattr(config, n) for n in own_options(config.method) if hasattr(config, n)}
+    defaults = {field.name: field.default for field in fields(config)}
+    for other in METHODS:
+        for name in own_options(other):
+            if name in defaults and name not in own and getattr(config, name) != defaults[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} is an option of {other}, not of {config.method}")
+    return own if config.augment is None else {**own, "augment": config.augment}
 
 
 def _cleaning_text(out: str, result: CleanResult) -> str:

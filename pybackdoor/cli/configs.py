@@ -117,6 +117,11 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
     out: str = option(REQUIRED, "folder for the cleaned model")
     method: str = option("par", "Perturb and Recover, or another", choices=tuple(METHODS))
     tau: float = option(2.15, "PAR: squared embedding distance at which a tower is let go")
+    in_modal_weight: float = option(1.0, "CleanCLIP: weight of the terms within a modality")
+    pool_size: int = option(2000, "RoCLIP: captions in the pool")
+    pool_every: int = option(2, "RoCLIP: every how many epochs captions come from the pool")
+    rho: float = option(0.05, "FT-SAM: length of the step uphill")
+    adaptive: bool = option(False, "FT-SAM: scale that step by the weights' magnitudes")
     perturb: bool = option(False, "invert: PAR's distance term beside CLIP's loss")
     every: int = option(50, "invert: steps between two inversions")
     share: float = option(0.5, "invert: share of a batch that carries an inverted trigger")
@@ -127,7 +132,9 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
     lr: float = option(3e-6, "learning rate after the first half")
     lr_end: float = option(1e-9, "learning rate at the end")
     weight_decay: float = option(1e-4, "of AdamW; none for biases and norms")
-    augment: bool = option(True, "PAR's pixel noise and erased squares")
+    augment: bool | None = option(
+        None, "PAR's pixel noise and erased squares (default: no for cleanclip, roclip, else yes)"
+    )
     precision: str = option("bf16", "of the towers; losses are fp32", choices=("bf16", "fp32"))
     seed: int = option(0, "of the order and the augmentation")
     manifest: str | None = option(None, "manifest.json of the planted trigger, kept with the model")

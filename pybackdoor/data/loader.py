@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +156,13 @@ class PairLoader:
     def captions(self) -> DifferentCaptions:
         """The different captions, tokenised."""
         return self._table().different
+
+    def rewritten(self, rewrite: Callable[[str], str]) -> DifferentCaptions:
+        """Tokens of what ``rewrite`` makes of each of ``captions``, by the number of that.
+
+        Each is rewritten once, whatever the order, the epoch or the rank.
+        """
+        return self._table().rewritten(self.pairs.captions, rewrite, self.tokenizer)
 
     def _table(self) -> TokenTable:
         if self._tokens is None:

@@ -121,6 +121,18 @@ class TokenTable:
             row[end - start :] = self._flat[end - 1]
         return torch.from_numpy(out)
 
+    def rewritten(
+        self, captions: Sequence[str], rewrite: Callable[[str], str], tokenizer: Any
+    ) -> DifferentCaptions:
+        """Tokens of the rewritten captions, by the number of the caption rewritten.
+
+        Args:
+            captions: the ones that the table was made of.
+        """
+        different = captions if self._of_row is None else dict.fromkeys(captions)
+        other = TokenTable([rewrite(c) for c in different], tokenizer)
+        return DifferentCaptions(other, other._of_row)
+
     def warn_if_truncated(self) -> None:
         """Say how many captions lose their end, when any do."""
         if self.num_truncated:
@@ -133,21 +145,26 @@ class TokenTable:
 
 
 class DifferentCaptions:
-    """The different captions of a table, by number."""
+    """The different captions of a table, by number.
 
-    def __init__(self, table: TokenTable) -> None:
-        self._table = table
+    Args:
+        of: [n] int64, which of the table's a number means; None: that of the same number.
+    """
+
+    def __init__(self, table: TokenTable, of: np.ndarray | None = None) -> None:
+        self._table, self._of = table, of
 
     def __len__(self) -> int:
-        return len(self._table._ends) - 1
+        return len(self._table._ends) - 1 if self._of is None else len(self._of)
 
     def lengths(self) -> np.ndarray:
         """[n] tokens of each, one of its padding among them."""
-        return np.diff(self._table._ends)
+        lengths = np.diff(self._table._ends)
+        return lengths if self._of is None else lengths[self._of]
 
     def tokens(self, numbers: np.ndarray) -> Tensor:  # [b]
         """[b, L] int64."""
-        return self._table._unpacked(numbers)
+        return self._table._unpacked(numbers if self._of is None else self._of[numbers])
 
 
 def token_table(captions: Sequence[str], tokenizer: Any, progress: bool | None) -> TokenTable:
