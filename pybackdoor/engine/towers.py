@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..models import image_features, text_features
+from ..models import ImageTower, TextTower, image_features, text_features
+from .shortcuts import image_shortcut, same, text_shortcut
 
 _STEP = 8  # lengths of captions are multiples of it
 _COMPILED_STEP = 16  # few shapes to compile for
 _VARIANTS = 64
 _WORTH = 256  # tokens of padding that a group of its own must save
-_SAME = 2e-5  # of a unit row's entries in fp32: rounding; a pooled padding moves them by 1e-2
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Encoder:
         if compile is not None:  # two models, with and without gradients, each at a few lengths
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, _VARIANTS)
-        self._compiled: dict[tuple[int, str], Callable[[nn.Module, Tensor], Tensor]] = {}
+        self._compiled: dict[tuple[int, str, bool], Callable[[nn.Module, Tensor], Tensor]] = {}
 
     def input_dtype(self, model: nn.Module) -> torch.dtype:
         """What the towers' first layers take: the model's own dtype."""
@@ -75,14 +75,20 @@ class Encoder:
 
     def image(self, model: nn.Module, x: Tensor) -> Tensor:  # x [n, 3, H, W] normalised
         """[n, D] unit rows in at least fp32."""
+        tower = image_shortcut(model, x)
         with self._context():
-            return self._function(model, image_features)(model, x)
+            return self._function(model, image_features, tower)(model, x)
 
     def text(self, model: nn.Module, tokens: Tensor | Captions) -> Tensor:  # tokens [n, L]
         """[n, D] unit rows in at least fp32."""
-        encode = self._function(model, text_features)
+        whole = isinstance(tokens, Tensor)
+        tower = text_shortcut(model, tokens if whole else tokens.tokens)
+        if tower is not None and not whole:
+            with self._context():
+                return text_features(model, tokens.tokens, tower.shared)
+        encode = self._function(model, text_features, tower)
         with self._context():
-            if isinstance(tokens, Tensor):
+            if whole:
                 return encode(model, tokens)
             groups = tokens.groups()
             order = torch.cat([rows for rows, _ in groups]).to(tokens.tokens.device)
@@ -90,10 +96,15 @@ class Encoder:
             cut = [part[:, :length] for part, (_, length) in zip(parts, groups, strict=True)]
             return torch.cat([encode(model, part) for part in cut])[order.argsort()]
 
-    def _function(self, model: nn.Module, eager: Callable) -> Callable[[nn.Module, Tensor], Tensor]:
+    def _function(
+        self, model: nn.Module, features: Callable, tower: ImageTower | TextTower | None
+    ) -> Callable[[nn.Module, Tensor], Tensor]:
+        def eager(model: nn.Module, x: Tensor) -> Tensor:
+            return features(model, x, tower)
+
         if self._mode is None:
             return eager
-        key = id(model), eager.__name__
+        key = id(model), features.__name__, tower is None
         if key not in self._compiled:
             self._compiled[key] = torch.compile(eager, mode=self._mode, dynamic=False)
         compiled = self._compiled[key]
@@ -110,7 +121,7 @@ class TextTrim:
     """Cuts off the padding that all captions of a batch share, where no feature shows it.
 
     A causal text tower pooled at its end mark does not see what follows; whether this one is such
-    is found out on the first batch that has padding: some of its captions are encoded both ways.
+    is found out on the first batch that has padding: a caption or some are encoded both ways.
 
     Args:
         compiled: whether each length costs a compilation.
@@ -135,7 +146,7 @@ class TextTrim:
             return tokens
         if self._works is None:
             shown = tokens[lengths <= length][:8]
-            self._works = self._same(shown, length)
+            self._works = text_shortcut(self._model, shown) is not None or self._same(shown, length)
         if not self._works:
             return tokens
         longest = tokens[:, : int(lengths.max())]
@@ -156,4 +167,4 @@ class TextTrim:
         finally:
             for module, training in modes:
                 module.training = training
-        return bool((whole - short).abs().max() <= _SAME)
+        return same(whole, short)
