@@ -192,7 +192,8 @@ class _Run:
 
         def features(model: nn.Module) -> CaptionFeatures:
             def encode(tokens: Tensor) -> Tensor:
-                return self.encode.text(model, self.trim(tokens).to(self.device))
+                with self.encode.products(model):
+                    return self.encode.text(model, self.trim(tokens).to(self.device))
 
             return CaptionFeatures(captions, encode, self.ranks, self.watch)
 
@@ -252,7 +253,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         counts = item.counts if self.ranks.size > 1 else None
         numbers = item.batch.captions if self.numbered else None
-        outcome = self.gradients(step, x, tokens, numbers, counts)
+        with self.encode.products(self.model):
+            outcome = self.gradients(step, x, tokens, numbers, counts)
         self.ranks.sum_gradients(self.trained)
         self.guard.watch(step, item, item.ids, outcome)
         for group in self.optimizer.param_groups:

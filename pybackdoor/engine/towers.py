@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..models import ImageTower, TextTower, image_features, text_features
+from ..ops._matmul import fast_products
 from .shortcuts import image_shortcut, same, text_shortcut
 
 _STEP = 8  # lengths of captions are multiples of it
@@ -72,6 +74,14 @@ class Encoder:
     def input_dtype(self, model: nn.Module) -> torch.dtype:
         """What the towers' first layers take: the model's own dtype."""
         return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def products(self, model: nn.Module) -> AbstractContextManager[None]:
+        """For the whole of a step: its matrix products by the fastest library of fp32's accuracy.
+
+        torch's own on a GPU, in bf16, and where a compiler makes them its own.
+        """
+        plain = self._device.type == "cpu" and self._autocast is None and self._mode is None
+        return fast_products(model) if plain else nullcontext()
 
     def image(self, model: nn.Module, x: Tensor) -> Tensor:  # x [n, 3, H, W] normalised
         """[n, D] unit rows in at least fp32."""
