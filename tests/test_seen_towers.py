@@ -196,6 +196,9 @@ def test_methods_of_ones_own_are_called():
     model.encode_image = lambda x: torch.ones(len(x), 4)
     model.encode_text = lambda x: torch.ones(len(x), 4)
     assert image_tower(model) is None and text_tower(model) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CLIP, "encode_image", lambda self, x: torch.ones(len(x), 4))
+        assert image_tower(clip()) is None and text_tower(clip()) is not None
     model = hf()
     model.model.get_text_features = lambda input_ids: torch.ones(len(input_ids), 4)
     assert image_tower(model) is not None and text_tower(model) is None

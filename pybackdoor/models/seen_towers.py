@@ -31,7 +31,7 @@ def image_tower(model: nn.Module) -> ImageTower | None:
     Args:
         model: a CLIP model; the tower uses its modules and parameters as they are now.
     """
-    if "encode_image" in vars(model):
+    if not _own(model, "encode_image"):
         return None
     clip, transformer = _open_clip()
     if clip is not None and type(model) in (clip.CLIP, clip.CustomTextCLIP):
@@ -41,7 +41,7 @@ def image_tower(model: nn.Module) -> ImageTower | None:
 
 def text_tower(model: nn.Module) -> TextTower | None:
     """The same of a text tower. Whether its mask is causal is for the caller to find out."""
-    if "encode_text" in vars(model):
+    if not _own(model, "encode_text"):
         return None
     clip, transformer = _open_clip()
     if clip is not None and type(model) is clip.CLIP:
@@ -59,6 +59,12 @@ def text_tower(model: nn.Module) -> TextTower | None:
 def _open_clip() -> tuple[Any, Any]:
     """Its modules where it has been imported, as it has where there is a model of its."""
     return sys.modules.get("open_clip.model"), sys.modules.get("open_clip.transformer")
+
+
+def _own(model: nn.Module, method: str) -> bool:
+    """Whether a method is its class's, as the class was written."""
+    written = getattr(getattr(type(model), method, None), "__module__", None)
+    return method not in vars(model) and written == type(model).__module__
 
 
 def _usable(modules: Iterable[nn.Module], known: set[type]) -> bool:
@@ -193,7 +199,7 @@ def _hf_model(model: nn.Module, method: str) -> ModuleType | None:
     """The module of transformers' CLIP, for its own class as it is."""
     library = sys.modules.get("transformers.models.clip.modeling_clip")
     mine = library is not None and type(model) is library.CLIPModel
-    return library if mine and method not in vars(model) else None
+    return library if mine and _own(model, method) else None
 
 
 def _hf_image(model: nn.Module) -> ImageTower | None:
