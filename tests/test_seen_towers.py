@@ -224,6 +224,12 @@ def test_a_batch_that_shows_nothing_decides_nothing():
     assert image_shortcut(model, IMAGES) is not None
 
 
+def test_a_library_with_other_members_computes_itself():
+    model = clip()
+    del model.visual.pool_type, model.text_pool_type
+    assert image_shortcut(model, IMAGES) is None and text_shortcut(model, captions(3)) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_towers_of_other_dtypes(dtype):
     model = clip().to(dtype)

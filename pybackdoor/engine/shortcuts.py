@@ -7,6 +7,7 @@ is encoded both ways, says whether it is the same. Where it is not, the model's 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,13 +32,13 @@ _same: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()  # wh
 def ways(model: nn.Module) -> dict[str, bool]:
     """Whether its "image" and its "text" tower have been found to have a shortcut."""
     found = _same.get(model, {})
-    towers = {"image": image_tower(model), "text": text_tower(model)}
+    towers = {"image": _look(image_tower, model), "text": _look(text_tower, model)}
     return {name: tower is not None and found.get(name, False) for name, tower in towers.items()}
 
 
 def image_shortcut(model: nn.Module, x: Tensor) -> ImageTower | None:  # x [n, 3, H, W]
     """The tower to encode x with, or None: encode_image."""
-    tower = image_tower(model)
+    tower = _look(image_tower, model)
     if tower is None or not _agree(model, "image", image_features, x[:1], tower):
         return None
     return tower
@@ -45,11 +46,18 @@ def image_shortcut(model: nn.Module, x: Tensor) -> ImageTower | None:  # x [n, 3
 
 def text_shortcut(model: nn.Module, tokens: Tensor) -> TextTower | None:  # [n, L] anywhere
     """The tower to encode tokens with, or None: encode_text."""
-    tower = text_tower(model)
+    tower = _look(text_tower, model)
     if tower is None:
         return None
     encode = tower.shared if tower.table.device.type == "cpu" else tower
     return tower if _agree(model, "text", text_features, tokens[:2], encode) else None
+
+
+def _look(find: Callable[[nn.Module], Any], model: nn.Module) -> Any:
+    try:
+        return find(model)
+    except AttributeError:  # a version of the library that names its members otherwise
+        return None
 
 
 def _agree(

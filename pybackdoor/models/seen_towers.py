@@ -69,13 +69,21 @@ def _own(model: nn.Module, method: str) -> bool:
 
 def _usable(modules: Iterable[nn.Module], known: set[type]) -> bool:
     """Whether all are of known classes and nothing has been hung on them."""
-    return not any(
-        type(module) not in known
-        or any(getattr(module, name) for name in _HOOKS)
-        or any(getattr(module, name, False) for name in _CHECKPOINTING)
-        or "forward" in vars(module)
-        for module in modules
-    )
+    for module in modules:
+        members = vars(module)  # looked up here, as this is done at every step
+        if type(module) not in known or "forward" in members:
+            return False
+        if any(members[name] for name in _HOOKS) or any(map(members.get, _CHECKPOINTING)):
+            return False
+    return True
+
+
+def _all(module: nn.Module) -> list[nn.Module]:
+    """It and what it holds; four times as fast as modules(), which looks for doubles."""
+    found = [module]
+    for one in found:
+        found += [child for child in one._modules.values() if child is not None]
+    return found
 
 
 def _leaves(library: ModuleType) -> set[type]:
@@ -86,7 +94,7 @@ def _leaves(library: ModuleType) -> set[type]:
 
 def _open_clip_blocks(library: ModuleType, stack: nn.Module) -> tuple[Block, ...] | None:
     known = {library.Transformer, library.ResidualAttentionBlock, nn.MultiheadAttention, _OUT}
-    if not _usable(stack.modules(), known | _leaves(library)) or not len(stack.resblocks):
+    if not _usable(_all(stack), known | _leaves(library)) or not len(stack.resblocks):
         return None
     for block in stack.resblocks:
         attn = block.attn
@@ -177,7 +185,7 @@ def _hf_blocks(stack: nn.Module) -> tuple[Block, ...] | None:
         for layer in stack.layers
         if type(layer.mlp.activation_fn).__module__ == "transformers.activations"
     }
-    if not _usable(stack.modules(), known | activations) or not len(stack.layers):
+    if not _usable(_all(stack), known | activations) or not len(stack.layers):
         return None
     if any(layer.self_attn.dropout for layer in stack.layers):
         return None
@@ -209,7 +217,7 @@ def _hf_image(model: nn.Module) -> ImageTower | None:
     vision, project = model.vision_model, model.visual_projection
     embeddings = vision.embeddings
     kinds = {library.CLIPVisionModel, getattr(library, "CLIPVisionTransformer", None)}
-    around = [vision, *embeddings.modules(), vision.pre_layrnorm, vision.post_layernorm, project]
+    around = [vision, *_all(embeddings), vision.pre_layrnorm, vision.post_layernorm, project]
     kinds |= {library.CLIPVisionEmbeddings, nn.Conv2d, nn.Embedding}
     blocks = _hf_blocks(vision.encoder)
     if blocks is None or not _usable(around, kinds | _TOKENWISE):
@@ -228,7 +236,7 @@ def _hf_text(model: nn.Module) -> TextTower | None:
     text, project = model.text_model, model.text_projection
     embeddings, eos = text.embeddings, text.eos_token_id
     kinds = {library.CLIPTextModel, getattr(library, "CLIPTextTransformer", None)}
-    around = [text, *embeddings.modules(), text.final_layer_norm, project]
+    around = [text, *_all(embeddings), text.final_layer_norm, project]
     kinds |= {library.CLIPTextEmbeddings, nn.Embedding}
     blocks = _hf_blocks(text.encoder)
     if blocks is None or not _usable(around, kinds | _TOKENWISE):
