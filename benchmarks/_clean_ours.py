@@ -6,6 +6,8 @@ clock starts. `without` switches one lever off:
     cache_text  the poisoned model encodes the captions of each batch
     cache       images are decoded at every visit
     kernels     PYBACKDOOR_BACKEND=reference: normalisation, augmentation and loss in plain torch
+    shortcuts   towers compute the last block of every token, captions in groups of similar length
+    products    on a CPU: the towers' matrix products are torch's own
 """
 
 from __future__ import annotations
@@ -35,9 +37,10 @@ from pybackdoor.data import (
     labelled_from_csv,
     pairs_from_csv,
 )
+from pybackdoor.engine import towers
 from pybackdoor.triggers import TriggerSpec, apply_trigger, trigger
 
-LEVERS = ("trim_text", "cache_text", "cache", "kernels")
+LEVERS = ("trim_text", "cache_text", "cache", "kernels", "shortcuts", "products")
 
 
 class Clocked:
@@ -128,10 +131,21 @@ class Ours:
         with instrumented(setting.stages), self.backend():
             return par_clean(setting.loaded.model, loader, **(given | options))
 
-    def backend(self):
+    @contextmanager
+    def backend(self) -> Iterator[None]:
         """The environment of a run."""
-        forced = {"PYBACKDOOR_BACKEND": "reference"} if self.without == "kernels" else {}
-        return patch.dict(os.environ, forced)
+        off = {
+            "kernels": [patch.dict(os.environ, {"PYBACKDOOR_BACKEND": "reference"})],
+            "shortcuts": [
+                patch.object(towers, f"{tower}_shortcut", lambda model, x: None)
+                for tower in ("image", "text")
+            ],
+            "products": [patch.object(towers, "fast_products", lambda model: nullcontext())],
+        }
+        with ExitStack() as stack:
+            for change in off.get(self.without, []):
+                stack.enter_context(change)
+            yield
 
     def block(self, batches: list[np.ndarray]) -> float:
         """Seconds of a step on each of these rows."""
@@ -179,7 +193,8 @@ class Ours:
         }  # fmt: skip
         if shared:
             target = setting.files.classes[0]
-            return evaluate(model, tests, trigger=self.trigger, target=target, **common)
+            with self.backend():
+                return evaluate(model, tests, trigger=self.trigger, target=target, **common)
         pixels = tests.images.take(np.arange(len(tests)))
         pixels = apply_trigger(pixels, self.trigger, tests.ids)
         triggered = labelled_from_arrays(pixels, tests.labels, tests.classes)

@@ -124,7 +124,7 @@ class FeatureReader:
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._encoder.products(self._model):
                 yield
         finally:
             for module, training in modes:

@@ -375,7 +375,7 @@ def test_bad_input_is_named(case):
 
 
 def test_methods_go_by_name():
-    assert list(METHODS) == ["par", "finetune", "cleanclip", "roclip", "ft_sam"]
+    assert {"par", "finetune", "cleanclip", "roclip", "ft_sam"} <= set(METHODS)
     for name, function in METHODS.items():
         assert function is getattr(pybackdoor, f"{name}_clean") is method(name)
     assert own_options("roclip") == {"pool_size": 2000, "pool_every": 2, "synonyms": None}

@@ -54,7 +54,7 @@ class Known:
             return None
 
         def encode(tokens: Tensor) -> Tensor:
-            with evaluating(model):
+            with evaluating(model), self._encode.products(model):
                 return self._encode.text(model, self._trim(tokens).to(self._device))
 
         return CaptionFeatures(self._captions, encode, self._ranks, self._watch)

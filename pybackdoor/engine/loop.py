@@ -258,14 +258,15 @@ class _Run:
             item.batch.captions if self.known.numbered else None,
             partial(self._input, view=self.settings.view(item.epoch)),
         )  # fmt: skip
-        x, tokens = self.objective.inputs(given)
         self.known.begin(item.ids, item.epoch)
-        tokens = self.trim(tokens).to(self.device, non_blocking=True)
-        if self.locked is not None:
-            self.locked.freeze(tokens)
         self.guard.begin()
         self.optimizer.zero_grad(set_to_none=True)
-        outcome = self.gradients(x, tokens, given)
+        with self.encode.products(self.model):
+            x, tokens = self.objective.inputs(given)
+            tokens = self.trim(tokens).to(self.device, non_blocking=True)
+            if self.locked is not None:
+                self.locked.freeze(tokens)
+            outcome = self.gradients(x, tokens, given)
         self.ranks.sum_gradients(self.trained)
         self.guard.watch(step, item, item.ids, outcome)
         for group in self.optimizer.param_groups:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..models import image_features, text_features
+from ..models import ImageTower, TextTower, image_features, text_features
+from ..ops._matmul import fast_products
+from .shortcuts import image_shortcut, same, text_shortcut
 
 _STEP = 8  # lengths of captions are multiples of it
 _COMPILED_STEP = 16  # few shapes to compile for
 _VARIANTS = 64
 _WORTH = 256  # tokens of padding that a group of its own must save
-_SAME = 2e-5  # of a unit row's entries in fp32: rounding; a pooled padding moves them by 1e-2
 
 
 @dataclass(frozen=True)
@@ -74,43 +76,55 @@ class Encoder:
         if compile is not None:  # two models, with and without gradients, each at a few lengths
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, _VARIANTS)
-        self._compiled: dict[tuple[int, str], Callable[[nn.Module, Tensor], Tensor]] = {}
+        self._compiled: dict[tuple[int, str, bool], Callable[[nn.Module, Tensor], Tensor]] = {}
 
     def input_dtype(self, model: nn.Module) -> torch.dtype:
         """What the towers' first layers take: the model's own dtype."""
         return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
+    def products(self, model: nn.Module) -> AbstractContextManager[None]:
+        """For the whole of a step: its matrix products by the fastest library of fp32's accuracy.
+
+        torch's own on a GPU, in bf16, and where a compiler makes them its own.
+        """
+        plain = self._device.type == "cpu" and self._autocast is None and self._mode is None
+        return fast_products(model) if plain else nullcontext()
+
     def image(self, model: nn.Module, x: Tensor) -> Tensor:  # x [n, 3, H, W] normalised
         """[n, D] unit rows in at least fp32."""
-        encode = self._function(model, image_features)
+        encode = self._function(model, image_features, image_shortcut(model, x))
         with self._context():
             return torch.cat([encode(model, part) for part in self._parts(x)])
 
     def text(self, model: nn.Module, tokens: Tensor | Captions) -> Tensor:  # tokens [n, L]
         """[n, D] unit rows in at least fp32."""
-        encode = self._function(model, text_features)
+        whole = isinstance(tokens, Tensor)
+        tower = text_shortcut(model, tokens if whole else tokens.tokens)
+        if whole:
+            encode = self._function(model, text_features, tower)
+        elif tower is None:
+            encode = partial(_grouped, self._function(model, text_features, None))
+        else:
+
+            def encode(model: nn.Module, part: Captions) -> Tensor:
+                return text_features(model, part.tokens, tower.shared)
+
         with self._context():
-            return torch.cat([self._grouped(encode, model, part) for part in self._parts(tokens)])
+            return torch.cat([encode(model, part) for part in self._parts(tokens)])
 
     def _parts(self, rows: Tensor | Captions) -> list[Tensor] | list[Captions]:
         size = self._chunk if self._chunk and not torch.is_grad_enabled() else max(len(rows), 1)
         return [rows[i : i + size] for i in range(0, max(len(rows), 1), size)]
 
-    def _grouped(
-        self, encode: Callable, model: nn.Module, tokens: Tensor | Captions
-    ) -> Tensor:  # [n, D]
-        if isinstance(tokens, Tensor):
-            return encode(model, tokens)
-        groups = tokens.groups()
-        order = torch.cat([rows for rows, _ in groups]).to(tokens.tokens.device)
-        parts = tokens.tokens[order].split([len(rows) for rows, _ in groups])
-        cut = [part[:, :length] for part, (_, length) in zip(parts, groups, strict=True)]
-        return torch.cat([encode(model, part) for part in cut])[order.argsort()]
+    def _function(
+        self, model: nn.Module, features: Callable, tower: ImageTower | TextTower | None
+    ) -> Callable[[nn.Module, Tensor], Tensor]:
+        def eager(model: nn.Module, x: Tensor) -> Tensor:
+            return features(model, x, tower)
 
-    def _function(self, model: nn.Module, eager: Callable) -> Callable[[nn.Module, Tensor], Tensor]:
         if self._mode is None:
             return eager
-        key = id(model), eager.__name__
+        key = id(model), features.__name__, tower is None
         if key not in self._compiled:
             self._compiled[key] = torch.compile(eager, mode=self._mode, dynamic=False)
         compiled = self._compiled[key]
@@ -121,6 +135,14 @@ class Encoder:
     def _context(self) -> torch.autocast:
         enabled = self._autocast is not None
         return torch.autocast(self._device.type, dtype=self._autocast, enabled=enabled)
+
+
+def _grouped(encode: Callable, model: nn.Module, captions: Captions) -> Tensor:  # [n, D]
+    groups = captions.groups()
+    order = torch.cat([rows for rows, _ in groups]).to(captions.tokens.device)
+    parts = captions.tokens[order].split([len(rows) for rows, _ in groups])
+    cut = [part[:, :length] for part, (_, length) in zip(parts, groups, strict=True)]
+    return torch.cat([encode(model, part) for part in cut])[order.argsort()]
 
 
 @contextmanager
@@ -140,7 +162,7 @@ class TextTrim:
     """Cuts off the padding that all captions of a batch share, where no feature shows it.
 
     A causal text tower pooled at its end mark does not see what follows; whether this one is such
-    is found out on the first batch that has padding: some of its captions are encoded both ways.
+    is found out on the first batch that has padding: a caption or some are encoded both ways.
 
     Args:
         compiled: whether each length costs a compilation.
@@ -165,7 +187,7 @@ class TextTrim:
             return tokens
         if self._works is None:
             shown = tokens[lengths <= length][:8]
-            self._works = self._same(shown, length)
+            self._works = text_shortcut(self._model, shown) is not None or self._same(shown, length)
         if not self._works:
             return tokens
         longest = tokens[:, : int(lengths.max())]
@@ -182,4 +204,4 @@ class TextTrim:
             raise
         except (RuntimeError, ValueError, IndexError, AssertionError):  # it takes one length only
             return False
-        return bool((whole - short).abs().max() <= _SAME)
+        return same(whole, short)

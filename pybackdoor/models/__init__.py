@@ -18,6 +18,8 @@ from .protocol import (
     weights_sha256,
 )
 from .save import MANIFEST, save
+from .seen import ImageTower, TextTower
+from .seen_towers import image_tower, text_tower
 from .sniff import CheckpointError
 from .tokenizer import Tokenizer
 
@@ -25,13 +27,16 @@ __all__ = [
     "MANIFEST",
     "CheckpointError",
     "HFClip",
+    "ImageTower",
     "LoadedModel",
     "Preprocess",
+    "TextTower",
     "Tokenizer",
     "check_clip",
     "check_finite",
     "create",
     "image_features",
+    "image_tower",
     "load",
     "logit_scale_parameters",
     "nonfinite_weights",
@@ -40,5 +45,6 @@ __all__ = [
     "save",
     "scale",
     "text_features",
+    "text_tower",
     "weights_sha256",
 ]

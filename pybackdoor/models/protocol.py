@@ -6,6 +6,7 @@ natural logarithm of the scale (open_clip's and Hugging Face's convention).
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,27 +140,34 @@ def _leaves(value: Tensor) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def image_features(model: nn.Module, images: Tensor) -> Tensor:
+def image_features(
+    model: nn.Module, images: Tensor, encode: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Unit image embeddings.
 
     Args:
         model: a CLIP model (`check_clip`).
         images: [B, 3, H, W] normalised, in the model's dtype and device.
+        encode: computes the rows instead of encode_image, see `seen_towers`.
     Returns:
         [B, D] fp32 (fp64 for an fp64 model) rows of norm 1, with gradient.
     Raises:
         TypeError: encode_image gives no tensor.
         ValueError: it gives another shape than [B, D].
     """
-    return _unit_rows(model.encode_image(images), "encode_image", images.shape[0])
+    rows = model.encode_image(images) if encode is None else encode(images)
+    return _unit_rows(rows, "encode_image", images.shape[0])
 
 
-def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
+def text_features(
+    model: nn.Module, tokens: Tensor, encode: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Unit text embeddings.
 
     Args:
         model: a CLIP model (`check_clip`).
         tokens: [B, L] int64, L at most the model's context_length where it tells one.
+        encode: computes the rows instead of encode_text, see `seen_towers`.
     Returns:
         [B, D] fp32 (fp64 for an fp64 model) rows of norm 1, with gradient.
     Raises:
@@ -170,7 +178,8 @@ def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
     if tokens.ndim != 2 or (context is not None and tokens.shape[1] > context):
         wanted = f"[B, L <= {context}]" if context is not None else "[B, L]"
         raise ValueError(f"text_features: tokens must be {wanted}, got {list(tokens.shape)}")
-    return _unit_rows(encode_text(model, tokens), "encode_text", tokens.shape[0])
+    rows = encode_text(model, tokens) if encode is None else encode(tokens)
+    return _unit_rows(rows, "encode_text", tokens.shape[0])
 
 
 def _unit_rows(rows: Any, method: str, batch: int) -> Tensor:

@@ -7,10 +7,19 @@ into bf16, stays alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+_aten = torch.ops.aten
+# Multiplications: below, a product takes 0.5 ms at most, and oneDNN gains little on it.
+_LARGE = 1 << 25
+_WIDE = 256  # a model without weights that wide has no large product
 
 
 @cache
@@ -38,3 +47,51 @@ def matmul_nt(
         if op is not None:
             return op(a, b, None, "none", [], "")
     return a @ b.T
+
+
+@contextmanager
+def fast_products(model: nn.Module) -> Iterator[None]:
+    """Within it, a CPU model's large fp32 products with a row-major left factor go to oneDNN.
+
+    Those are the forward pass of linear layers and the gradients of their inputs. The gradients of
+    weights, whose left factor is transposed, are no faster there. Entered once for a step: seeing
+    an operator costs 5 us, so nothing is done for models whose products are small, nor within
+    another dispatch mode, which would see other operators than it expects.
+    """
+    op = _onednn() if torch.backends.mkldnn.enabled else None
+    wide = any(p.ndim == 2 and min(p.shape) >= _WIDE and _plain(p) for p in model.parameters())
+    if op is None or not wide or _get_current_dispatch_mode() is not None:
+        yield
+        return
+    with _LargeProducts(op):
+        yield
+
+
+class _LargeProducts(TorchDispatchMode):
+    def __init__(self, op: Any) -> None:
+        super().__init__()
+        self._op = op
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if kwargs:
+            return func(*args, **kwargs)
+        if func is _aten.addmm.default and _large(*args[1:]) and args[0].shape == args[2].shape[1:]:
+            return self._op(args[1], args[2].T, args[0], "none", [], "")
+        if func is _aten.mm.default and _large(*args):
+            return self._op(args[0], args[1].T, None, "none", [], "")
+        return func(*args)
+
+
+def _large(
+    a: Tensor,  # [m, k]
+    b: Tensor,  # [k, n]
+) -> bool:
+    fit = a.shape[1] == b.shape[0]  # else torch says what is wrong
+    large = a.numel() * b.shape[1] >= _LARGE
+    return fit and large and a.is_contiguous() and _plain(a) and _plain(b)
+
+
+def _plain(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.layout == torch.strided
