@@ -15,9 +15,9 @@ from pybackdoor.engine import towers
 from pybackdoor.engine.shortcuts import image_shortcut, text_shortcut, ways
 from pybackdoor.engine.towers import Encoder, TextTrim
 from pybackdoor.features import FeatureReader
+from pybackdoor.methods.par import par_clean
 from pybackdoor.models import HFClip, image_features, image_tower, text_features, text_tower
 from pybackdoor.models.seen import Shared
-from pybackdoor.par import par_clean
 
 CPU = torch.device("cpu")
 VISION = {"image_size": 32, "patch_size": 8, "layers": 3, "width": 32, "head_width": 16}
