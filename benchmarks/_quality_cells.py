@@ -22,8 +22,7 @@ from torch import nn
 
 import pybackdoor
 from pybackdoor import Evaluation, evaluate, finetune_clean, poison, poison_pairs, trigger
-from pybackdoor.data import PairLoader, Pairs
-from pybackdoor.data.procedural import procedural_pairs
+from pybackdoor.data import PairLoader, Pairs, procedural_pairs
 from pybackdoor.files import write_atomically, write_json
 from pybackdoor.models import LoadedModel
 

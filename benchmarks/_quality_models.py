@@ -26,7 +26,7 @@ class Architecture(Protocol):
 
 @dataclass(frozen=True)
 class OpenClip:
-    """A CLIP of open_clip's own classes with a given image tower and a two-layer text transformer."""
+    """A CLIP of open_clip's own classes: an image tower and a two-layer text transformer."""
 
     vision: dict[str, Any]
     embed_dim: int = 64

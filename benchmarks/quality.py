@@ -12,9 +12,9 @@ it was and changed settings are computed anew. Results do not depend on --jobs: 
 one thread. CIFAR-10 and Caltech-101 are read from the folder PYBACKDOOR_DATA.
 
 A row holds CA, ASR of other classes and of all, accuracy under trigger, drift, each with n and a
-95 % interval; the ASR in 300 further clean steps; pairs, steps and seconds. An attack whose ASR does
-not exceed 90 % is recorded as not installed and not cleaned. What a defence costs on a clean model is
-the row of attack "clean". Settings were chosen on the attacks of the tuning half alone.
+95 % interval; the ASR in 300 further clean steps; pairs, steps and seconds. An attack whose ASR
+does not exceed 90 % is recorded as not installed and not cleaned. What a defence costs on a clean
+model is the row of attack "clean". Settings were chosen on the attacks of the tuning half alone.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def procedural_pairs(count: int, *, image_size: int | tuple[int, int], seed: int
         TypeError, ValueError: naming the argument.
     Example:
         >>> procedural_pairs(2, image_size=32).captions[0]
-        'a large plain white square on plain grey.'
+        'a black circle below a black ring on plain blue.'
     """
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"procedural_pairs: count must be an integer, got {count!r}")
@@ -176,12 +176,8 @@ class Scenes:
                 size=list(SIZES)[self.size[i]], fill=textures[self.fill[0][i]],
                 colour=colours[self.colour[0][i]], shape=shapes[self.shape[0][i]], ground=ground,
             )  # fmt: skip
-        first, second = (
-            f"{'an' if name[0] in 'aeiou' else 'a'} {name} {shapes[shape[i]]}"
-            for name, shape in (
-                (colours[c[i]], s) for c, s in zip(self.colour, self.shape, strict=True)
-            )
-        )
+        names = [f"{colours[self.colour[k][i]]} {shapes[self.shape[k][i]]}" for k in (0, 1)]
+        first, second = (f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names)
         place = list(PLACES)[self.place[i]]
         return TWO.format(first=first, place=place, second=second, ground=ground)
 
