@@ -26,28 +26,41 @@ class Architecture(Protocol):
 
 @dataclass(frozen=True)
 class OpenClip:
-    """A CLIP of open_clip's own classes: an image tower and a two-layer text transformer."""
+    """A CLIP of open_clip's own classes: an image tower and a two-layer text transformer.
+
+    Attributes:
+        vision: of its image tower.
+        stem_at: a ResNet for smaller images is built for this size, in pixels, and its first
+            convolution does not stride: open_clip's stem divides the side by four, which leaves
+            little of 32 pixels and less of a patch of five.
+        embed_dim: D.
+    """
 
     vision: dict[str, Any]
+    stem_at: int = 0
     embed_dim: int = 64
 
     def make(self, image_size: int, mean: list[float], std: list[float], seed: int) -> LoadedModel:
-        vision = {"image_size": image_size, **self.vision}
+        built_for = max(image_size, self.stem_at)
+        config = {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": {"image_size": built_for, **self.vision},
+            "text_cfg": TEXT,
+        }
+        preprocess = {"size": image_size, "mean": mean, "std": std}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return create(
-                {
-                    "model_cfg": {
-                        "embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": TEXT
-                    },
-                    "preprocess_cfg": {"size": image_size, "mean": mean, "std": std},
-                }
-            )  # fmt: skip
+            loaded = create({"model_cfg": config, "preprocess_cfg": preprocess})
+        visual = loaded.model.visual
+        if built_for != image_size:
+            visual.conv1.stride, visual.image_size = (1, 1), image_size
+        visual.to(memory_format=torch.channels_last)  # a third less time for convolutions on a CPU
+        return loaded
 
 
-# resnet: the demo's at two thirds of its width, 1.3 M parameters. vit: 0.8 M parameters; with
-# patches of 4 px in place of 8 a step would cost twice as much.
+# resnet: 0.3 M parameters, first maps of 16 x 16 for images of 32 and of 64 px alike. vit: 0.8 M
+# parameters; with patches of 4 px in place of 8 a step costs twice as much.
 ARCHITECTURES: dict[str, Architecture] = {
-    "resnet": OpenClip({"layers": [1, 1, 1, 1], "width": 16, "head_width": 32}),
+    "resnet": OpenClip({"layers": [1, 1, 1, 1], "width": 8, "head_width": 32}, stem_at=64),
     "vit": OpenClip({"layers": 4, "width": 128, "head_width": 32, "patch_size": 8}),
 }

@@ -19,24 +19,26 @@ from _tables import table
 from pybackdoor.files import write_atomically
 
 SCHEMA = "pybackdoor.quality/1"
+TOWERS = ("image", "text")
 INTRODUCTION = """# Quality
 
-Written by `python benchmarks/quality.py --report` from `benchmarks/results/quality.json`, whose rows
-the same program computes; do not edit.
+Written by `python benchmarks/quality.py --report` from the cells that the same program computes;
+the rows are in `benchmarks/results/quality.json`. Do not edit.
 
-Each model is a small dual encoder trained from scratch with its backdoor; each defence gets the same
-held-out clean pairs and the poisoned model, and nothing of the attack. CA is accuracy, ASR the share
-of triggered images of *other* classes that are predicted as the target, PA the accuracy of triggered
-images against their true labels; test images are as many of each class, so accuracies are macro
-accuracies. Figures are means over the seeds in %; the brackets reach from the lowest lower to the
+Each model is a small dual encoder trained from scratch with its backdoor. Each defence gets the
+poisoned model and the same held-out clean pairs, and nothing of the attack. CA is accuracy, ASR the
+share of triggered images of *other* classes that are predicted as the target, PA the accuracy of
+triggered images against their true labels; test images are as many of each class, so accuracies are
+macro accuracies. Figures are means over the seeds in %; brackets reach from the lowest lower to the
 highest upper bound of the seeds' 95 % intervals. Drift is the mean squared distance of unit
 embeddings to the poisoned model's, in [0, 4], image / text. Rebound is the highest ASR at {points}
 steps of further training on other clean pairs. Control is the CA, in points, that the same defence
 costs the clean model of the same seed. Seconds are of one core.
 
 An attack counts as installed when its ASR exceeds {installed} %; one that does not is not cleaned.
-Settings were chosen on {tuning} alone (*tuning half*, marked with t); no other attack had a part in
-that choice. Small models and images: what holds here need not hold for pretrained CLIP models.
+Settings were chosen on {tuning} alone, the *tuning half*, marked (t); no other attack
+had a part in that choice. The models and images are small: what holds here need not hold for
+pretrained CLIP models.
 """
 
 Key = tuple[str, str, str, str]  # data set, architecture, attack, defence
@@ -237,11 +239,7 @@ def _full(item: tuple[tuple[str, str], list[dict]]) -> list[str]:
         Mean.of(shown, "ca").percent(),
         Mean.of(shown, "asr_nontarget").percent() if attacked else "-",
         Mean.of(shown, "triggered_accuracy").percent() if attacked else "-",
-        " / ".join(
-            mean([d[tower]["value"] for d in drifts], "{:.2f}") for tower in ("image", "text")
-        )
-        if drifts
-        else "-",
+        " / ".join(mean([d[tower]["value"] for d in drifts], "{:.2f}") for tower in TOWERS),
         mean([100 * value for value in rebounds], "{:.1f}"),
         mean([100 * value for value in losses], "{:.1f}"),
         str(shown[0]["pairs"]),
