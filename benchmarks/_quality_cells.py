@@ -91,6 +91,8 @@ def trained(model: Model, work: Work) -> nn.Module:
 
 def train_model(model: Model, work: Work) -> dict[str, Any]:
     """Train one model with its backdoor, keep it, and say whether the attack installed."""
+    if work.model_file(model).exists():  # by another run on the same folder
+        return work.record(model)
     case, setting = case_of(model, work), work.setting
     clock = Clock()
     student = poison(
@@ -123,6 +125,9 @@ def attack_options(model: Model, setting: Setting) -> dict[str, Any]:
 
 def compute_cell(cell: Cell, work: Work) -> dict[str, Any]:
     """Clean one model, unless its attack is none to be cleaned, and measure what that did."""
+    path = work.cell_file(cell)
+    if path.exists():  # by another run on the same folder
+        return json.loads(path.read_text())
     case, setting = case_of(cell.model, work), work.setting
     planted = work.record(cell.model)
     record = {**identity(case, work), "defence": cell.defence, "status": planted["status"]}
@@ -137,7 +142,6 @@ def compute_cell(cell: Cell, work: Work) -> dict[str, Any]:
         record |= measured(student, case, work, reference, floor=cell.defence == NONE).to_dict()
         if record["status"] == INSTALLED:
             record["rebound"] = rebound(student, case, work)
-    path = work.cell_file(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
     return record
