@@ -23,6 +23,7 @@ import argparse
 import difflib
 import itertools
 import multiprocessing
+import os
 import sys
 import time
 import traceback
@@ -178,7 +179,7 @@ def outcomes(
         return
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_process) as pool:
-        futures = {pool.submit(compute, task, work): task for task in tasks}
+        futures = {pool.submit(until_stopped, compute, task, work): task for task in tasks}
         try:
             for future in as_completed(futures):
                 error = future.exception()
@@ -188,6 +189,14 @@ def outcomes(
                     raise error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def until_stopped(compute: Callable[[Any, Work], dict], task: Any, work: Work) -> dict:
+    """In a process of the pool: Ctrl-C or SIGTERM ends it, else it would take the next task."""
+    try:
+        return compute(task, work)
+    except KeyboardInterrupt:
+        os._exit(130)
 
 
 def summary(record: dict[str, Any]) -> str:
