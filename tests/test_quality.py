@@ -21,7 +21,7 @@ from _quality_cells import NOT_INSTALLED, Work, case_of, compute_cell, train_mod
 from _quality_defences import DEFENCES, Defence  # noqa: E402
 from _quality_setting import FULL, TINY, Cell, Model  # noqa: E402
 
-from pybackdoor import evaluate, par_clean  # noqa: E402
+from pybackdoor import Estimate, Evaluation, evaluate, par_clean  # noqa: E402
 
 BADNET = Model("fashion", "resnet", "badnet", 0)
 TIMES = ("seconds", "cpu_seconds")
@@ -113,6 +113,25 @@ def test_a_row_holds_what_evaluate_finds_and_what_was_used(tiny):
     assert clean["status"] == "no attack" and "rebound" not in clean and "drift" in clean
     floor = json.loads(work.cell_file(Cell(BADNET, "none")).read_text())
     assert floor["baseline"] == "triggered images on a clean model" and "drift" not in floor
+
+
+def test_rebound_keeps_the_asr_after_and_the_highest_of_its_points(tiny, monkeypatch):
+    work, _ = tiny
+    rates, seen = iter([0.1, 0.5, 0.3]), []
+
+    def measured(student, case, work):
+        seen.append([p.detach().clone() for p in student.parameters()])
+        estimate = Estimate(next(rates), 0.0, 1.0, 20)
+        return Evaluation(ca=Estimate(0.5, 0.0, 1.0, 20), asr_nontarget=estimate)
+
+    monkeypatch.setattr(cells_module, "measured", measured)
+    before = cells_module.trained(BADNET, work)
+    found = cells_module.rebound(before, case_of(BADNET, work), work)
+    assert (found["after"], found["highest"]) == (0.3, 0.5)
+    assert found["at"]["2"] == {"asr": 0.5, "ca": 0.5} and len(seen) == 3
+    kept = list(before.parameters())
+    moved = max((a - b).abs().max() for a, b in zip(seen[-1], kept, strict=True))
+    assert 0 < moved < 1e-3  # three steps of Adam at 5e-5
 
 
 def test_an_attack_that_does_not_install_is_said_and_not_cleaned(tmp_path):
