@@ -57,9 +57,13 @@ def load(path: Path) -> Document:
     return Document(path.name, machine, [_row(r) for r in rows], stages, notes)
 
 
+QUALITY = "quality.json"  # of quality.py: no times, a page of its own
+
+
 def load_all(folder: Path) -> list[Document]:
-    """Every result file in the folder, by name."""
-    return [load(p) for p in sorted(folder.iterdir()) if p.suffix in (".json", ".jsonl")]
+    """Every result file of times in the folder, by name."""
+    files = (p for p in sorted(folder.iterdir()) if p.name != QUALITY)
+    return [load(p) for p in files if p.suffix in (".json", ".jsonl")]
 
 
 def _row(row: dict) -> dict:

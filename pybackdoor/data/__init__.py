@@ -12,6 +12,7 @@ from .ondemand import OnDemandImages
 from .pairs import Labelled, Pairs, pairs_from_labelled
 from .parquet import pairs_from_hf, pairs_from_parquet
 from .preprocess import BrokenImage, Preprocessing
+from .procedural import procedural_pairs
 from .remote import Retry
 from .shards import pairs_from_shards
 from .sources import (
@@ -51,6 +52,7 @@ __all__ = [
     "pairs_from_labelled",
     "pairs_from_parquet",
     "pairs_from_shards",
+    "procedural_pairs",
     "read_classes",
     "resolve_templates",
 ]

@@ -1,0 +1,261 @@
+"""Computes the quality matrix's models and cells, each once, into files of a work folder."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from _quality_data import TEMPLATES, DataSet, Split, read, split
+from _quality_defences import DEFENCES, NONE
+from _quality_models import ARCHITECTURES
+from _quality_setting import TUNING, Cell, Model, Setting
+from safetensors.torch import load as weights_of
+from safetensors.torch import save as bytes_of
+from torch import nn
+
+import pybackdoor
+from pybackdoor import Evaluation, evaluate, finetune_clean, poison, poison_pairs, trigger
+from pybackdoor.data import PairLoader, Pairs, procedural_pairs
+from pybackdoor.files import write_atomically, write_json
+from pybackdoor.models import LoadedModel
+
+INSTALLED, NOT_INSTALLED, NO_ATTACK = "installed", "attack did not install", "no attack"
+NO_TRIGGER = trigger("blended", strength=0.0)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where the files are, and what is computed on."""
+
+    folder: Path
+    setting: Setting
+    device: str
+
+    def model_file(self, model: Model) -> Path:
+        """The record; the weights lie beside it. It is written last: where it is, both are."""
+        return self.folder / "models" / f"{model.name(self.setting)}.json"
+
+    def cell_file(self, cell: Cell) -> Path:
+        return self.folder / "cells" / f"{cell.name(self.setting)}.json"
+
+    def record(self, model: Model) -> dict[str, Any]:
+        return json.loads(self.model_file(model).read_text())
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's data and its attack."""
+
+    model: Model
+    parts: Split
+    loaded: LoadedModel
+
+    @property
+    def target(self) -> str:
+        """The class that the attack yields: the last but one, as the demo's."""
+        return self.parts.test.classes[-2]
+
+
+def start_process() -> None:
+    """One thread each: the matrix runs in processes."""
+    torch.set_num_threads(1)
+
+
+@functools.lru_cache(maxsize=2)
+def parts_of(data: DataSet, cache: Path, seed: int) -> Split:
+    return split(data, *read(data, cache), seed)
+
+
+def case_of(model: Model, work: Work) -> Case:
+    """With fresh weights."""
+    data = work.setting.data[model.data]
+    parts = parts_of(data, work.folder / "data", model.seed)
+    make = ARCHITECTURES[model.arch].make
+    return Case(model, parts, make(data.image_size, parts.mean, parts.std, model.seed))
+
+
+def trained(model: Model, work: Work) -> nn.Module:
+    """The model whose weights ``train_model`` left."""
+    fresh = case_of(model, work).loaded.model
+    weights = work.model_file(model).with_suffix(".safetensors").read_bytes()
+    fresh.load_state_dict(weights_of(weights))
+    return fresh.to(work.device)
+
+
+def train_model(model: Model, work: Work) -> dict[str, Any]:
+    """Train one model with its backdoor, keep it, and say whether the attack installed."""
+    if work.model_file(model).exists():  # by another run on the same folder
+        return work.record(model)
+    case, setting = case_of(model, work), work.setting
+    clock = Clock()
+    student = poison(
+        case.loaded.model, case.parts.planted, **attack_options(model, setting),
+        target=case.target, templates=TEMPLATES, tokenizer=case.loaded.tokenizer,
+        seed=model.seed, device=work.device, progress=False, **setting.train[model.data],
+    ).model  # fmt: skip
+    spent = clock.read()
+    found = measured(student, case, work)
+    status = NO_ATTACK
+    if found.asr_nontarget is not None:
+        status = INSTALLED if found.asr_nontarget.value > setting.installed else NOT_INSTALLED
+    record = {**identity(case, work), "status": status, **found.to_dict(), **spent}
+    record |= {"settings": model.settings(setting), "planted": len(case.parts.planted)}
+    path = work.model_file(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.cpu().contiguous() for name, value in student.state_dict().items()}
+    write_atomically(path.with_suffix(".safetensors"), bytes_of(tensors))
+    write_json(path, record)
+    return record
+
+
+def attack_options(model: Model, setting: Setting) -> dict[str, Any]:
+    """Of ``poison``. A clean model goes the same way: one pair gets nothing put on it."""
+    spec = model.spec(setting)
+    if spec is None:
+        return {"trigger": NO_TRIGGER, "count": 1, "mode": "label_consistent"}
+    return {"trigger": spec, "rate": setting.rate(model.data, model.attack)}
+
+
+def compute_cell(cell: Cell, work: Work) -> dict[str, Any]:
+    """Clean one model, unless its attack is none to be cleaned, and measure what that did."""
+    path = work.cell_file(cell)
+    if path.exists():  # by another run on the same folder
+        return json.loads(path.read_text())
+    case, setting = case_of(cell.model, work), work.setting
+    planted = work.record(cell.model)
+    record = {**identity(case, work), "defence": cell.defence, "status": planted["status"]}
+    record |= {"settings": cell.settings(setting)}
+    if cell.defence == NONE or planted["status"] != NOT_INSTALLED:
+        before = trained(cell.model, work)
+        clock = Clock()
+        result = cleaned(before, cell, case, work)
+        record |= clock.read() | result.record
+        student = result.model
+        reference = None if cell.defence == NONE else before
+        record |= measured(student, case, work, reference, floor=cell.defence == NONE).to_dict()
+        if record["status"] == INSTALLED:
+            record["rebound"] = rebound(student, case, work)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    return record
+
+
+class Cleaned(NamedTuple):
+    """A model and what the row says of its cleaning."""
+
+    model: nn.Module
+    record: dict[str, Any]
+
+
+def cleaned(model: nn.Module, cell: Cell, case: Case, work: Work) -> Cleaned:
+    """What the cell's defence makes of the model."""
+    defence = DEFENCES[cell.defence]
+    if defence.method is None:
+        return Cleaned(model, {"pairs": 0, "pairs_seen": 0, "steps": 0})
+    options = {**work.setting.clean, **defence.options}
+    pairs = PAIRS[defence.pairs](case, work.setting)
+    seed = cell.model.seed
+    result = defence.method(
+        model, loader(pairs, case, options.pop("batch_size")), seed=seed, device=work.device,
+        progress=False, **options,
+    )  # fmt: skip
+    report = result.report
+    told = {"pairs": len(pairs), "pairs_seen": report["pairs_seen"], "steps": report["steps_done"]}
+    return Cleaned(result.model, told)
+
+
+def _suspect(case: Case, setting: Setting) -> Pairs:
+    options = attack_options(case.model, setting)
+    return poison_pairs(
+        case.parts.planted, options.pop("trigger"), target=case.target, templates=TEMPLATES,
+        seed=case.model.seed, **options,
+    )[0]  # fmt: skip
+
+
+def _procedural(case: Case, setting: Setting) -> Pairs:
+    data = setting.data[case.model.data]
+    return procedural_pairs(data.held_out, image_size=data.image_size, seed=case.model.seed)
+
+
+PAIRS: dict[str, Callable[[Case, Setting], Pairs]] = {
+    "held_out": lambda case, setting: case.parts.held_out,
+    "procedural": _procedural,
+    "suspect": _suspect,
+}
+
+
+def loader(pairs: Pairs, case: Case, batch_size: int) -> PairLoader:
+    return PairLoader(pairs, case.loaded.tokenizer, batch_size=batch_size, seed=case.model.seed)
+
+
+def measured(
+    model: nn.Module,
+    case: Case,
+    work: Work,
+    reference: nn.Module | None = None,
+    floor: bool = False,
+) -> Evaluation:
+    """Every figure of one model; with ``floor``, the ASR's baseline is the clean model's."""
+    spec = case.model.spec(work.setting)
+    attack: dict[str, Any] = {}
+    if spec is not None:
+        attack = {"trigger": spec, "target": case.target}
+        if floor:
+            attack["baseline"] = trained(case.model.clean, work)
+    return evaluate(
+        model, case.parts.test, tokenizer=case.loaded.tokenizer, templates=TEMPLATES,
+        reference=reference, **attack,
+    )  # fmt: skip
+
+
+def rebound(model: nn.Module, case: Case, work: Work) -> dict[str, Any]:
+    """The ASR while a cleaned model is trained further on clean pairs."""
+    options = dict(work.setting.rebound)
+    found: dict[str, Any] = {}
+
+    def watch(step: int, record: dict[str, float], student: nn.Module) -> None:
+        if step + 1 in work.setting.rebound_at:
+            figures = measured(student, case, work)
+            found[str(step + 1)] = {"asr": figures.asr_nontarget.value, "ca": figures.ca.value}
+
+    clock = Clock()
+    finetune_clean(
+        model, loader(case.parts.rebound, case, options.pop("batch_size")), seed=case.model.seed,
+        device=work.device, progress=False, on_step=watch, **options,
+    )  # fmt: skip
+    rates = [point["asr"] for point in found.values()]
+    return {"at": found, "after": rates[-1], "highest": max(rates), **clock.read()}
+
+
+class Clock:
+    """Seconds since it was made: on the wall, and of this process's cores."""
+
+    def __init__(self) -> None:
+        self._wall, self._cores = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {
+            "seconds": round(time.perf_counter() - self._wall, 1),
+            "cpu_seconds": round(time.process_time() - self._cores, 1),
+        }
+
+
+def identity(case: Case, work: Work) -> dict[str, Any]:
+    """What every record says of itself."""
+    model, spec = case.model, case.model.spec(work.setting)
+    return {
+        **asdict(model),
+        "rate": None if spec is None else work.setting.rate(model.data, model.attack),
+        "target": None if spec is None else case.target,
+        "half": {True: "tuning", False: "untouched"}[model.attack in TUNING],
+        "date": datetime.date.today().isoformat(),
+        "device": work.device,
+        "versions": {"pybackdoor": pybackdoor.__version__, "torch": torch.__version__},
+    }

@@ -1,0 +1,44 @@
+"""The quality matrix's defences. A further one is a line in DEFENCES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pybackdoor import CleanResult, finetune_clean, par_clean
+
+NONE = "none"  # the model as it is
+TAUS = (0.6, 1.0, 1.5)  # of the CA/ASR curves, beside the default
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A cleaning method of pybackdoor.
+
+    Attributes:
+        method: called as ``method(model, loader, **options)``; None leaves the model as it is.
+        options: its own, over those that all defences share.
+        pairs: what the loader holds: "held_out" (clean pairs of the data set), "procedural" (as
+            many synthetic ones) or "suspect" (the pairs that the model was trained on).
+    """
+
+    method: Callable[..., CleanResult] | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pairs: str = "held_out"
+
+    def settings(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """What its result depends on; JSON-ready."""
+        if self.method is None:
+            return {}
+        options = {**shared, **self.options}
+        return {"method": self.method.__name__, "pairs": self.pairs, **options}
+
+
+DEFENCES: dict[str, Defence] = {
+    NONE: Defence(None),
+    "finetune": Defence(finetune_clean),
+    "par": Defence(par_clean),
+    "par_procedural": Defence(par_clean, pairs="procedural"),
+    **{f"par_tau_{tau}": Defence(par_clean, {"tau": tau}) for tau in TAUS},
+}

@@ -1,0 +1,248 @@
+"""The quality matrix as one JSON file, a page of tables and a picture per data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from _common import machine
+from _quality_cells import NO_ATTACK, NOT_INSTALLED, Work
+from _quality_defences import DEFENCES, NONE
+from _quality_models import ARCHITECTURES
+from _quality_picture import draw
+from _quality_setting import ATTACKS, CLEAN, TUNING, Cell, Model, Setting
+from _tables import table
+
+from pybackdoor.files import write_atomically
+
+SCHEMA = "pybackdoor.quality/1"
+TOWERS = ("image", "text")
+INTRODUCTION = """# Quality
+
+Written by `python benchmarks/quality.py --report` from the cells that the same program computes;
+the rows are in `benchmarks/results/quality.json`. Do not edit.
+
+Each model is a small dual encoder trained from scratch with its backdoor. Each defence gets the
+poisoned model and the same held-out clean pairs, and nothing of the attack. CA is accuracy, ASR the
+share of triggered images of *other* classes that are predicted as the target, PA the accuracy of
+triggered images against their true labels; test images are as many of each class, so accuracies are
+macro accuracies. Figures are means over the seeds in %; brackets reach from the lowest lower to the
+highest upper bound of the seeds' 95 % intervals. Drift is the mean squared distance of unit
+embeddings to the poisoned model's, in [0, 4], image / text. Rebound is the highest ASR at {points}
+steps of further training on other clean pairs. Control is the CA, in points, that the same defence
+costs the clean model of the same seed. Seconds are of one core.
+
+An attack counts as installed when its ASR exceeds {installed} %; one that does not is not cleaned.
+Settings were chosen on {tuning} alone, the *tuning half*, marked (t); no other attack
+had a part in that choice. The models and images are small: what holds here need not hold for
+pretrained CLIP models.
+"""
+
+Key = tuple[str, str, str, str]  # data set, architecture, attack, defence
+
+
+class Mean(NamedTuple):
+    """Over seeds: the mean of the estimates, and the widest reach of their intervals."""
+
+    value: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(rows: Iterable[dict], name: str) -> Mean:
+        found = [row[name] for row in rows]
+        value = sum(f["value"] for f in found) / len(found)
+        return Mean(value, min(f["low"] for f in found), max(f["high"] for f in found))
+
+    def percent(self) -> str:
+        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def write_report(work: Work, out: Path) -> list[Path]:
+    """Writes the JSON, the page and the pictures below ``out``; says which."""
+    rows = with_controls(rows_of(work))
+    groups = grouped(rows)
+    folder = out / "docs" / "quality"
+    folder.mkdir(parents=True, exist_ok=True)
+    results = out / "benchmarks" / "results" / "quality.json"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(results, document(rows, work.setting).encode())
+    written = [results]
+    parts = [introduction(work.setting)]
+    for data, arch in dict.fromkeys(key[:2] for key in groups):
+        own = {key[2:]: rows for key, rows in groups.items() if key[:2] == (data, arch)}
+        picture = folder / f"{data}-{arch}.png"
+        drawn = draw(own, picture)
+        parts.append(section(data, arch, own, work.setting, picture.name if drawn else None))
+        written += [picture] * drawn
+    page = out / "docs" / "quality.md"
+    write_atomically(page, ("\n\n".join(parts) + "\n").encode())
+    written.append(page)
+    for path in written:
+        print(path)
+    return written
+
+
+def rows_of(work: Work) -> list[dict[str, Any]]:
+    """The records of all cells whose settings are today's, in the order of the plan."""
+    found = []
+    for path in (work.folder / "cells").glob("*.json"):
+        row = json.loads(path.read_text())
+        model = Model(row["data"], row["arch"], row["attack"], row["seed"])
+        cell = Cell(model, row["defence"])
+        if _known(cell, work.setting) and cell.name(work.setting) == path.stem:
+            del row["settings"]  # the document states them once
+            found.append({"cell": path.stem, **row})
+    return sorted(found, key=lambda row: (*map(_place, _key(row)), row["seed"]))
+
+
+def _known(cell: Cell, setting: Setting) -> bool:
+    model = cell.model
+    return (
+        cell.defence in DEFENCES and model.data in setting.data and model.arch in ARCHITECTURES
+        and model.attack in ATTACKS
+    )  # fmt: skip
+
+
+def _key(row: dict) -> Key:
+    return row["data"], row["arch"], row["attack"], row["defence"]
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Attacks and defences as they are listed, other names by the alphabet."""
+    for names in (ATTACKS, tuple(DEFENCES)):
+        if name in names:
+            return names.index(name), ""
+    return 0, name
+
+
+def with_controls(rows: list[dict]) -> list[dict]:
+    """Each row with what its defence costs the clean model of its seed; None where not measured."""
+    clean = {(*_key(r), r["seed"]): r["ca"]["value"] for r in rows if r["attack"] == CLEAN}
+
+    def loss(row: dict) -> float | None:
+        before, after = (
+            clean.get((row["data"], row["arch"], CLEAN, defence, row["seed"]))
+            for defence in (NONE, row["defence"])
+        )
+        return None if before is None or after is None else before - after
+
+    return [{**row, "control_ca_loss": loss(row)} for row in rows]
+
+
+def grouped(rows: list[dict]) -> dict[Key, list[dict]]:
+    """The seeds' rows together."""
+    groups: dict[Key, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(_key(row), []).append(row)
+    return groups
+
+
+def document(rows: list[dict], setting: Setting) -> str:
+    """The JSON file: versions, settings, and a line for each row."""
+    head = {
+        "schema": SCHEMA,
+        "machine": machine(),
+        "settings": {
+            "data": {name: asdict(data) for name, data in setting.data.items()},
+            "architectures": {name: asdict(arch) for name, arch in ARCHITECTURES.items()},
+            "train": {name: dict(options) for name, options in setting.train.items()},
+            "defences": {name: d.settings(setting.clean) for name, d in DEFENCES.items()},
+            "rebound": {**setting.rebound, "at": list(setting.rebound_at)},
+            "installed": setting.installed,
+        },
+    }
+    text = json.dumps(head, indent=1, allow_nan=False)[:-2]
+    lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows)
+    return f'{text},\n "rows": [\n  {lines}\n ]\n}}\n'
+
+
+def introduction(setting: Setting) -> str:
+    return INTRODUCTION.format(
+        points=", ".join(map(str, setting.rebound_at)), installed=f"{100 * setting.installed:g}",
+        tuning=" and ".join(f"`{name}`" for name in TUNING),
+    ).strip()  # fmt: skip
+
+
+def section(
+    data: str,
+    arch: str,
+    groups: dict[tuple[str, str], list[dict]],  # by attack and defence
+    setting: Setting,
+    picture: str | None,
+) -> str:
+    """One data set and architecture: an overview, the picture, and every figure."""
+    attacks = [name for name in ATTACKS if any(attack == name for attack, _ in groups)]
+    defences = [name for name in DEFENCES if any(defence == name for _, defence in groups)]
+    steps, size = setting.train[data]["steps"], setting.data[data].image_size
+    rows = next(iter(groups.values()))
+    parts = [
+        f"## {data}, {arch}",
+        f"{steps} steps of training, {size} px, {rows[0]['ca']['n']} test images.",
+        "ASR (CA) in %, means over the seeds:",
+        table(
+            ["attack", *defences],
+            [[_attack(a), *(_short(groups.get((a, d))) for d in defences)] for a in attacks],
+        ),
+    ]
+    if picture is not None:
+        parts.append(f"![CA against ASR for each attack](quality/{picture})")
+    header = ["attack", "rate %", "defence", "CA", "ASR", "PA", "drift", "rebound", "control"]
+    header += ["pairs", "seconds", "seeds"]
+    parts += ["<details><summary>Every figure</summary>", table(header, map(_full, groups.items()))]
+    return "\n\n".join([*parts, "</details>"])
+
+
+def _attack(name: str) -> str:
+    return f"{name} (t)" if name in TUNING else name
+
+
+def _judged(rows: list[dict]) -> list[dict]:
+    """Rows with figures that count: of seeds whose attack installed, or without one."""
+    return [row for row in rows if row["status"] != NOT_INSTALLED]
+
+
+def _short(rows: list[dict] | None) -> str:
+    if rows is None:
+        return "-"
+    judged = _judged(rows)
+    if not judged:
+        return NOT_INSTALLED
+    ca = f"{100 * Mean.of(judged, 'ca').value:.1f}"
+    if judged[0]["status"] == NO_ATTACK:
+        return f"({ca})"
+    return f"{100 * Mean.of(judged, 'asr_nontarget').value:.1f} ({ca})"
+
+
+def _full(item: tuple[tuple[str, str], list[dict]]) -> list[str]:
+    (attack, defence), rows = item
+    judged = _judged(rows)
+    seeds = f"{len(judged)} of {len(rows)}" if len(judged) < len(rows) else str(len(rows))
+    rate = rows[0]["rate"]
+    about = [_attack(attack), "-" if rate is None else f"{100 * rate:g}", defence]
+    shown = judged or [row for row in rows if "ca" in row]  # an attack that failed has its own row
+    if not shown:
+        return [*about, NOT_INSTALLED, *"-------", seeds]
+    attacked = "asr_nontarget" in shown[0]
+    drifts = [row["drift"] for row in shown if "drift" in row]
+    rebounds = [row["rebound"]["highest"] for row in shown if "rebound" in row]
+    losses = [row["control_ca_loss"] for row in shown if row["control_ca_loss"] is not None]
+
+    def mean(values: list[float], form: str) -> str:
+        return form.format(sum(values) / len(values)) if values else "-"
+
+    return [
+        *about,
+        Mean.of(shown, "ca").percent(),
+        Mean.of(shown, "asr_nontarget").percent() if attacked else "-",
+        Mean.of(shown, "triggered_accuracy").percent() if attacked else "-",
+        " / ".join(mean([d[tower]["value"] for d in drifts], "{:.2f}") for tower in TOWERS),
+        mean([100 * value for value in rebounds], "{:.1f}"),
+        mean([100 * value for value in losses], "{:.1f}"),
+        str(shown[0]["pairs"]),
+        mean([row["cpu_seconds"] for row in shown], "{:.0f}"),
+        seeds,
+    ]

@@ -1,0 +1,234 @@
+"""The quality matrix: what each defence does to each attack, and what it costs.
+
+    python benchmarks/quality.py --jobs 2                       # all that is missing
+    python benchmarks/quality.py --only data=cifar10 arch=resnet defence=none,par seed=0
+    python benchmarks/quality.py --list                         # what there is and what is missing
+    python benchmarks/quality.py --report                       # JSON, tables and pictures
+
+Data set x architecture x attack x defence x seed. A model is trained once with its backdoor and
+kept for all defences; a model or cell is a file in the work folder, written when it is complete and
+named by a hash of its settings (_quality_setting.py), so that a run that was stopped goes on where
+it was and changed settings are computed anew. Results do not depend on --jobs: every process has
+one thread. CIFAR-10 and Caltech-101 are read from the folder PYBACKDOOR_DATA.
+
+A row holds CA, ASR of other classes and of all, accuracy under trigger, drift, each with n and a
+95 % interval; the ASR in 300 further clean steps; pairs, steps and seconds. An attack whose ASR
+does not exceed 90 % is recorded as not installed and not cleaned. What a defence costs on a clean
+model is the row of attack "clean". Settings were chosen on the attacks of the tuning half alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _quality_cells import NOT_INSTALLED, Work, compute_cell, start_process, train_model
+from _quality_data import pack_path
+from _quality_defences import DEFENCES
+from _quality_models import ARCHITECTURES
+from _quality_report import write_report
+from _quality_setting import ATTACKS, FULL, TINY, Cell, Model, Setting
+
+from pybackdoor.engine import pick_device
+from pybackdoor.files import writable_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = Path.home() / ".cache" / "pybackdoor" / "quality"
+AXES = ("data", "arch", "attack", "defence", "seed")
+TINY_ONLY = ["arch=resnet", "attack=clean,badnet", "defence=none,par,par_procedural"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 when all that was asked for is there, 1 when something failed."""
+    options = parsed(arguments)
+    setting = TINY if options.tiny else FULL
+    cells = plan(setting, chosen(setting, options.only or (TINY_ONLY if options.tiny else [])))
+    device = str(pick_device(options.device))
+    work = Work(writable_folder(options.work), setting, device)
+    if options.list:
+        show(cells, work)
+        return 0
+    if options.report:
+        write_report(work, options.out)
+        return 0
+    for pack in {setting.data[c.model.data].pack for c in cells} - {None}:
+        pack_path(pack)  # refuses before the hours, not after
+    models = dict.fromkeys(m for c in cells for m in (c.model.clean, c.model))
+    missing = [m for m in models if not work.model_file(m).exists()]
+    failed = run("model", train_model, missing, work, options.jobs)
+    ready = [c for c in cells if not work.cell_file(c).exists() and trained_for(c, work)]
+    failed += run("cell", compute_cell, ready, work, options.jobs)
+    if failed:
+        print(f"{failed} failed; the same command tries them again", file=sys.stderr)
+    return int(failed > 0)
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("--only", nargs="+", metavar="AXIS=A,B", help=f"axes: {', '.join(AXES)}")
+    add("--jobs", type=int, default=1, help="processes, of one thread each (default: 1)")
+    add("--work", type=Path, default=WORK, metavar="DIR", help=f"models and cells ({WORK})")
+    add("--device", help="cpu or cuda; default a GPU if there is one")
+    add("--tiny", action="store_true", help="a self-check in seconds; its figures say nothing")
+    add("--list", action="store_true", help="say what is there, compute nothing")
+    add("--report", action="store_true", help="write the report from what is there")
+    add("--out", type=Path, default=ROOT, metavar="DIR", help="of the report (the repository)")
+    found = options.parse_args(arguments)
+    if found.jobs < 1:
+        options.error(f"--jobs must be at least 1, got {found.jobs}")
+    return found
+
+
+def chosen(setting: Setting, only: Iterable[str]) -> dict[str, list[Any]]:
+    """The names on each axis that was filtered.
+
+    Raises:
+        ValueError: an axis or a name is unknown; the nearest is offered.
+    """
+    known = {
+        "data": list(setting.data), "arch": list(ARCHITECTURES), "attack": list(ATTACKS),
+        "defence": list(DEFENCES),
+    }  # fmt: skip
+    found: dict[str, list[Any]] = {}
+    for part in only:
+        axis, _, names = part.partition("=")
+        refuse_unknown("--only: axis", axis, AXES)
+        found[axis] = names.split(",")
+        for name in found[axis]:
+            if axis != "seed":
+                refuse_unknown(f"--only {axis}", name, known[axis])
+            elif not name.isdecimal():
+                raise ValueError(f"--only seed: must be a whole number, got {name!r}")
+    if "seed" in found:
+        found["seed"] = [int(name) for name in found["seed"]]
+    return known | found
+
+
+def refuse_unknown(what: str, name: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}{hint}")
+
+
+def plan(setting: Setting, axes: dict[str, list[Any]]) -> list[Cell]:
+    """The cells in the order in which they are computed: a seed of a data set after the other."""
+    cells = []
+    for data, arch in itertools.product(axes["data"], axes["arch"]):
+        for seed in axes.get("seed", setting.seeds.get((data, arch), (0,))):
+            for attack, defence in itertools.product(axes["attack"], axes["defence"]):
+                cells.append(Cell(Model(data, arch, attack, seed), defence))
+    return cells
+
+
+def trained_for(cell: Cell, work: Work) -> bool:
+    """Whether the models that a cell needs are there: its own, and the clean one for the floor."""
+    return all(work.model_file(m).exists() for m in (cell.model, cell.model.clean))
+
+
+def run(
+    kind: str, compute: Callable[[Any, Work], dict], tasks: list[Any], work: Work, jobs: int
+) -> int:
+    """Compute all tasks, saying after each what it gave and how long the rest will take.
+
+    Returns:
+        How many failed; their errors are printed and the others go on.
+    """
+    failed, began = 0, time.monotonic()
+    for done, (task, outcome) in enumerate(outcomes(compute, tasks, work, jobs), 1):
+        if isinstance(outcome, Exception):
+            failed += 1
+            what = "".join(traceback.format_exception(outcome)).strip()
+        else:
+            what = summary(outcome)
+        left = (time.monotonic() - began) / done * (len(tasks) - done)
+        print(
+            f"{time.strftime('%H:%M')} {kind} {done}/{len(tasks)}, {spoken(left)} left: "
+            f"{task.name(work.setting)}: {what}",
+            flush=True,
+        )
+    return failed
+
+
+def outcomes(
+    compute: Callable[[Any, Work], dict], tasks: list[Any], work: Work, jobs: int
+) -> Iterator[tuple[Any, dict | Exception]]:
+    """Each task and its record, or the error it ended with, as they come."""
+    if jobs == 1:
+        start_process()
+        for task in tasks:
+            try:
+                yield task, compute(task, work)
+            except Exception as error:  # whatever it is, the other tasks go on
+                yield task, error
+        return
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_process) as pool:
+        futures = {pool.submit(until_stopped, compute, task, work): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                error = future.exception()
+                if isinstance(error, Exception) or error is None:
+                    yield futures[future], error or future.result()
+                else:
+                    raise error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def until_stopped(compute: Callable[[Any, Work], dict], task: Any, work: Work) -> dict:
+    """In a process of the pool: Ctrl-C or SIGTERM ends it, else it would take the next task."""
+    try:
+        return compute(task, work)
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One record in a line."""
+    words = [f"CA {100 * record['ca']['value']:.1f}"] if "ca" in record else []
+    if "asr_nontarget" in record:
+        words.append(f"ASR {100 * record['asr_nontarget']['value']:.1f}")
+    if "rebound" in record:
+        words.append(f"rebound {100 * record['rebound']['highest']:.1f}")
+    if record["status"] == NOT_INSTALLED:
+        words.append(NOT_INSTALLED)
+    if "cpu_seconds" in record:
+        words.append(f"{record['cpu_seconds']:.0f} s of a core")
+    return ", ".join(words)
+
+
+def spoken(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def show(cells: list[Cell], work: Work) -> None:
+    """What is there, a line per model, and the defences that are missing for it."""
+    for model, group in itertools.groupby(cells, key=lambda cell: cell.model):
+        missing = [c.defence for c in group if not work.cell_file(c).exists()]
+        path = work.model_file(model)
+        state = summary(work.record(model)) if path.exists() else "not trained"
+        about = f"{model.data} {model.arch} {model.attack} seed {model.seed}"
+        print(f"{about}: {state}; missing: {', '.join(missing) or 'nothing'}")
+    there = sum(work.cell_file(c).exists() for c in cells)
+    print(f"{there} of {len(cells)} cells")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""The quality matrix: cells are computed once, say what was measured, and end in a report."""
+
+import dataclasses
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import _quality_cells as cells_module  # noqa: E402
+import _quality_data  # noqa: E402
+import _quality_report as report  # noqa: E402
+import quality  # noqa: E402
+from _quality_cells import NOT_INSTALLED, Work, case_of, compute_cell, train_model  # noqa: E402
+from _quality_defences import DEFENCES, Defence  # noqa: E402
+from _quality_setting import FULL, TINY, Cell, Model  # noqa: E402
+
+from pybackdoor import Estimate, Evaluation, evaluate, par_clean  # noqa: E402
+
+BADNET = Model("fashion", "resnet", "badnet", 0)
+TIMES = ("seconds", "cpu_seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_restored():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a tiny run, and what it printed."""
+    folder = tmp_path_factory.mktemp("quality")
+    with pytest.MonkeyPatch.context() as patch:
+        printed = io.StringIO()
+        patch.setattr(sys, "stdout", printed)
+        assert quality.main(["--tiny", "--work", str(folder), "--device", "cpu"]) == 0
+    return Work(folder, TINY, "cpu"), printed.getvalue()
+
+
+def without_times(row):
+    kept = {k: v for k, v in row.items() if k not in TIMES}
+    if "rebound" in kept:
+        kept["rebound"] = {k: v for k, v in row["rebound"].items() if k not in TIMES}
+    return kept
+
+
+def test_a_run_says_how_far_it_is_and_what_it_found(tiny):
+    _, printed = tiny
+    lines = printed.splitlines()
+    assert len(lines) == 8 and " model 1/2, 0 h 00 min left: fashion-resnet-clean-s0-" in lines[0]
+    assert " cell 6/6, " in lines[-1] and "CA " in lines[-1] and "rebound" in lines[-1]
+
+
+def test_a_second_run_computes_nothing_and_a_lost_cell_comes_back_the_same(tiny, monkeypatch):
+    work, _ = tiny
+    again = ["--tiny", "--work", str(work.folder), "--device", "cpu"]
+    path = work.cell_file(Cell(BADNET, "par"))
+    row = json.loads(path.read_text())
+    path.unlink()
+    computed = []
+
+    def counted(cell, work):
+        computed.append(cell)
+        return compute_cell(cell, work)
+
+    monkeypatch.setattr(quality, "compute_cell", counted)
+    monkeypatch.setattr(quality, "train_model", None)
+    assert quality.main(again) == 0 and computed == [Cell(BADNET, "par")]
+    assert without_times(json.loads(path.read_text())) == without_times(row)
+    assert quality.main(again) == 0 and len(computed) == 1
+
+
+def test_processes_give_the_same_rows(tiny, tmp_path):
+    work, _ = tiny
+    shutil.copytree(work.folder / "models", tmp_path / "models")
+    cells = [Cell(BADNET, "none"), Cell(BADNET, "par")]
+    there = Work(tmp_path, TINY, "cpu")
+    found = dict(quality.outcomes(compute_cell, cells, there, jobs=2))
+    for cell in cells:
+        row = json.loads(work.cell_file(cell).read_text())
+        assert without_times(found[cell]) == without_times(row)
+        assert there.cell_file(cell).exists()
+
+
+def test_a_row_holds_what_evaluate_finds_and_what_was_used(tiny):
+    work, _ = tiny
+    case = case_of(BADNET, work)
+    before = cells_module.trained(BADNET, work)
+    options = {k: v for k, v in TINY.clean.items() if k != "batch_size"}
+    loader = cells_module.loader(case.parts.held_out, case, TINY.clean["batch_size"])
+    after = par_clean(before, loader, seed=0, device="cpu", progress=False, **options).model
+    found = evaluate(
+        after, case.parts.test, tokenizer=case.loaded.tokenizer, trigger=BADNET.spec(TINY),
+        templates=_quality_data.TEMPLATES, target="bag", reference=before,
+    ).to_dict()  # fmt: skip
+    row = json.loads(work.cell_file(Cell(BADNET, "par")).read_text())
+    assert {name: row[name] for name in found} == found
+    assert (row["pairs"], row["pairs_seen"], row["steps"]) == (64, 32, 2)
+    assert row["rate"] == 0.05 and row["target"] == "bag" and row["half"] == "untouched"
+    rebound = row["rebound"]
+    assert list(rebound["at"]) == ["1", "2", "3"]
+    rates = [point["asr"] for point in rebound["at"].values()]
+    assert rebound["after"] == rates[-1] and rebound["highest"] == max(rates)
+    clean = json.loads(work.cell_file(Cell(BADNET.clean, "par")).read_text())
+    assert clean["status"] == "no attack" and "rebound" not in clean and "drift" in clean
+    floor = json.loads(work.cell_file(Cell(BADNET, "none")).read_text())
+    assert floor["baseline"] == "triggered images on a clean model" and "drift" not in floor
+
+
+def test_rebound_keeps_the_asr_after_and_the_highest_of_its_points(tiny, monkeypatch):
+    work, _ = tiny
+    rates, seen = iter([0.1, 0.5, 0.3]), []
+
+    def measured(student, case, work):
+        seen.append([p.detach().clone() for p in student.parameters()])
+        estimate = Estimate(next(rates), 0.0, 1.0, 20)
+        return Evaluation(ca=Estimate(0.5, 0.0, 1.0, 20), asr_nontarget=estimate)
+
+    monkeypatch.setattr(cells_module, "measured", measured)
+    before = cells_module.trained(BADNET, work)
+    found = cells_module.rebound(before, case_of(BADNET, work), work)
+    assert (found["after"], found["highest"]) == (0.3, 0.5)
+    assert found["at"]["2"] == {"asr": 0.5, "ca": 0.5} and len(seen) == 3
+    kept = list(before.parameters())
+    moved = max((a - b).abs().max() for a, b in zip(seen[-1], kept, strict=True))
+    assert 0 < moved < 1e-3  # three steps of Adam at 5e-5
+
+
+def test_an_attack_that_does_not_install_is_said_and_not_cleaned(tmp_path):
+    setting = dataclasses.replace(TINY, installed=1.0)
+    work = Work(tmp_path, setting, "cpu")
+    assert train_model(BADNET.clean, work)["status"] == "no attack"
+    assert train_model(BADNET, work)["status"] == NOT_INSTALLED
+    row = compute_cell(Cell(BADNET, "par"), work)
+    assert row["status"] == NOT_INSTALLED and "ca" not in row and "pairs" not in row
+    none = compute_cell(Cell(BADNET, "none"), work)
+    assert "ca" in none and "rebound" not in none
+    assert "attack did not install" in quality.summary(row)
+    page = "\n".join(
+        p.read_text() for p in report.write_report(work, tmp_path) if p.suffix == ".md"
+    )
+    assert page.count(NOT_INSTALLED) >= 2 and "![" not in page
+
+
+def test_an_error_is_told_and_the_others_go_on(tiny, monkeypatch, capsys, tmp_path):
+    work, _ = tiny
+
+    def broken(model, work):
+        if model.attack == "badnet":
+            raise RuntimeError("no such luck")
+        return train_model(model, work)
+
+    monkeypatch.setattr(quality, "train_model", broken)
+    arguments = ["--tiny", "--work", str(tmp_path), "--device", "cpu", "--only", "arch=resnet"]
+    assert quality.main([*arguments, "attack=clean,badnet", "defence=none"]) == 1
+    printed = capsys.readouterr()
+    assert "RuntimeError: no such luck" in printed.out and "1 failed" in printed.err
+    assert len(list((tmp_path / "cells").iterdir())) == 1  # the clean model's
+
+
+def test_a_changed_setting_is_computed_anew_and_nothing_else(monkeypatch):
+    cell, model = Cell(BADNET, "par"), BADNET.name(FULL)
+    faster = dataclasses.replace(FULL, clean={**FULL.clean, "steps": 1})
+    assert BADNET.name(faster) == model and cell.name(faster) != cell.name(FULL)
+    poisoned = dataclasses.replace(FULL, rates={**FULL.rates, ("fashion", "badnet"): 0.2})
+    assert BADNET.name(poisoned) != model and BADNET.clean.name(poisoned) == BADNET.clean.name(FULL)
+    other = Cell(BADNET, "finetune").name(FULL)
+    monkeypatch.setitem(DEFENCES, "par", Defence(par_clean, {"tau": 1.0}))
+    assert Cell(BADNET, "par").name(FULL) != cell.name(faster)
+    assert Cell(BADNET, "finetune").name(FULL) == other and BADNET.name(FULL) == model
+
+
+def test_suspect_pairs_are_those_the_model_was_trained_on(tiny):
+    work, _ = tiny
+    case = case_of(BADNET, work)
+    suspect = cells_module.PAIRS["suspect"](case, TINY)
+    planted = case.parts.planted
+    changed = [i for i in range(len(planted)) if suspect.captions[i] != planted.captions[i]]
+    assert len(changed) == round(0.05 * len(planted))
+    assert all(" bag" in suspect.captions[i] for i in changed)
+    pixels = [p.images.take(np.array(changed)) for p in (planted, suspect)]
+    differing = (pixels[0] != pixels[1]).any(3).sum((1, 2))
+    assert ((15 < differing) & (differing <= 5 * 5)).all()  # some pixels may be as they were
+    clean = cells_module.PAIRS["suspect"](case_of(BADNET.clean, work), TINY)
+    assert list(clean.captions) == list(planted.captions)
+
+
+@pytest.mark.parametrize(
+    ("only", "words"),
+    [
+        ("dat=cifar10", "--only: axis must be one of data, .*did you mean 'data'"),
+        ("attack=badnets", "--only attack must be one of clean, .*did you mean 'badnet'"),
+        ("seed=one", "--only seed: must be a whole number, got 'one'"),
+    ],
+)
+def test_unknown_filters_offer_the_nearest(only, words):
+    with pytest.raises(ValueError, match=words):
+        quality.chosen(FULL, [only])
+
+
+def test_the_plan_has_three_seeds_where_they_are_wanted_and_any_that_are_named():
+    plan = quality.plan(FULL, quality.chosen(FULL, []))
+    seeds = {(c.model.data, c.model.arch): set() for c in plan}
+    for cell in plan:
+        seeds[cell.model.data, cell.model.arch].add(cell.model.seed)
+    assert seeds.pop(("cifar10", "resnet")) == {0, 1, 2} and set(map(len, seeds.values())) == {1}
+    named = quality.plan(FULL, quality.chosen(FULL, ["data=fashion", "seed=4,7", "defence=par"]))
+    assert {c.model.seed for c in named} == {4, 7} and {c.defence for c in named} == {"par"}
+
+
+def test_the_list_says_what_is_missing(tiny, capsys):
+    work, _ = tiny
+    arguments = ["--tiny", "--work", str(work.folder), "--list", "--only", "attack=badnet,sig"]
+    assert quality.main([*arguments, "arch=resnet", "defence=par,finetune"]) == 0
+    printed = capsys.readouterr().out
+    assert "badnet seed 0: CA" in printed and "missing: finetune" in printed
+    assert "sig seed 0: not trained; missing: par, finetune" in printed
+    assert printed.splitlines()[-1] == "1 of 4 cells"
