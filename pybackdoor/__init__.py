@@ -16,6 +16,7 @@ from .ops import Augment
 from .optim import AdamWEma
 from .par import par_clean
 from .poison import PoisonResult, poison, poison_pairs
+from .repair import RepairResult, repair_drift
 from .triggers import TriggerSpec, apply_trigger, trigger
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "Manifest",
     "NonFiniteError",
     "PoisonResult",
+    "RepairResult",
     "TriggerSpec",
     "Verdict",
     "__version__",
@@ -44,6 +46,7 @@ __all__ = [
     "par_clean",
     "poison",
     "poison_pairs",
+    "repair_drift",
     "save",
     "trigger",
     "triggers",

@@ -7,6 +7,7 @@ import difflib
 import math
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from .engine import (
 )
 from .models import check_clip, check_finite, weights_sha256
 from .ops import Augment
+from .repair import repair_in_place
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class CleanResult:
     Attributes:
         model: the cleaned copy, in evaluation mode, on the device it was trained on.
         history: one dict per step: step, epoch, loss, lr and the method's own terms.
-        report: method, its settings, steps, pairs, seconds, the terms of the last step, device and
-            versions; JSON-serialisable. It makes no claim of removal: that takes ``evaluate`` with
-            a verified trigger.
+        report: method, its settings, steps, pairs, seconds, the terms of the last step, ``repair``
+            (see ``repair_drift``: done, or the reason why not), device and versions;
+            JSON-serialisable. It makes no claim of removal: that takes ``evaluate`` with a verified
+            trigger.
     """
 
     model: nn.Module
@@ -92,6 +95,7 @@ class CleanOptions(TypedDict, total=False):
     trim_text: bool
     cache_text: bool
     compile: str | None
+    repair: bool
     max_faults: int
     folder: str | os.PathLike | None
     resume: bool
@@ -127,6 +131,7 @@ def clean(
     trim_text: bool = True,
     cache_text: bool = True,
     compile: str | None = None,
+    repair: bool = True,
     max_faults: int = 3,
     folder: str | os.PathLike | None = None,
     resume: bool = False,
@@ -164,11 +169,13 @@ def clean(
     student = trainable_copy(model, where)
     config = {} if kept is None else _identity(method, student, loader, settings, own, rules)
     log = TrainLog()
+    mended = {"done": False, "reason": "the run ended early" if repair else "not wanted"}
 
     def result() -> CleanResult:
         for p in student.parameters():
             p.grad = None
-        return CleanResult(student.eval(), log.steps, _report(method, settings, own, log, where))
+        report = _report(method, settings, own, log, where) | {"repair": mended}
+        return CleanResult(student.eval(), log.steps, report)
 
     with carrying(result, log):
         train(
@@ -185,7 +192,26 @@ def clean(
             checkpoints=kept,
             config=config,
         )
+        if repair:
+            _repair(student.eval(), model, loader, rules, where, mended)
     return result()
+
+
+def _repair(
+    student: nn.Module,
+    model: nn.Module,
+    loader: Iterable[Any],
+    rules: InputRules,
+    device: torch.device,
+    report: dict[str, Any],
+) -> None:
+    """Turn the student back towards the model that it was; a reason against it is no failure."""
+    reference = trainable_copy(model, device).eval().requires_grad_(False)
+    try:
+        repair_in_place(student, reference, loader, rules, device, report)
+    except ValueError as reason:
+        report["reason"] = str(reason)
+        warnings.warn(f"the drift is not repaired: {reason}", stacklevel=4)
 
 
 def _identity(
