@@ -169,7 +169,7 @@ def clean(
     student = trainable_copy(model, where)
     config = {} if kept is None else _identity(method, student, loader, settings, own, rules)
     log = TrainLog()
-    mended = {"done": False, "reason": "the run ended early" if repair else "not wanted"}
+    mended = {"done": False, "reason": "the run ended early" if repair else "it was switched off"}
 
     def result() -> CleanResult:
         for p in student.parameters():

@@ -81,11 +81,11 @@ def repair_drift(
         tokenizer: list of strings -> [n, L] tokens, for loaders that yield strings.
     Returns:
         The rotated copy, and a report: done; reason, where it is not done: the rotation would
-        bring nothing nearer; pairs used and, of these, held_out; image_before, text_before,
-        image_after, text_after: mean squared distance of unit embeddings to the reference's, in
-        [0, 4], of the pairs held out; rank: directions of the D that the pairs speak of, the
-        others are turned as little as possible; error: distance of a unit embedding to the exactly
-        rotated one, at most; seconds.
+        bring nothing nearer; pairs used and, of these, held_out from the fit; left_out, with
+        embeddings that are not finite; image_before, text_before, image_after, text_after: mean
+        squared distance of unit embeddings to the reference's, in [0, 4], of the pairs held out;
+        rank: directions of the D that the pairs speak of, the others are turned as little as
+        possible; error: distance of a unit embedding to the exactly rotated one, at most; seconds.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came; embeddings that
             are not finite; a one-shot iterator; or a model whose towers do not both end in a
@@ -187,27 +187,35 @@ class _Fit:
         ranks = self._ranks
         if max(epoch for (epoch,) in ranks.agree([item.epoch], self._device)) > 0:
             return True  # the first pass is over
-        if self._fold is None:
-            self._begin(item)
-        numbers = self._seen + sum(item.counts[: ranks.rank]) + torch.arange(len(item.batch))
-        held_out = (numbers % _HELD_OUT == 0).to(self._device)
         new, old = self._new(item), self._old(item)  # [2, n, D]
         if new.shape[2] != old.shape[2]:
             raise ValueError(
                 f"reference must embed in {new.shape[2]} dimensions as the model does, got "
                 f"{old.shape[2]}"
             )
-        for part, rows in enumerate((~held_out, held_out)):
+        usable = torch.stack([new, old]).isfinite().all(3).all(0).all(0)  # [n]
+        if self._fold is None and not self._begin(item, usable):
+            return False
+        numbers = self._seen + sum(item.counts[: ranks.rank]) + torch.arange(len(item.batch))
+        held_out = (numbers % _HELD_OUT == 0).to(self._device)
+        for part, rows in enumerate((usable & ~held_out, usable & held_out)):
             self._sums[part] += new[:, rows].mT @ old[:, rows]
             self._counts[part] += rows.sum()
         self._seen += sum(item.counts)
         return self._seen >= self._wanted
 
-    def _begin(self, item: Item) -> None:
-        """Look at the model with the first pairs: every rank finds the same, or none goes on."""
+    def _begin(self, item: Item, usable: Tensor) -> bool:  # [n] bool
+        """Look at the model with the first pairs that every rank can use; False for none.
+
+        Every rank finds the same, or none goes on.
+        """
+        counts = self._ranks.agree([int(usable.sum())], self._device)
+        if min(count for (count,) in counts) == 0:
+            return False
         refusal = None
+        rows = usable.nonzero()[:_PROBE, 0]
         try:
-            self._fold = Fold(self._model, *self._new.inputs(item, _PROBE))
+            self._fold = Fold(self._model, *(x[rows] for x in self._new.inputs(item)))
         except ValueError as error:
             refusal = error
         self._all_or_none(refusal)
@@ -217,21 +225,20 @@ class _Fit:
         # [fitted or held out, image or text, D of the model, D of the reference]
         self._sums = torch.zeros(2, 2, dim, dim, dtype=torch.float64, device=self._device)
         self._counts = torch.zeros(2, dtype=torch.float64, device=self._device)
+        return True
 
     def fold(self) -> dict[str, Any]:
         ranks, fold = self._ranks, self._fold
-        assert fold is not None  # a feed yields a batch, or raises
+        if fold is None:
+            raise ValueError("no batch has finite embeddings of the model and the reference")
         ranks.sum_(self._sums)
         ranks.sum_(self._counts)
-        for tower, sums in zip(TOWERS, self._sums.unbind(1), strict=True):
-            if not sums.isfinite().all():
-                raise ValueError(f"{tower} embeddings of the model or the reference are not finite")
         rotation, rank = nearest_rotation(self._sums[0].sum(0))
         rotation = ranks.tensors_from_first({"rotation": rotation}, self._device)["rotation"]
         distances = self._distances(rotation)
         found = {
             "pairs": int(self._counts.sum()), "held_out": int(self._counts[1]),
-            "rank": rank, **distances,
+            "left_out": self._seen - int(self._counts.sum()), "rank": rank, **distances,
         }  # fmt: skip
         before, after = (sum(distances[f"{t}_{when}"] for t in TOWERS) for when in _WHEN)
         if not after < before:
@@ -276,11 +283,11 @@ class _Rows:
         self._encode = Encoder(None, device)
         self._trim = TextTrim(model, wanted=True, grouped=device.type == "cpu")
 
-    def inputs(self, item: Item, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """What the two towers take, of the first pairs of a batch."""
+    def inputs(self, item: Item) -> tuple[Tensor, Tensor]:
+        """What the two towers take."""
         dtype = self._encode.input_dtype(self._model)
         x = model_input(item.batch, self._rules, device=self._device, dtype=dtype, ids=item.ids)
-        return x[:most], item.batch.tokens[:most].to(self._device)
+        return x, item.batch.tokens.to(self._device)
 
     @torch.no_grad()
     def __call__(self, item: Item) -> Tensor:
@@ -315,27 +322,34 @@ def _has_len(loader: Iterable[Any]) -> bool:
     return True
 
 
+class _AsItStands:
+    """Another pass over a loader, which hears of no epoch."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader)
+
+
 @contextmanager
 def _standing(loader: Iterable[Any]) -> Iterator[Iterable[Any]]:
     """A loader to walk, after which the one given stands where it stood."""
     if isinstance(loader, PairLoader):
         yield copy.copy(loader)  # its place is its own, the pairs and tokens are shared
         return
-    holders = [h for h in (loader, getattr(loader, "sampler", None)) if h is not None]
-    generators = [
-        (g, g.get_state())
-        for g in (getattr(holder, "generator", None) for holder in holders)
-        if isinstance(g, torch.Generator)
-    ]
-    epochs = [(h, h.epoch) for h in holders if hasattr(h, "set_epoch") and hasattr(h, "epoch")]
+    holders = (loader, getattr(loader, "sampler", None))
+    drawn = [g for g in (getattr(h, "generator", None) for h in holders) if hasattr(g, "get_state")]
+    states = [g.get_state() for g in drawn]
     stateful = all(hasattr(loader, name) for name in ("state_dict", "load_state_dict"))
-    state = loader.state_dict() if stateful else None  # type: ignore[attr-defined]
+    place = loader.state_dict() if stateful else None  # type: ignore[attr-defined]
     try:
-        yield loader
+        yield _AsItStands(loader)
     finally:
-        for generator, content in generators:
-            generator.set_state(content)
-        for holder, epoch in epochs:
-            holder.set_epoch(epoch)
+        for generator, state in zip(drawn, states, strict=True):
+            generator.set_state(state)
         if stateful:
-            loader.load_state_dict(state)  # type: ignore[attr-defined]
+            loader.load_state_dict(place)  # type: ignore[attr-defined]

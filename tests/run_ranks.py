@@ -13,7 +13,8 @@ def run_ranks(
 ) -> tuple[int, str, dict[str, torch.Tensor]]:
     """(exit code, errors, what rank 0 saved) of a script on ``count`` processes."""
     path = Path(__file__).with_name(script)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(path.parent)} | env
+    paths = [str(path.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)} | env
     launch = [sys.executable]
     if count > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
