@@ -117,9 +117,9 @@ def run_clean(config: CleanConfig) -> Outcome:
             precision=config.precision, seed=config.seed, device=config.device,
             mean=loaded.preprocess.mean, std=loaded.preprocess.std,
             progress=config.progress, track=run.record, micro_batch=config.micro_batch,
-            compile=config.compile, repair=config.repair, max_faults=config.max_faults, folder=run.checkpoints,
-            resume=config.resume is not None, save_minutes=config.save_minutes,
-            force=config.force, **own,
+            compile=config.compile, repair=config.repair, max_faults=config.max_faults,
+            folder=run.checkpoints, resume=config.resume is not None,
+            save_minutes=config.save_minutes, force=config.force, **own,
         )  # fmt: skip
         run.finish(result)
     text, answer = _cleaning_text(config.out, result), {"out": config.out, **result.report}
