@@ -1,4 +1,4 @@
-"""Drift repair: the rotation against an fp64 SVD, its fold in every kind of tower, and what it leaves alone."""
+"""Drift repair: its rotation against an fp64 SVD, its fold in every kind of tower, its limits."""
 
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ class Unfoldable(DualEncoder):
 
 
 def make(kind: str) -> nn.Module:
+    if kind == "Hugging Face":
+        pytest.importorskip("transformers")
     with torch.random.fork_rng():
         if kind in OPEN_CLIP:
             return tiny(0, **({"text_cfg": TEXT} | OPEN_CLIP[kind])).model.eval()
@@ -117,7 +119,9 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
+    return all(
+        torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True)
+    )
 
 
 KINDS = [*OPEN_CLIP, "Hugging Face", "DualEncoder", "shared"]
@@ -133,11 +137,10 @@ def test_logits_stay_and_embeddings_follow_the_svd(kind):
     held_out = torch.arange(PAIRS) % 5 == 0
     moved, origin = features(new, batches), features(old, batches)
     fit = [rows[:, ~held_out].flatten(0, 1).numpy() for rows in (moved, origin)]
-    u, s, vt = np.linalg.svd(fit[0].T @ fit[1])
-    assert s[-1] > 1e-4  # R is unique
+    u, _, vt = np.linalg.svd(fit[0].T @ fit[1])
     wanted, found = moved @ torch.from_numpy(u @ vt), features(mended.model, batches)
     assert (found - wanted).abs().max() < 1e-5
-    logits = [math.exp(model.logit_scale) * f[0] @ f[1].T
+    logits = [math.exp(model.logit_scale.item()) * f[0] @ f[1].T
               for model, f in ((new, moved), (mended.model, found))]  # fmt: skip
     assert (logits[0] - logits[1]).abs().max() < 1e-5
     report = mended.report
@@ -171,11 +174,10 @@ def test_a_saved_model_keeps_its_rotation(kind, tmp_path):
     batches = batches_for(old)
     mended = pybackdoor.repair_drift(drifted(old), old, batches, device="cpu").model
     if kind == "Hugging Face":
-        pybackdoor.save(mended, tmp_path / "m")
-        from pybackdoor.models import hf
+        from transformers import CLIPModel
 
-        hf_config = hf.read_json(tmp_path / "m" / "config.json")
-        again, _ = load_hf(tmp_path / "m", hf_config)
+        pybackdoor.save(mended, tmp_path / "m")
+        again = HFClip(CLIPModel.from_pretrained(tmp_path / "m")).eval()
     else:
         config = tiny(0, text_cfg=TEXT, **OPEN_CLIP[kind]).config
         pybackdoor.save(mended, tmp_path / "m", config=config)
