@@ -24,7 +24,7 @@ from .batches import InputRules, Tokenizer
 from .data import Labelled, Pairs
 from .data.templates import fill, resolve_templates
 from .estimates import Estimate
-from .features import FeatureReader
+from .features import FeatureReader, head_of
 from .retrieval import Recalls, Retrieval
 from .triggers import TriggerSpec
 
@@ -248,7 +248,7 @@ def _drift(
             f"{old_images.shape[1]}"
         )
     texts, old_texts = reader.captions(prompts), before.captions(prompts)
-    old_head = before.class_head(data.classes, templates)
+    old_head = head_of(old_texts, len(data.classes))
     labels = torch.from_numpy(data.labels)
     return Drift(
         Estimate.mean((clean - old_images).square().sum(-1)),

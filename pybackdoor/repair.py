@@ -162,11 +162,7 @@ def repair_in_place(
 
 
 class _Fit:
-    """Cross-covariances of the two models' embeddings, and the rotation that follows from them.
-
-    Attributes:
-        fold: rotates the model and gives the report.
-    """
+    """Cross-covariances of the two models' embeddings, and the rotation that follows from them."""
 
     def __init__(
         self,
@@ -194,14 +190,15 @@ class _Fit:
                 f"{old.shape[2]}"
             )
         usable = torch.stack([new, old]).isfinite().all(3).all(0).all(0)  # [n]
+        start = self._seen + sum(item.counts[: ranks.rank])
+        self._seen += sum(item.counts)
         if self._fold is None and not self._begin(item, usable):
             return False
-        numbers = self._seen + sum(item.counts[: ranks.rank]) + torch.arange(len(item.batch))
+        numbers = start + torch.arange(len(item.batch))
         held_out = (numbers % _HELD_OUT == 0).to(self._device)
         for part, rows in enumerate((usable & ~held_out, usable & held_out)):
             self._sums[part] += new[:, rows].mT @ old[:, rows]
             self._counts[part] += rows.sum()
-        self._seen += sum(item.counts)
         return self._seen >= self._wanted
 
     def _begin(self, item: Item, usable: Tensor) -> bool:  # [n] bool
@@ -228,17 +225,24 @@ class _Fit:
         return True
 
     def fold(self) -> dict[str, Any]:
+        """Rotates the model, where that helps, and reports."""
         ranks, fold = self._ranks, self._fold
         if fold is None:
             raise ValueError("no batch has finite embeddings of the model and the reference")
         ranks.sum_(self._sums)
         ranks.sum_(self._counts)
-        rotation, rank = nearest_rotation(self._sums[0].sum(0))
-        rotation = ranks.tensors_from_first({"rotation": rotation}, self._device)["rotation"]
+        fitted, held_out = map(int, self._counts)
+        if not (fitted and held_out):
+            raise ValueError(
+                f"too few pairs with finite embeddings: {fitted} to fit and {held_out} to judge by"
+            )
+        rotation, rank = nearest_rotation(self._sums[0].sum(0).cpu())
+        mine = {"rotation": rotation.to(self._device)}
+        rotation = ranks.tensors_from_first(mine, self._device)["rotation"]
         distances = self._distances(rotation)
         found = {
-            "pairs": int(self._counts.sum()), "held_out": int(self._counts[1]),
-            "left_out": self._seen - int(self._counts.sum()), "rank": rank, **distances,
+            "pairs": fitted + held_out, "held_out": held_out,
+            "left_out": self._seen - fitted - held_out, "rank": rank, **distances,
         }  # fmt: skip
         before, after = (sum(distances[f"{t}_{when}"] for t in TOWERS) for when in _WHEN)
         if not after < before:

@@ -104,6 +104,7 @@ def test_poison_eval_clean_and_their_exit_codes(world, run, tmp_path):
     assert code == 0 and saved["target"] == "blue" and saved["evaluation"]["ca"]["n"] == 48
     assert saved["evaluation"]["asr_nontarget"]["n"] == 32
     assert "R@5 image to text, clean" in out and "drift, image" in out and "inconclusive" in out
+    assert "CA, its images, the model's texts" in out
     code, out, _ = run("eval", "--model", world / "model", "--test", world / "test.csv")
     assert code == 0 and "no attack success rate is measured" in out and "ASR" not in out
 

@@ -417,7 +417,11 @@ def test_pairs_that_are_not_finite_are_left_out():
     with pytest.raises(ValueError, match="no batch has finite embeddings"):
         pybackdoor.repair_drift(new, model, none, device="cpu")
     late = pybackdoor.repair_drift(new, model, [none[0], batches[1]], device="cpu").report
-    assert late["done"] and late["pairs"] == PAIRS // 2
+    assert late["done"] and late["pairs"] == late["left_out"] == PAIRS // 2
+    few = [(batches[0][0][:3].clone(), batches[0][1][:3])]
+    few[0][0][0] = math.nan  # the one of three that is held out
+    with pytest.raises(ValueError, match="too few pairs .*: 2 to fit and 0 to judge by"):
+        pybackdoor.repair_drift(new, model, few, device="cpu")
 
 
 def test_bad_arguments_are_named():
