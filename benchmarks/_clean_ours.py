@@ -126,7 +126,7 @@ class Ours:
             "augment": setting.augment, "precision": setting.precision, "device": setting.device,
             "mean": setting.mean, "std": setting.std, "progress": False, "lr_start": start,
             "lr": middle, "lr_end": end, "trim_text": self.without != "trim_text",
-            "cache_text": self.without != "cache_text",
+            "cache_text": self.without != "cache_text", "repair": False,
         }  # fmt: skip
         with instrumented(setting.stages), self.backend():
             return par_clean(setting.loaded.model, loader, **(given | options))

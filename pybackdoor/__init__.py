@@ -24,6 +24,7 @@ from .models import load, save
 from .ops import Augment
 from .optim import AdamWEma
 from .poison import PoisonResult, poison, poison_pairs
+from .repair import RepairResult, repair_drift
 from .triggers import TriggerSpec, apply_trigger, trigger
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "Manifest",
     "NonFiniteError",
     "PoisonResult",
+    "RepairResult",
     "TriggerSpec",
     "Verdict",
     "__version__",
@@ -60,6 +62,7 @@ __all__ = [
     "par_clean",
     "poison",
     "poison_pairs",
+    "repair_drift",
     "roclip_clean",
     "save",
     "trigger",

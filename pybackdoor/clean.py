@@ -7,6 +7,7 @@ import difflib
 import math
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from .engine import (
 )
 from .models import check_clip, check_finite, weights_sha256
 from .ops import Augment
+from .repair import repair_in_place
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ class CleanResult:
     Attributes:
         model: the cleaned copy, in evaluation mode, on the device it was trained on.
         history: one dict per step: step, epoch, loss, lr and the method's own terms.
-        report: method, its settings, steps, pairs, seconds, the terms of the last step, device and
-            versions; JSON-serialisable. It makes no claim of removal: that takes ``evaluate`` with
-            a verified trigger.
+        report: method, its settings, steps, pairs, seconds, the terms of the last step, ``repair``
+            (see ``repair_drift``: done, or the reason why not), device and versions;
+            JSON-serialisable. It makes no claim of removal: that takes ``evaluate`` with a verified
+            trigger.
     """
 
     model: nn.Module
@@ -95,6 +98,7 @@ class CleanOptions(TypedDict, total=False):
     lock: str | None
     views: int | None
     compile: str | None
+    repair: bool
     max_faults: int
     folder: str | os.PathLike | None
     resume: bool
@@ -134,6 +138,7 @@ def clean(
     lock: str | None = None,
     views: int | None = None,
     compile: str | None = None,
+    repair: bool = True,
     max_faults: int = 3,
     folder: str | os.PathLike | None = None,
     resume: bool = False,
@@ -170,11 +175,16 @@ def clean(
     student = trainable_copy(model, where)
     config = {} if kept is None else identity(method, student, loader, settings, own, rules)
     log = TrainLog()
+    why = "the run ended early" if repair else "it was switched off"
+    if lock is not None:
+        repair, why = False, f"it would turn the {lock} tower, which is locked"
+    mended = {"done": False, "reason": why}
 
     def result() -> CleanResult:
         for p in student.parameters():
             p.grad = None
-        return CleanResult(student.eval(), log.steps, _report(method, settings, own, log, where))
+        report = _report(method, settings, own, log, where) | {"repair": mended}
+        return CleanResult(student.eval(), log.steps, report)
 
     with carrying(result, log):
         train(
@@ -191,6 +201,8 @@ def clean(
             checkpoints=kept,
             config=config,
         )
+        if repair:
+            _repair(student.eval(), model, loader, rules, where, mended)
     return result()
 
 
@@ -201,6 +213,23 @@ def kept_in(
     if folder is None and (resume or force):
         raise ValueError("resume and force need folder, where the checkpoints are, got none")
     return None if folder is None else Checkpoints(folder, resume, save_minutes, force)
+
+
+def _repair(
+    student: nn.Module,
+    model: nn.Module,
+    loader: Iterable[Any],
+    rules: InputRules,
+    device: torch.device,
+    report: dict[str, Any],
+) -> None:
+    """Turn the student back towards the model that it was; a reason against it is no failure."""
+    reference = trainable_copy(model, device).eval().requires_grad_(False)
+    try:
+        repair_in_place(student, reference, loader, rules, device, report)
+    except ValueError as reason:
+        report["reason"] = str(reason)
+        warnings.warn(f"the drift is not repaired: {reason}", stacklevel=4)
 
 
 def identity(

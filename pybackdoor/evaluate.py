@@ -24,7 +24,7 @@ from .batches import InputRules, Tokenizer
 from .data import Labelled, Pairs
 from .data.templates import fill, resolve_templates
 from .estimates import Estimate
-from .features import FeatureReader
+from .features import FeatureReader, head_of
 from .retrieval import Recalls, Retrieval
 from .triggers import TriggerSpec
 
@@ -38,11 +38,18 @@ class Drift:
     Attributes:
         image, text: mean squared distance of unit embeddings, in [0, 4]; mean cosine is 1 - S/2.
         image_cka: linear centred kernel alignment of the image embeddings, in [0, 1].
+        reference_ca: clean images predicted as their label by the other model alone.
+        old_images: the same by its image embeddings under this model's class head: a stored index
+            searched with new texts.
+        old_texts: by this model's image embeddings under its class head.
     """
 
     image: Estimate
     text: Estimate
     image_cka: float
+    reference_ca: Estimate
+    old_images: Estimate
+    old_texts: Estimate
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,8 @@ def evaluate(
             one head per model from all of them.
         trigger, target: the attack: the trigger and the class it should yield, together or neither.
         baseline: a clean model, for baseline_asr.
-        reference: the model before cleaning, for drift (on clean images and class prompts).
+        reference: the model before cleaning, for drift (on clean images and class prompts) and
+            for how its stored embeddings fare with the model's.
         pairs: image-caption pairs, for retrieval R@1/5/10; equal captions all count as hits.
         mean, std: of the pixels; default the model's own. The baseline and the reference use their
             own where they state one.
@@ -168,7 +176,7 @@ def evaluate(
         if trigger is not None:
             figures["triggered_retrieval"] = search.recalls(trigger)
     if reference is not None:
-        figures["drift"] = _drift(reader, other_reader(reference), clean, data, templates)
+        figures["drift"] = _drift(reader, other_reader(reference), clean, head, data, templates)
     return Evaluation(**figures)
 
 
@@ -228,16 +236,27 @@ def _drift(
     reader: FeatureReader,
     before: FeatureReader,
     clean: Tensor,  # [N, D] the model's own features of the clean images
+    head: Tensor,  # [classes, D] the model's own
     data: Labelled,
     templates: Sequence[str],
 ) -> Drift:
     prompts = [fill(template, name) for name in data.classes for template in templates]
     old_images = before.images(data.images, data.ids)
+    if old_images.shape[1] != clean.shape[1]:
+        raise ValueError(
+            f"evaluate: reference must embed in {clean.shape[1]} dimensions like the model, got "
+            f"{old_images.shape[1]}"
+        )
     texts, old_texts = reader.captions(prompts), before.captions(prompts)
+    old_head = head_of(old_texts, len(data.classes))
+    labels = torch.from_numpy(data.labels)
     return Drift(
         Estimate.mean((clean - old_images).square().sum(-1)),
         Estimate.mean((texts - old_texts).square().sum(-1)),
         linear_cka(clean, old_images),
+        reference_ca=_share(_predict(old_images, old_head) == labels),
+        old_images=_share(_predict(old_images, head) == labels),
+        old_texts=_share(_predict(clean, old_head) == labels),
     )
 
 

@@ -91,8 +91,7 @@ class FeatureReader:
     def class_head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """[classes, D] zero-shot head: normalised mean of each class's normalised prompts."""
         prompts = [fill(template, name) for name in classes for template in templates]
-        features = self.captions(prompts).view(len(classes), len(templates), -1)
-        return normalize(features.mean(1), dim=-1)
+        return head_of(self.captions(prompts), len(classes))
 
     def check_pixels(self, image_size: tuple[int, int]) -> None:
         """Refuse uint8 images of (H, W) that the model does not take."""
@@ -133,6 +132,14 @@ class FeatureReader:
     def _chunks(self, n: int) -> Iterator[np.ndarray]:
         for start in range(0, n, self.batch_size):
             yield np.arange(start, min(start + self.batch_size, n))
+
+
+def head_of(
+    prompts: Tensor,  # [classes * templates, D] unit rows, class by class
+    classes: int,
+) -> Tensor:
+    """[classes, D] zero-shot head of the features of all prompts."""
+    return normalize(prompts.view(classes, -1, prompts.shape[1]).mean(1), dim=-1)
 
 
 def _finite(features: Tensor, tower: str) -> Tensor:

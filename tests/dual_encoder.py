@@ -30,7 +30,7 @@ class DualEncoder(nn.Module):
                 nn.Flatten(),
                 nn.Linear(128, 8),
             )
-            self.text = nn.Sequential(nn.EmbeddingBag(50, 16), nn.Linear(16, 8))
+            self.text = nn.Sequential(nn.EmbeddingBag(50, 8), nn.Linear(8, 8))
             self.ln_final = nn.LayerNorm(8)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
@@ -38,7 +38,7 @@ class DualEncoder(nn.Module):
         return self.image(x)
 
     def encode_text(self, tokens: Tensor) -> Tensor:  # [n, 6]
-        return self.ln_final(self.text(tokens))
+        return self.text[1](self.ln_final(self.text[0](tokens)))
 
 
 def random_pairs(n: int, batch: int, seed: int = 0) -> list[dict[str, Tensor]]:

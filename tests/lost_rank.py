@@ -68,7 +68,7 @@ if fate == "the folder is refused":
 try:
     result = pybackdoor.par_clean(
         DualEncoder(), Endless(), precision="fp32", mean=MEAN, std=STD, progress=False,
-        on_step=hook, **options,
+        on_step=hook, repair=False, **options,
     )  # fmt: skip
     print("DONE", len(result.history), result.report["faults"], flush=True)
 except BaseException as error:

@@ -151,7 +151,7 @@ def test_a_shuffled_data_loader_is_resumed(tmp_path):
 
         batches = DataLoader(rows, 16, shuffle=True, collate_fn=spoiled)
         fixed = {"precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
-        fixed |= {"augment": False, "epochs": 3}
+        fixed |= {"augment": False, "epochs": 3, "repair": False}
         return pybackdoor.par_clean(model, batches, **fixed | options), calls
 
     for stop in (2, 6, 9):

@@ -71,7 +71,7 @@ def cleaning(world, out, *more):
 def test_clean_saves_what_load_reads_and_leaves_the_input(world, run, tmp_path):
     before = (world / "model" / "open_clip_model.safetensors").read_bytes()
     code, out, _ = run(*cleaning(world, tmp_path / "out"))
-    assert code == 0 and "cleaned by par in 3 steps" in out and "rebuild indexes" in out
+    assert code == 0 and "cleaned by par in 3 steps" in out and "rotation of both towers" in out
     assert (world / "model" / "open_clip_model.safetensors").read_bytes() == before
     old, new = pybackdoor.load(world / "model"), pybackdoor.load(tmp_path / "out")
     assert torch.equal(old.model.logit_scale, new.model.logit_scale)
@@ -80,9 +80,11 @@ def test_clean_saves_what_load_reads_and_leaves_the_input(world, run, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "out" / "cleaning.json").read_text())
-    assert report["method"] == "par" and report["steps_done"] == 3
+    assert report["method"] == "par" and report["steps_done"] == 3 and report["repair"]["done"]
     config = tmp_path / "out" / "config.yaml"
     assert run("clean", "--config", config, "--out", tmp_path / "b")[0] == 0
+    out = run("clean", "--config", config, "--out", tmp_path / "c", "--no-repair")[1]
+    assert "not repaired: it was switched off" in out and "rebuild indexes" in out
     for name, tensor in pybackdoor.load(tmp_path / "b").model.state_dict().items():
         assert torch.equal(tensor, new.model.state_dict()[name]), name
 
@@ -122,6 +124,7 @@ def test_poison_eval_clean_and_their_exit_codes(world, run, tmp_path):
     assert code == 0 and saved["target"] == "blue" and saved["evaluation"]["ca"]["n"] == 48
     assert saved["evaluation"]["asr_nontarget"]["n"] == 32
     assert "R@5 image to text, clean" in out and "drift, image" in out and "inconclusive" in out
+    assert "CA, its images, the model's texts" in out
     code, out, _ = run("eval", "--model", world / "model", "--test", world / "test.csv")
     assert code == 0 and "no attack success rate is measured" in out and "ASR" not in out
 

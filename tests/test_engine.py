@@ -15,7 +15,8 @@ import pybackdoor
 from pybackdoor.distributed import Ranks
 from pybackdoor.engine import DeferredInterrupt, NonFiniteError
 
-QUICK = {"steps": 2, "precision": "fp32", "mean": MEAN, "std": STD, "progress": False}
+QUICK = {"steps": 2, "precision": "fp32", "mean": MEAN, "std": STD, "progress": False,
+         "repair": False}  # fmt: skip
 
 
 def clean(model=None, loader=None, **options):

@@ -172,6 +172,10 @@ def test_retrieval_under_trigger_and_drift():
     moved = pybackdoor.evaluate(turned, data, reference=ColourClip(), **OPTIONS)
     text = 2 - 2 * (turned.vectors * ColourClip().vectors).sum(-1).mean().item()
     assert moved.drift.text.value == pytest.approx(text, abs=1e-6)
+    # Its texts have moved on by a class, its images have not: with the old texts all is well.
+    drift = moved.drift
+    assert (moved.ca.value, drift.reference_ca.value) == (0, 1)
+    assert (drift.old_images.value, drift.old_texts.value) == (0, 1)
 
 
 def test_cka_sees_rotation_as_the_same():
@@ -215,6 +219,10 @@ def test_bad_arguments_are_named():
         run(shown=data.subset([]))
     with pytest.raises(TypeError, match="must have encode_image"):
         run(nn.Linear(2, 2))
+    wide = ColourClip()
+    wide.encode_image = lambda x: torch.ones(len(x), 5)
+    with pytest.raises(ValueError, match="reference must embed in 3 dimensions .*, got 5"):
+        run(reference=wide)
     broken = ColourClip()
     broken.vectors.data[0] = math.nan
     with pytest.raises(ValueError, match="text features of 1 of 4 are not finite"):

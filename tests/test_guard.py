@@ -45,7 +45,7 @@ class Faulty(DualEncoder):
 
 def run(model, loader, **options):
     fixed = {"precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
-    fixed |= {"augment": False, "steps": 5}  # an erased square would hide a pixel
+    fixed |= {"augment": False, "steps": 5, "repair": False}  # an erased square would hide a pixel
     return pybackdoor.par_clean(model, loader, **fixed | options)
 
 

@@ -170,8 +170,9 @@ def test_equals_the_algorithm_written_out_in_fp64(tau):
         for b in random_pairs(12, 6)
     ]
     result = pybackdoor.par_clean(
-        model, batches, steps=8, tau=tau, lr=1e-2, augment=False, precision="fp32", progress=False
-    )
+        model, batches, steps=8, tau=tau, lr=1e-2, augment=False, precision="fp32", progress=False,
+        repair=False,
+    )  # fmt: skip
     wanted = reference_run(model, batches, 8, tau, 1e-2)
     for (name, got), want in zip(
         result.model.state_dict().items(), wanted.state_dict().values(), strict=True

@@ -88,7 +88,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     par_clean(
         loaded.model, loader, epochs=1, precision=config.precision, device=device,
         mean=loaded.preprocess.mean, std=loaded.preprocess.std, progress=config.progress,
-        micro_batch=config.micro_batch, track=loader.track,
+        micro_batch=config.micro_batch, track=loader.track, repair=False,
     )  # fmt: skip
     step = loader.seconds / config.steps
     width = loaded.model.to(device).encode_text(loader.tokens[:1].to(device)).shape[1]

@@ -19,6 +19,7 @@ from ..evaluate import evaluate, verdict
 from ..files import writable_folder, write_json
 from ..methods import METHODS, own_options
 from ..models import load, preprocess_record, save
+from ..models.fold import TOWERS
 from ..options import UsageError
 from ..poison import PoisonResult, poison
 from ..triggers import TRIGGERS
@@ -146,7 +147,7 @@ def run_clean(config: CleanConfig) -> Outcome:
             precision=config.precision, seed=config.seed, device=config.device,
             mean=loaded.preprocess.mean, std=loaded.preprocess.std,
             progress=config.progress, track=run.record, micro_batch=config.micro_batch,
-            lock=config.lock, views=config.views, compile=config.compile,
+            lock=config.lock, views=config.views, compile=config.compile, repair=config.repair,
             max_faults=config.max_faults, folder=run.checkpoints,
             resume=config.resume is not None, save_minutes=config.save_minutes,
             force=config.force, **own,
@@ -248,12 +249,23 @@ def _cleaning_text(out: str, result: CleanResult) -> str:
         f"{out}: cleaned by {result.report['method']} in {result.report['steps_done']} steps, "
         f"{result.report['seconds']:.0f} s"
     ]
-    if "s_image" in result.history[-1]:
-        cos = {t: 1 - result.history[-1][f"s_{t}"] / 2 for t in ("image", "text")}
+    repair, last = result.report["repair"], result.history[-1]
+    if repair["done"]:
         lines.append(
-            "The encoders have left the old embedding space (mean cosine "
-            f"{cos['image']:.2f} image, {cos['text']:.2f} text): rebuild indexes, probes and "
-            "adapters made with the old model."
-        )
+            "Squared distance to the old embeddings: "
+            + ", ".join(f"{t} {repair[f'{t}_before']:.2f} -> {repair[f'{t}_after']:.2f}"
+                        for t in TOWERS)
+            + " by a rotation of both towers. Indexes, probes and adapters made with the old "
+            "model meet what is left of it: `pybackdoor eval --reference` measures that."
+        )  # fmt: skip
+    else:
+        lines.append(f"The drift is not repaired: {repair['reason']}.")
+        if "s_image" in last:
+            cos = {t: 1 - last[f"s_{t}"] / 2 for t in TOWERS}
+            lines.append(
+                "The encoders have left the old embedding space (mean cosine "
+                f"{cos['image']:.2f} image, {cos['text']:.2f} text): rebuild indexes, probes and "
+                "adapters made with the old model."
+            )
     lines.append("Whether a backdoor is gone takes `pybackdoor eval` with its trigger.")
     return "\n".join(lines)

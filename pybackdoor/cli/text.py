@@ -11,6 +11,11 @@ _RATES = {
     "triggered_accuracy": "accuracy under trigger",
     "baseline_asr": "baseline ASR",
 }
+_OLD = {
+    "reference_ca": "CA, reference",
+    "old_images": "CA, its images, the model's texts",
+    "old_texts": "CA, the model's images, its texts",
+}
 
 
 def evaluation_table(figures: dict[str, Any]) -> str:
@@ -26,6 +31,7 @@ def evaluation_table(figures: dict[str, Any]) -> str:
             value = drift[tower]["value"]
             lines.append(f"{f'drift, {tower}':<36} {value:6.3f}  of 4 (mean squared distance)")
         lines.append(f"{'drift, image CKA':<36} {drift['image_cka']:6.3f}  of 1")
+        lines += [_line(label, drift[key]) for key, label in _OLD.items()]
     return "\n".join(lines)
 
 
