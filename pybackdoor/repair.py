@@ -290,7 +290,9 @@ class _Rows:
     def inputs(self, item: Item) -> tuple[Tensor, Tensor]:
         """What the two towers take."""
         dtype = self._encode.input_dtype(self._model)
-        x = model_input(item.batch, self._rules, device=self._device, dtype=dtype, ids=item.ids)
+        x = model_input(
+            item.batch.images, self._rules, device=self._device, dtype=dtype, ids=item.ids
+        )
         return x, item.batch.tokens.to(self._device)
 
     @torch.no_grad()
