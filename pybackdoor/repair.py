@@ -245,7 +245,7 @@ class _Fit:
             "left_out": self._seen - fitted - held_out, "rank": rank, **distances,
         }  # fmt: skip
         before, after = (sum(distances[f"{t}_{when}"] for t in TOWERS) for when in _WHEN)
-        if not after < before:
+        if after > before - _ROUNDING:
             return {"done": False, "reason": "no rotation brings the embeddings nearer", **found}
         refusal, error = None, 0.0
         try:
@@ -276,6 +276,7 @@ class _Fit:
             raise ValueError("another rank cannot rotate its model; its own error says why")
 
 
+_ROUNDING = 1e-8  # of squared distances of unit rows in fp32
 _WHEN = ("before", "after")
 
 
