@@ -151,6 +151,9 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
         None, "mode of torch.compile for both towers", choices=COMPILE_MODES
     )
     max_faults: int = option(3, "batches with broken numbers left out before the run is given up")
+    shard: bool = option(
+        False, "split weights and optimiser state over the processes, for models that do not fit"
+    )
 
 
 @dataclass(frozen=True)
