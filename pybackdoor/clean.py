@@ -30,6 +30,7 @@ from .engine import (
     pick_device,
     train,
 )
+from .engine.sharding import joined
 from .models import check_clip, check_finite, weights_sha256
 from .ops import Augment
 from .repair import repair_in_place
@@ -104,6 +105,7 @@ class CleanOptions(TypedDict, total=False):
     resume: bool
     save_minutes: float
     force: bool
+    shard: bool
 
 
 def clean(
@@ -144,6 +146,7 @@ def clean(
     resume: bool = False,
     save_minutes: float = 10.0,
     force: bool = False,
+    shard: bool = False,
     **unknown: Any,
 ) -> CleanResult:
     """Train a copy of ``model``; the model given keeps its weights, mode and device.
@@ -165,26 +168,32 @@ def clean(
     settings = Settings(
         steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
         progress=progress, micro_batch=micro_batch, trim_text=trim_text, cache_text=cache_text,
-        lock=lock, views=views, compile=compile, max_faults=max_faults, **fixed,
+        lock=lock, views=views, compile=compile, max_faults=max_faults, shard=shard, **fixed,
     )  # fmt: skip
     own = {**own, "lr_start": lr_start, "lr": lr, "lr_end": lr_end}
     schedule = two_phase_schedule(lr_start, lr, lr_end)
     rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
     kept = kept_in(folder, resume, save_minutes, force)
     where = pick_device(device)
-    student = trainable_copy(model, where)
+    student = trainable_copy(model, where, shard=shard)
+    split = shard and Ranks().size > 1
+    if shard and not split:
+        warnings.warn("shard has no effect on a single process", UserWarning, stacklevel=3)
     config = {} if kept is None else identity(method, student, loader, settings, own, rules)
     log = TrainLog()
     why = "the run ended early" if repair else "it was switched off"
-    if lock is not None:
+    if repair and lock is not None:
         repair, why = False, f"it would turn the {lock} tower, which is locked"
+    elif repair and split:
+        repair, why = False, "the model is split over ranks: call repair_drift on the result"
     mended = {"done": False, "reason": why}
 
     def result() -> CleanResult:
         for p in student.parameters():
             p.grad = None
         report = _report(method, settings, own, log, where) | {"repair": mended}
-        return CleanResult(student.eval(), log.steps, report)
+        whole = joined(student, full_precision_copy(model).cpu()) if split else student
+        return CleanResult(whole.eval(), log.steps, report)
 
     with carrying(result, log):
         train(
@@ -242,7 +251,7 @@ def identity(
 ) -> dict[str, Any]:
     """What a resumed run must share with the one that was interrupted."""
     told = asdict(settings)
-    for name in ("progress", "max_faults", "micro_batch"):  # they change no result
+    for name in ("progress", "max_faults", "micro_batch", "shard"):  # they change no result
         del told[name]
     about = {"method": method, **told, **own, "mean": rules.mean, "std": rules.std}
     about["batches"] = len(loader) if hasattr(loader, "__len__") else None
@@ -256,18 +265,31 @@ def carrying(result: Callable[[], Any], log: TrainLog) -> Iterator[None]:
     try:
         yield
     except BaseException as stop:
-        if log.steps:
+        if log.steps and not log.scattered:
             stop.result = result()  # type: ignore[attr-defined]
         raise
 
 
-def trainable_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """A checked copy on ``device``, every floating-point parameter trainable, none in half.
+def trainable_copy(model: nn.Module, device: torch.device, *, shard: bool = False) -> nn.Module:
+    """A checked copy, every floating-point parameter trainable, none in half.
 
     Every rank gets rank 0's weights.
+
+    Args:
+        device: where it lies; with ``shard`` on several ranks it stays on the CPU, to go there part
+            by part.
     """
     check_clip(model)
     check_finite(model)
+    student = full_precision_copy(model)
+    ranks = Ranks.start(device)
+    student.to("cpu" if shard and ranks.size > 1 else device)
+    ranks.same_start(student, device)
+    return student
+
+
+def full_precision_copy(model: nn.Module) -> nn.Module:
+    """A copy, every floating-point parameter trainable, none in half."""
     student = copy.deepcopy(model)
     for p in student.parameters():
         if p.is_floating_point():
@@ -278,8 +300,6 @@ def trainable_copy(model: nn.Module, device: torch.device) -> nn.Module:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.dtype in (torch.float16, torch.bfloat16):
                 setattr(module, name, buffer.float())
-    student.to(device)
-    Ranks.start(device).same_start(student)
     return student
 
 

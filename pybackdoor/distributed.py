@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,20 +70,24 @@ class Ranks:
 
     def tensors_from_first(
         self, tensors: Mapping[str, Tensor], device: torch.device
-    ) -> dict[str, Tensor]:
-        """Rank 0's tensors, on every rank."""
+    ) -> tuple[dict[str, torch.Size], Iterator[tuple[str, Tensor]]]:
+        """Shapes of rank 0's tensors, and each in turn on every rank; all must be taken."""
         if self.size == 1:
-            return dict(tensors)
-        about = [[n, list(t.shape), str(t.dtype)[6:]] for n, t in tensors.items()]
-        found = {}
-        for name, shape, dtype in self.from_first(about):
-            if self.rank == 0:
-                tensor = tensors[name].to(device)
-            else:
-                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-            dist.broadcast(tensor, src=0)
-            found[name] = tensor
-        return found
+            return {name: t.shape for name, t in tensors.items()}, iter(tensors.items())
+        about = self.from_first(
+            [[name, list(t.shape), str(t.dtype)[6:]] for name, t in tensors.items()]
+        )
+
+        def each() -> Iterator[tuple[str, Tensor]]:
+            for name, shape, dtype in about:
+                if self.rank == 0:
+                    tensor = tensors[name].to(device)
+                else:
+                    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+                dist.broadcast(tensor, src=0)
+                yield name, tensor
+
+        return {name: torch.Size(shape) for name, shape, _ in about}, each()
 
     def gather(
         self,
@@ -138,6 +142,8 @@ class Ranks:
         if self.size == 1:
             return
         parameters = list(parameters)
+        if not parameters:
+            return
         reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         reached = reached.to(self._words(parameters[0].device))
         dist.all_reduce(reached, dist.ReduceOp.MAX)
@@ -157,11 +163,13 @@ class Ranks:
         if bucket:
             _sum_in_place(bucket)
 
-    def same_start(self, model: nn.Module) -> None:
-        """Give every rank the parameters and buffers of rank 0."""
+    def same_start(self, model: nn.Module, device: torch.device) -> None:
+        """Give every rank the parameters and buffers of rank 0, by way of ``device``."""
         if self.size > 1:
             for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.detach(), src=0)
+                sent = tensor.detach().to(device)
+                dist.broadcast(sent, src=0)
+                tensor.detach().copy_(sent)
 
 
 class _Gather(torch.autograd.Function):

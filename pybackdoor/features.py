@@ -107,8 +107,8 @@ class FeatureReader:
     def batch(self, batch: Batch) -> Tensor:
         """[n, D] fp32 unit rows on the CPU, of a loader's images; within ``reading``."""
         x = model_input(
-            batch.images, self.rules, device=self._device, dtype=self._encoder.input_dtype(self._model),
-            ids=torch.arange(len(batch)),
+            batch.images, self.rules, device=self._device,
+            dtype=self._encoder.input_dtype(self._model), ids=torch.arange(len(batch)),
         )  # fmt: skip
         return _finite(self._encoder.image(self._model, x).float().cpu(), "image")
 

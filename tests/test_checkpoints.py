@@ -21,6 +21,7 @@ import pybackdoor
 from pybackdoor.engine import Checkpoints, checkpoints
 from pybackdoor.engine.checkpoints import CheckpointFolder, train_state
 from pybackdoor.engine.interrupts import Terminated
+from pybackdoor.engine.sharding import Parts
 from pybackdoor.files import hold
 
 HERE = Path(__file__).resolve().parent
@@ -238,7 +239,7 @@ def test_another_model_is_refused_even_when_forced(tmp_path):
     model, optimizer = torch.nn.Linear(2, 3), None
     optimizer = torch.optim.AdamW(model.parameters())
     with CheckpointFolder(Checkpoints(tmp_path), {}) as folder:
-        folder.save(1, train_state(model, optimizer), {"position": {}, "log": {}})
+        folder.save(1, train_state(Parts(model), optimizer), {"position": {}, "log": {}})
     with pytest.raises(ValueError, match="of another model: .* differ"):
         clean(tmp_path, STEPS, force=True)
 

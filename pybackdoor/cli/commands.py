@@ -150,7 +150,7 @@ def run_clean(config: CleanConfig) -> Outcome:
             lock=config.lock, views=config.views, compile=config.compile, repair=config.repair,
             max_faults=config.max_faults, folder=run.checkpoints,
             resume=config.resume is not None, save_minutes=config.save_minutes,
-            force=config.force, **own,
+            force=config.force, shard=config.shard, **own,
         )  # fmt: skip
         run.finish(result)
     text, answer = _cleaning_text(config.out, result), {"out": config.out, **result.report}

@@ -154,6 +154,9 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
         True, "at the end, rotate both towers back towards the input model; similarities stay"
     )
     max_faults: int = option(3, "batches with broken numbers left out before the run is given up")
+    shard: bool = option(
+        False, "split weights and optimiser state over the processes, for models that do not fit"
+    )
 
 
 @dataclass(frozen=True)

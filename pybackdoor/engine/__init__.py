@@ -6,9 +6,10 @@ texts.py and images.py keep what a frozen model has encoded.
 """
 
 from .checkpoints import Checkpoints
+from .groups import decay_groups
 from .guard import NonFiniteError
 from .interrupts import DeferredInterrupt
-from .loop import decay_groups, train
+from .loop import train
 from .objective import Frozen, Given, Objective, Preparation
 from .settings import (
     PRECISIONS,

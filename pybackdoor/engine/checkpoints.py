@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..files import file_sha256, hold, sync_folder, writable_folder, write_atomically
+from .sharding import Parts
 
 _SCHEMA = "pybackdoor.checkpoint/1"
 _HEADROOM = 1.05  # of a checkpoint's size: what must be free before one is written
@@ -237,12 +238,25 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def train_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and the optimiser's moments, on the CPU."""
-    found = {f"model/{name}": tensor for name, tensor in _weights(model).items()}
+def train_state(
+    parts: Parts, optimizer: torch.optim.Optimizer, leader: bool = True
+) -> dict[str, Tensor]:
+    """Weights and the optimiser's moments, whole and on the CPU, whoever holds them.
+
+    Of a sharded model every rank must call it; {} on those that are not the leader. One tensor at a
+    time is whole on the device.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    held = [(f"model/{name}", tensor, tensor) for name, tensor in parts.weights().items()]
     for number, values in optimizer.state_dict()["state"].items():
-        found |= {f"optimizer/{number}/{name}": value for name, value in values.items()}
-    return {name: tensor.detach().cpu() for name, tensor in found.items()}
+        owner = params[number]
+        held += [(f"optimizer/{number}/{name}", value, owner) for name, value in values.items()]
+    found = {}
+    for name, tensor, owner in held:
+        whole = parts.join(tensor.detach(), owner)
+        if leader or not parts.sharded:
+            found[name] = whole.detach().cpu()
+    return found
 
 
 def not_finite(tensors: Mapping[str, Tensor], weights: Collection[str]) -> str:
@@ -257,39 +271,47 @@ def not_finite(tensors: Mapping[str, Tensor], weights: Collection[str]) -> str:
 
 
 def restore(
-    tensors: Mapping[str, Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Puts a state of ``train_state`` back.
+    shapes: Mapping[str, torch.Size],
+    tensors: Iterable[tuple[str, Tensor]],
+    parts: Parts,
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Tensor]:
+    """Puts a state of ``train_state`` back, whole or this rank's part of it.
 
+    Args:
+        shapes: of all tensors.
+        tensors: (name, whole tensor) of each, taken one after the other.
+    Returns:
+        Those of other names, on the CPU.
     Raises:
         ValueError: the model has other weights.
     """
-    weights = _weights(model)
-    kept = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
+    weights = parts.weights()
+    kept = {n.removeprefix("model/"): s for n, s in shapes.items() if n.startswith("model/")}
     wrong = sorted(
         name
         for name in {*weights, *kept}
-        if name not in weights or name not in kept or weights[name].shape != kept[name].shape
+        if name not in weights or name not in kept or parts.shape(weights[name]) != kept[name]
     )
     if wrong:
         raise ValueError(f"the checkpoint is of another model: {', '.join(wrong[:3])} differ")
-    with torch.no_grad():
-        for name, tensor in kept.items():
-            weights[name].copy_(tensor)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, number, key = name.split("/")
+    others = {}
+    with torch.no_grad():
+        for name, tensor in tensors:
+            place, _, rest = name.partition("/")
+            if place == "model":
+                weights[rest].copy_(parts.part(tensor, weights[rest]))
+                continue
+            if place != "optimizer":
+                others[name] = tensor.cpu()
+                continue
+            number, _, key = rest.partition("/")
             like = params[int(number)]
+            tensor = parts.part(tensor, like)
             if tensor.shape == like.shape and tensor.ndim:  # moments lie as their weights do
                 tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
             state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, each once."""
-    stored = set(model.state_dict())
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor for name, tensor in named if name in stored}
+    return others

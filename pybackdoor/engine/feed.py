@@ -55,6 +55,7 @@ class Feed:
             lies before it.
         signal: what has ended the feed early, the same on every rank: 0, nothing; a signal's
             number; 1, ``stop`` without one.
+        failed: whether it has ended in an error, of which every rank knows.
         waiting: seconds spent waiting for the loader.
         save: set to have the state saved after the next batch; the first rank's is what counts.
     Raises:
@@ -79,7 +80,7 @@ class Feed:
         self._stopping, self._checked = 0, False
         self._has_state = _has_state(loader)
         self._seed = seed
-        self.signal = 0
+        self.signal, self.failed = 0, False
         self.waiting, self.save = 0.0, False
         self.position: dict[str, Any] = dict.fromkeys(
             ("epoch", "batches", "used", "given", "seen", "skipped"), 0
@@ -214,6 +215,7 @@ class Feed:
             rows = self._ranks.agree(mine, self._device)
         for rank, (count, *_) in enumerate(rows):
             if count == _FAILED:
+                self.failed = True
                 raise RuntimeError(f"rank {rank} could not read its batch; its own error says why")
         self.save = False
         self.signal = int(max(row[1] for row in rows))
@@ -221,6 +223,7 @@ class Feed:
 
     def _fail(self, error: Exception) -> NoReturn:
         self._ranks.agree([_FAILED, 0.0, 0.0], self._device)
+        self.failed = True
         raise error
 
     def _refuse_equal_shares(self, batch: Batch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..models import scale
 from .lock import LockedText
 from .objective import Given, Objective, takes_own_rows
-from .towers import Captions, Encoder
+from .towers import Captions, Encoder, rows_of_turn
 
 
 class Outcome(NamedTuple):
@@ -62,19 +62,20 @@ class Gradients:
         given: Given,
     ) -> Outcome:
         size = self._micro or max(len(x), len(tokens))
-        whole = max(len(x), len(tokens)) <= size
         towers = ((self._encode.image, x), (self._encode.text, tokens))
+        turns = [1 if self._micro is None else self._encode.turns(len(r), size) for _, r in towers]
+        whole = max(turns) == 1
 
         def parts(tower: int) -> Iterator[tuple[int, Tensor]]:
             encode, rows = towers[tower]
-            for start in range(0, len(rows), size):
-                place = 2 * start + tower
-                yield start, self._student(encode, rows[start : start + size], given.step, place)
+            for start in range(0, turns[tower] * size, size):
+                part, place = rows_of_turn(rows, start, size), 2 * start + tower
+                yield start, self._student(encode, part, given.step, place)
 
         with torch.set_grad_enabled(whole):
-            image = torch.cat([rows for _, rows in parts(0)])
+            image = torch.cat([rows for _, rows in parts(0)])[: len(x)]
             if self._locked is None:
-                text = torch.cat([rows for _, rows in parts(1)])
+                text = torch.cat([rows for _, rows in parts(1)])[: len(tokens)]
             else:
                 text = self._locked(tokens, given.numbers if self._own_rows else None)
         if not whole:
@@ -89,7 +90,8 @@ class Gradients:
             for tower, grad in enumerate((image.grad, text.grad)):
                 for start, features in parts(tower) if grad is not None else ():
                     if features.requires_grad:
-                        features.backward(grad[start : start + size])
+                        own = grad[start : start + size]
+                        features.backward(own if len(own) else torch.zeros_like(features))
         scalars = {name: t.detach() for name, t in {"loss": loss, **terms}.items()}
         named = {"image features": image.detach(), "text features": text.detach()}
         named |= {f"reference features {i}": rows.detach() for i, rows in enumerate(fixed)}

@@ -57,6 +57,7 @@ class Guard:
     """Watches the steps of one run.
 
     Args:
+        named: the model's parameters, as this rank holds them; each rank looks at its own.
         optimizer: a fused AdamW; skips its step while the flag is up.
         lag: steps whose numbers may still be on their way; 0 on a CPU.
     """
@@ -64,17 +65,14 @@ class Guard:
     def __init__(
         self,
         model: nn.Module,
+        named: Sequence[tuple[str, nn.Parameter]],
         optimizer: torch.optim.Optimizer,
         ranks: Ranks,
         device: torch.device,
         lag: int,
     ) -> None:
-        self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self._state = {
-            n: p.detach()
-            for n, p in model.named_parameters()
-            if p.is_floating_point() and p.numel()
-        }
+        self._named = [(n, p) for n, p in named if p.requires_grad]
+        self._state = {n: p.detach() for n, p in named if p.is_floating_point() and p.numel()}
         live = [m for m in model.modules() if isinstance(m, _BATCHNORM) and m.training]
         self._moving = [b for m in live for b in m.buffers(recurse=False)]
         moving = set(map(id, self._moving))
@@ -98,12 +96,13 @@ class Guard:
 
     def watch(self, step: int, item: Any, ids: Tensor, outcome: Outcome) -> None:
         """Takes a step's numbers, after its backward pass and before the optimiser's step."""
-        grads = [(n, p.grad) for n, p in self._named if p.grad is not None and p.numel()]
+        grads = [(n, p.grad) for n, p in self._named if p.grad is not None]
         if not grads:
             raise ValueError("the loss reaches no parameter of the model: is everything frozen?")
-        scalars = _stacked(list(outcome.scalars.values()))
-        gradients = _stacked(largest_entries([g for _, g in grads]))
-        weights = _stacked(largest_entries(list(self._state.values())))
+        grads = [(n, g) for n, g in grads if g.numel()]
+        scalars = self._stacked(list(outcome.scalars.values()))
+        gradients = self._stacked(largest_entries([g for _, g in grads]))
+        weights = self._stacked(largest_entries(list(self._state.values())))
         values = torch.cat([scalars, gradients, weights])
         bad = torch.stack([(~x.isfinite()).any() for x in (values, weights)]).float()
         self._ranks.max_(bad)
@@ -138,6 +137,14 @@ class Guard:
         """Lets steps be applied again."""
         self.flags.zero_()
 
+    def _stacked(self, values: Sequence[Tensor]) -> Tensor:
+        """[] tensors as one in fp64."""
+        if not values:  # all parts of a sharded model's weights are with other ranks
+            return torch.zeros(0, dtype=torch.float64, device=self._device)
+        if len({v.dtype for v in values}) > 1:
+            values = [v.double() for v in values]
+        return torch.stack(list(values)).double()
+
     def _fault(self, sent: _Sent, values: list[float], of_weights: bool) -> Fault:
         broken = [n for n, v in zip(sent.names, values, strict=True) if not math.isfinite(v)]
         weights = [n for n in broken if n in self._state]
@@ -160,13 +167,6 @@ class Guard:
             f"step {sent.step}: not finite: {', '.join(causes[:_SHOWN])}{more}",
             of_weights,
         )
-
-
-def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """[] tensors as one in fp64."""
-    if len({v.dtype for v in values}) > 1:
-        values = [v.double() for v in values]
-    return torch.stack(list(values)).double()
 
 
 def largest_entries(tensors: list[Tensor]) -> list[Tensor]:

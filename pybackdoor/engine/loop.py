@@ -29,6 +29,7 @@ from .checkpoints import (
 )
 from .feed import Feed, Item
 from .gradients import Gradients
+from .groups import decay_groups, set_train_mode
 from .guard import Checked, Fault, Guard, NonFiniteError
 from .interrupts import DeferredInterrupt, exception_of
 from .known import Known
@@ -36,12 +37,12 @@ from .lock import LockedText
 from .objective import Given, Objective, Preparation, takes_own_rows
 from .progress import Progress
 from .settings import PRECISIONS, Schedule, Settings, StepHook, Tracker, TrainLog
+from .sharding import Parts, shard
 from .towers import Encoder, TextTrim
 from .watch import Watch
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound on the learned temperature
 _KEPT_OF_LOG = ("steps", "pairs", "faults", "seconds", "waiting")
-_NO_DECAY_NAMES = ("bias", "ln", "bn")
 _OBJECTIVE = "objective/"  # what the names of its tensors begin with in a checkpoint
 
 
@@ -74,7 +75,8 @@ def train(
     and ``log`` complete up to it, and a checkpoint of it written where they are kept.
 
     Args:
-        model: on ``device``, with the same weights on every rank.
+        model: on ``device``, with the same weights on every rank. With ``settings.shard`` it may
+            lie elsewhere; each rank keeps a part of it, ``sharding.joined`` gives the whole.
         loader: yields this rank's batches (see ``batches``); walked anew for each epoch, the first
             being epoch 0, after ``set_epoch`` where it or its sampler has one.
         on_step: called after each step with (step, record, model); returning True ends the run,
@@ -130,8 +132,15 @@ class _Run:
         if not self.train_scale:
             for p in logit_scale_parameters(model):
                 p.requires_grad_(False)
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.trained = [p for _, p in named]
+        if settings.shard and not objective.shardable:
+            raise ValueError(
+                f"shard cannot be used with {type(objective).__name__}: its ranks need not encode "
+                "equally often; leave it off"
+            )
+        if settings.shard and self.ranks.size > 1:
+            shard(model, device)
+        self.parts = Parts(model)
+        named = [(n, p) for n, p in self.parts.named if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             decay_groups(named, settings.weight_decay),
             lr=0.0,
@@ -141,13 +150,15 @@ class _Run:
         )
         set_train_mode(model, settings.freeze_batchnorm)
         self.encode = Encoder(
-            PRECISIONS[settings.precision], device, settings.compile, settings.micro_batch
-        )
+            PRECISIONS[settings.precision], device, settings.compile, settings.micro_batch,
+            self.ranks if self.parts.sharded else None,
+        )  # fmt: skip
         self.locked = None if settings.lock is None else LockedText(model, self.encode)
         compiled = settings.compile is not None
         self.trim = TextTrim(
             model, settings.trim_text, compiled=compiled,
-            grouped=device.type == "cpu" and not compiled,
+            grouped=device.type == "cpu" and not compiled and not self.parts.sharded,
+            ranks=self.ranks if self.parts.sharded else None,
         )  # fmt: skip
         gradients = Gradients(
             model, objective, self.encode, train_scale=self.train_scale,
@@ -158,12 +169,13 @@ class _Run:
         # With a hook, which looks at the model of each step, the host keeps up with the device.
         hooks = self.ranks.agree([on_step is not None], device)
         lag = 0 if any(hook for (hook,) in hooks) else 1
-        self.guard = Guard(model, self.optimizer, self.ranks, device, lag)
+        self.guard = Guard(model, self.parts.named, self.optimizer, self.ranks, device, lag)
         self.started = time.perf_counter()
         self.folder: CheckpointFolder | None = None
 
     def go(self, checkpoints: Checkpoints | None, config: Mapping[str, Any]) -> None:
         cuda = [self.device] if self.device.type == "cuda" else []
+        together = False
         try:
             if checkpoints is not None:
                 self._open(checkpoints, config)
@@ -171,9 +183,14 @@ class _Run:
                 with self.watch, self.watch.lost_ranks():
                     self._run(interrupt, kept=checkpoints is not None)
                 if self.feed.signal > 1:
+                    together = True
                     raise exception_of(self.feed.signal)
                 if self.ranks.size == 1:  # it may have come with the last step
                     interrupt.check()
+        except BaseException as error:
+            together |= self.feed.failed or isinstance(error, NonFiniteError)
+            self.log.scattered = self.parts.sharded and not together
+            raise
         finally:
             self.log.skipped_batches = self.feed.position["skipped"]
             if self.folder is not None:
@@ -207,6 +224,7 @@ class _Run:
             Preparation(
                 self.model, self.encode, self.device, self.known, self.ranks, self.rules,
                 self.loader, self.feed.steps, self.settings.seed, self.watch.patient,
+                self.parts.sharded,
             )
         )  # fmt: skip
         self.prepared = True
@@ -260,14 +278,14 @@ class _Run:
         )  # fmt: skip
         self.known.begin(item.ids, item.epoch)
         self.guard.begin()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.parts.drop_gradients()
         with self.encode.products(self.model):
             x, tokens = self.objective.inputs(given)
             tokens = self.trim(tokens).to(self.device, non_blocking=True)
             if self.locked is not None:
                 self.locked.freeze(tokens)
             outcome = self.gradients(x, tokens, given)
-        self.ranks.sum_gradients(self.trained)
+        self.parts.sum_gradients(self.ranks)
         self.guard.watch(step, item, item.ids, outcome)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step, self.feed.steps)
@@ -339,7 +357,7 @@ class _Run:
         if not any(mine for (mine,) in self.ranks.agree([step], self.device)):
             return
         with self.watch.patient():
-            tensors = train_state(self.model, self.optimizer)
+            tensors = train_state(self.parts, self.optimizer, self.ranks.rank == 0)
             tensors |= {_OBJECTIVE + n: t.detach().cpu() for n, t in self.objective.state().items()}
             broken = not_finite(tensors, self.guard.watched)
             found = self.ranks.agree([bool(broken)], self.device)
@@ -358,13 +376,10 @@ class _Run:
         content = self.ranks.from_first(None if state is None else state.content)
         if content is None:
             return False
-        tensors = self.ranks.tensors_from_first({} if state is None else state.tensors, self.device)
-        restore(tensors, self.model, self.optimizer)
-        self.kept = {
-            name.removeprefix(_OBJECTIVE): tensor.cpu()
-            for name, tensor in tensors.items()
-            if name.startswith(_OBJECTIVE)
-        }
+        held = {} if state is None else state.tensors
+        shapes, tensors = self.ranks.tensors_from_first(held, self.device)
+        others = restore(shapes, tensors, self.parts, self.optimizer)
+        self.kept = {name.removeprefix(_OBJECTIVE): tensor for name, tensor in others.items()}
         if self.prepared and self.kept:
             self.objective.load(self.kept)
         self.feed.position = content["position"]
@@ -375,24 +390,3 @@ class _Run:
         self.started = time.perf_counter() - self.log.seconds
         self.guard.lower()
         return True
-
-
-def decay_groups(named: list[tuple[str, Tensor]], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: no decay for vectors, scalars and names with bias, ln or bn."""
-    free = [p for n, p in named if p.ndim < 2 or any(part in n for part in _NO_DECAY_NAMES)]
-    kept = {id(p) for p in free}
-    decayed = [p for _, p in named if id(p) not in kept]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def set_train_mode(model: nn.Module, freeze_batchnorm: bool) -> None:
-    """``train()``, with batch norm left in evaluation mode when its statistics are frozen."""
-    model.train()
-    if freeze_batchnorm:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()

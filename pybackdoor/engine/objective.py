@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..batches import Batch, InputRules
 from ..distributed import Ranks
+from .sharding import shard
 from .towers import Captions, Encoder
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Preparation:
         loader: the run's own.
         steps: planned.
         patient: a context for what takes the ranks longer than a step.
+        sharded: whether model is split over the ranks, and a frozen one will be.
     """
 
     model: nn.Module
@@ -81,8 +83,11 @@ class Preparation:
     steps: int = 0
     seed: int = 0
     patient: Callable[[], AbstractContextManager[None]] = nullcontext
+    sharded: bool = False
 
     def frozen(self, model: nn.Module) -> Frozen:
+        if self.sharded:
+            shard(model, self.device)
         return Frozen(model, self.encode, self.known)
 
 
@@ -111,7 +116,14 @@ class Objective:
     """What a step minimises. A method is an objective and a schedule, and overrides what it needs.
 
     Order of a step: ``inputs``, the towers, ``reference``, the call, its gradients.
+
+    Attributes:
+        shardable: whether ``settings.shard`` may be used: all ranks call the model's towers as
+            often as each other, frozen models are those of ``Preparation.frozen``, and no
+            parameter or gradient is looked at.
     """
+
+    shardable = False
 
     def prepare(self, run: Preparation) -> None:
         """Before the first step, and before ``load``; the same on every rank."""

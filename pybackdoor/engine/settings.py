@@ -51,6 +51,8 @@ class Settings:
             (with CUDA graphs) or "max-autotune".
         max_faults: batches whose loss or gradients are not finite that may be left out before the
             run is given up.
+        shard: split parameters, gradients and the optimiser's state over the ranks, see
+            ``sharding``; nothing for a single process.
     """
 
     steps: int | None = None
@@ -70,6 +72,7 @@ class Settings:
     views: int | None = None
     compile: str | None = None
     max_faults: int = 3
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -78,6 +81,9 @@ class Settings:
             raise ValueError(
                 f"compile must be None or one of {list(COMPILE_MODES)}, got {self.compile!r}"
             )
+        for name in ("compile", "lock", "views") if self.shard else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"shard and {name} exclude each other: choose one")
         if self.lock is not None and self.lock not in LOCKS:
             raise ValueError(f"lock must be None or one of {list(LOCKS)}, got {self.lock!r}")
         limits = {"steps": 1, "epochs": 1, "seed": 0, "micro_batch": 1, "views": 1, "max_faults": 0}
@@ -105,6 +111,8 @@ class TrainLog:
         faults: what was not finite, and was left out or rolled back.
         seconds: leaves out the time spent in a step hook.
         waiting: seconds of it that the loader kept the step waiting.
+        scattered: whether the model's weights remain in parts, since this rank has ended otherwise
+            than all of them together.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -113,6 +121,7 @@ class TrainLog:
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
     waiting: float = 0.0
+    scattered: bool = False
 
 
 def loss_precision(precision: str) -> str:

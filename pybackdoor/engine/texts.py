@@ -50,14 +50,14 @@ class CaptionFeatures:
         order = np.argsort(captions.lengths(), kind="stable")
         self.features: Tensor | None = None
         with torch.no_grad(), watch.patient():
-            for number, start in enumerate(range(0, len(order), _CHUNK)):
-                if number % ranks.size != ranks.rank and self.features is not None:
-                    continue
-                chunk = order[start : start + _CHUNK]
+            starts = range(0, len(order), _CHUNK)
+            for first in range(0, len(starts), ranks.size):  # as often on every rank
+                number = min(first + ranks.rank, len(starts) - 1)
+                chunk = order[starts[number] : starts[number] + _CHUNK]
                 rows = encode(captions.tokens(chunk))
                 if self.features is None:
                     self.features = rows.new_zeros(len(order), rows.shape[1])
-                if number % ranks.size == ranks.rank:
+                if number == first + ranks.rank:
                     self.features[torch.from_numpy(chunk).to(rows.device)] = rows
             assert self.features is not None
             ranks.sum_(self.features)

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Ranks
 from ..models import ImageTower, TextTower, image_features, text_features
 from ..ops._matmul import fast_products
 from .shortcuts import image_shortcut, same, text_shortcut
@@ -62,6 +63,7 @@ class Encoder:
         autocast: the towers' dtype under autocast; None: their own.
         compile: a mode of torch.compile, or None.
         chunk: rows encoded at a time where no gradient is wanted; None: all.
+        ranks: those over which the models are sharded: each must encode as often as the others.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class Encoder:
         device: torch.device,
         compile: str | None = None,
         chunk: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._autocast, self._device, self._mode = autocast, device, compile
-        self._chunk = chunk
+        self._chunk, self._ranks = chunk, ranks
         if compile is not None:  # two models, with and without gradients, each at a few lengths
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, _VARIANTS)
@@ -88,13 +91,13 @@ class Encoder:
         torch's own on a GPU, in bf16, and where a compiler makes them its own.
         """
         plain = self._device.type == "cpu" and self._autocast is None and self._mode is None
-        return fast_products(model) if plain else nullcontext()
+        return fast_products(model) if plain and self._ranks is None else nullcontext()
 
     def image(self, model: nn.Module, x: Tensor) -> Tensor:  # x [n, 3, H, W] normalised
         """[n, D] unit rows in at least fp32."""
         encode = self._function(model, image_features, image_shortcut(model, x))
         with self._context():
-            return torch.cat([encode(model, part) for part in self._parts(x)])
+            return torch.cat([encode(model, part) for part in self._parts(x)])[: len(x)]
 
     def text(self, model: nn.Module, tokens: Tensor | Captions) -> Tensor:  # tokens [n, L]
         """[n, D] unit rows in at least fp32."""
@@ -110,11 +113,22 @@ class Encoder:
                 return text_features(model, part.tokens, tower.shared)
 
         with self._context():
-            return torch.cat([encode(model, part) for part in self._parts(tokens)])
+            parts = [encode(model, part) for part in self._parts(tokens)]
+            return torch.cat(parts)[: len(tokens)]
+
+    def turns(self, rows: int, size: int) -> int:
+        """Parts of a size that rows make; of a sharded model's, on the rank that has most."""
+        mine = max(-(-rows // size), 1)
+        if self._ranks is None:
+            return mine
+        return int(max(n for (n,) in self._ranks.agree([mine], self._device)))
 
     def _parts(self, rows: Tensor | Captions) -> list[Tensor] | list[Captions]:
-        size = self._chunk if self._chunk and not torch.is_grad_enabled() else max(len(rows), 1)
-        return [rows[i : i + size] for i in range(0, max(len(rows), 1), size)]
+        if self._chunk is None or torch.is_grad_enabled():
+            return [rows]
+        size = self._chunk
+        ends = self.turns(len(rows), size) * size
+        return [rows_of_turn(rows, start, size) for start in range(0, ends, size)]
 
     def _function(
         self, model: nn.Module, features: Callable, tower: ImageTower | TextTower | None
@@ -158,6 +172,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def rows_of_turn(rows: Tensor | Captions, start: int, size: int) -> Tensor | Captions:
+    """The rows from start on; past the end one of them, to encode since another rank has more."""
+    return rows[start : start + size] if start < len(rows) else rows[:1]
+
+
 class TextTrim:
     """Cuts off the padding that all captions of a batch share, where no feature shows it.
 
@@ -167,13 +186,21 @@ class TextTrim:
     Args:
         compiled: whether each length costs a compilation.
         grouped: give Captions, for groups of similar length.
+        ranks: those that must find it out together, since the model is sharded over them; each
+            calls this as often as the others.
     """
 
     def __init__(
-        self, model: nn.Module, wanted: bool, *, compiled: bool = False, grouped: bool = False
+        self,
+        model: nn.Module,
+        wanted: bool,
+        *,
+        compiled: bool = False,
+        grouped: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self._model, self._step = model, _COMPILED_STEP if compiled else _STEP
-        self._grouped = grouped
+        self._grouped, self._ranks = grouped, ranks
         self._works: bool | None = None if wanted else False
 
     def __call__(self, tokens: Tensor) -> Tensor | Captions:  # [n, L] -> [n, L'], L' <= L
@@ -183,15 +210,34 @@ class TextTrim:
         lengths = tokens.shape[1] - same.cummin(1).values.sum(1)  # [n], with one of the padding
         lengths = (-(-lengths // self._step) * self._step).clamp(max=tokens.shape[1])
         length = int(lengths.max() if not self._grouped else lengths.min())
-        if length == tokens.shape[1]:
-            return tokens
         if self._works is None:
-            shown = tokens[lengths <= length][:8]
-            self._works = text_shortcut(self._model, shown) is not None or self._same(shown, length)
-        if not self._works:
+            self._works = self._found_out(tokens, lengths, length)
+        if not self._works or length == tokens.shape[1]:
             return tokens
         longest = tokens[:, : int(lengths.max())]
         return Captions(longest, lengths) if self._grouped else longest
+
+    def _found_out(
+        self,
+        tokens: Tensor,  # [n, L]
+        lengths: Tensor,  # [n]
+        length: int,
+    ) -> bool | None:
+        """Whether captions may be cut; None where nobody has one that is shorter than L."""
+        shown = self._agreed(length if length < tokens.shape[1] else 0)
+        if not any(shown):
+            return None
+        length = min(n for n in shown if n)
+        short = tokens[lengths <= length][:8]
+        some = len(short) > 0  # without one a rank takes part all the same, and finds nothing
+        short = short if some else tokens[:8]
+        same = text_shortcut(self._model, short) is not None or self._same(short, length)
+        return all(self._agreed(same or not some))
+
+    def _agreed(self, mine: int) -> list[int]:
+        if self._ranks is None:
+            return [mine]
+        return [int(n) for (n,) in self._ranks.agree([mine], next(self._model.parameters()).device)]
 
     @torch.no_grad()
     def _same(self, tokens: Tensor, length: int) -> bool:

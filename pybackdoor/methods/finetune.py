@@ -19,6 +19,8 @@ from ..ops import contrastive_par
 class Contrastive(Objective):
     """CLIP's own loss and nothing else."""
 
+    shardable = True
+
     def __init__(self, precision: str = "auto") -> None:
         self._precision = precision
 

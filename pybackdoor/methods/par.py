@@ -26,6 +26,8 @@ from ..ops import contrastive_par
 class PerturbAndRecover(Objective):
     """The PAR objective against a frozen poisoned model."""
 
+    shardable = True
+
     def __init__(self, poisoned: nn.Module, tau: float, precision: str = "auto") -> None:
         self._poisoned, self._tau, self._precision = poisoned, tau, precision
 
@@ -124,6 +126,12 @@ def par_clean(
         resume (False): continue from the folder's newest valid checkpoint, if there is one. On a
             CPU, with as many threads, the weights end bit for bit as without the interruption.
         force (False): resume even though the settings have changed.
+        shard (False): split weights, gradients and optimiser state, and the poisoned model's
+            weights, over the processes (PyTorch's FSDP2), for models that do not fit. Result and
+            checkpoints hold whole weights, on the CPU; the run can be resumed on any number of
+            processes. The model that ``on_step`` gets works on all ranks at once only, and an
+            error on one rank alone leaves no ``result``. For PAR and its control, without
+            ``compile``, ``lock`` and ``views``; one process warns.
     Returns:
         The cleaned copy, one history record per step (loss, contrastive, s_image, s_text, both
         gates, lr), and a report.
