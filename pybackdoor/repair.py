@@ -104,7 +104,7 @@ def repair_drift(
     ranks = Ranks.start(where)
     turned, old = (copy.deepcopy(m).to(where).eval() for m in (model, reference))
     for each in (turned, old):
-        ranks.same_start(each)
+        ranks.same_start(each, where)
     report: dict[str, Any] = {}
     repair_in_place(turned, old, loader, rules, where, report, pairs=pairs)
     return RepairResult(turned, report)
@@ -238,7 +238,7 @@ class _Fit:
             )
         rotation, rank = nearest_rotation(self._sums[0].sum(0).cpu())
         mine = {"rotation": rotation.to(self._device)}
-        rotation = ranks.tensors_from_first(mine, self._device)["rotation"]
+        rotation = dict(ranks.tensors_from_first(mine, self._device)[1])["rotation"]
         distances = self._distances(rotation)
         found = {
             "pairs": fitted + held_out, "held_out": held_out,

@@ -23,7 +23,7 @@ def counted(self, x):
     return encode(self, x)
 
 
-options = {"steps": None, "epochs": 6, "views": 2}
+options = {"steps": None, "epochs": 6, "views": 2, "repair": False}
 with mock.patch.object(DualEncoder, "encode_image", counted):
     got = clean(None, **options)
     found = {"encoded": seen}

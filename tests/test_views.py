@@ -47,7 +47,7 @@ def same(got, want):
 @pytest.mark.parametrize("fewest", [4, 64])
 def test_a_run_with_kept_features_is_the_run_without_to_the_bit(monkeypatch, fewest):
     monkeypatch.setattr(images, "_FEWEST", fewest)
-    options = {"steps": None, "epochs": 6, "views": 2}
+    options = {"steps": None, "epochs": 6, "views": 2, "repair": False}
     seen = encoded(monkeypatch)
     got = clean(None, **options)
     counts = list(seen)
@@ -109,7 +109,7 @@ def test_a_pair_looks_in_epoch_e_as_in_e_mod_views(monkeypatch):
         ids += [batch["ids"] for batch in pairs]
     pybackdoor.finetune_clean(
         DualEncoder(), pairs, epochs=5, views=2, mean=MEAN, std=STD, progress=False,
-        precision="fp32",
+        precision="fp32", repair=False,
     )  # fmt: skip
     x = {
         (step // 5, int(i)): row
