@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from .batches import InputRules, Tokenizer, model_input
-from .data import PairLoader
 from .distributed import Ranks
 from .engine import DeferredInterrupt, Encoder, TextTrim, pick_device
+from .engine.again import has_len, standing
 from .engine.feed import Feed, Item
 from .engine.interrupts import exception_of
 from .engine.watch import Watch
@@ -127,7 +126,7 @@ def repair_in_place(
     """
     began = time.perf_counter()
     ranks = Ranks.start(device)
-    told = ranks.agree([hasattr(loader, "__next__"), _has_len(loader)], device)
+    told = ranks.agree([hasattr(loader, "__next__"), has_len(loader)], device)
     if any(one_shot for one_shot, _ in told):
         raise ValueError(
             "the loader is a one-shot iterator, whose pairs cannot be read again: pass a "
@@ -136,7 +135,7 @@ def repair_in_place(
     steps = None if all(known for _, known in told) else _NO_END
     cuda = [device] if device.type == "cuda" else []
     with (
-        _standing(loader) as walked,
+        standing(loader) as walked,
         torch.random.fork_rng(devices=cuda),
         DeferredInterrupt() as interrupt,
     ):
@@ -319,44 +318,3 @@ def nearest_rotation(
     null_u, null_vh = u[:, rank:], vh[rank:]
     a, _, bh = torch.linalg.svd(null_u.T @ null_vh.T)
     return u[:, :rank] @ vh[:rank] + null_u @ (a @ bh) @ null_vh, rank
-
-
-def _has_len(loader: Iterable[Any]) -> bool:
-    try:
-        len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return False
-    return True
-
-
-class _AsItStands:
-    """Another pass over a loader, which hears of no epoch."""
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self._loader = loader
-
-    def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._loader)
-
-
-@contextmanager
-def _standing(loader: Iterable[Any]) -> Iterator[Iterable[Any]]:
-    """A loader to walk, after which the one given stands where it stood."""
-    if isinstance(loader, PairLoader):
-        yield copy.copy(loader)  # its place is its own, the pairs and tokens are shared
-        return
-    holders = (loader, getattr(loader, "sampler", None))
-    drawn = [g for g in (getattr(h, "generator", None) for h in holders) if hasattr(g, "get_state")]
-    states = [g.get_state() for g in drawn]
-    stateful = all(hasattr(loader, name) for name in ("state_dict", "load_state_dict"))
-    place = loader.state_dict() if stateful else None  # type: ignore[attr-defined]
-    try:
-        yield _AsItStands(loader)
-    finally:
-        for generator, state in zip(drawn, states, strict=True):
-            generator.set_state(state)
-        if stateful:
-            loader.load_state_dict(place)  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 from dual_encoder import DualEncoder
-from test_repair import batches_for, drifted
+from repair_cases import batches_for, drifted
 
 import pybackdoor
 from pybackdoor.distributed import Ranks

@@ -28,7 +28,7 @@ def run(pairs, **options):
     torch.manual_seed(0)
     model = CLIP(16, VISION, TEXT)
     fixed = {"precision": "fp32", "progress": False, "lr": 1e-3, "epochs": 2, "lr_start": 1e-3}
-    fixed |= {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    fixed |= {"mean": (0.5,) * 3, "std": (0.25,) * 3, "repair": False}
     return pybackdoor.par_clean(model, pairs, **fixed | options)
 
 

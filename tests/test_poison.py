@@ -128,7 +128,7 @@ def test_a_backdoor_is_planted_verified_and_recorded():
         "warmup": 5, "test": test, "mean": MEAN, "std": STD, "precision": "fp32",
         "progress": False,
     }  # fmt: skip
-    result = pybackdoor.poison(model, pairs_of(1000), STRIPES, steps=150, **options)
+    result = pybackdoor.poison(model, pairs_of(1000), STRIPES, steps=200, **options)
     assert result.verdict.fires and result.evaluation.ca.value > 0.9
     assert result.evaluation.asr_nontarget.value > 0.8
     assert result.manifest.results["asr_nontarget"] == result.evaluation.asr_nontarget.to_dict()

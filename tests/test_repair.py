@@ -1,130 +1,38 @@
-"""Drift repair: its rotation against an fp64 SVD, its fold in every kind of tower, its limits."""
+"""Drift repair: its rotation against an fp64 SVD, and its fold in every kind of tower."""
 
 from __future__ import annotations
 
 import copy
 import math
-import os
-import signal
-import warnings
 
 import numpy as np
 import pytest
 import torch
-from clip_models import tiny, tiny_hf
+from clip_models import tiny
 from dual_encoder import MEAN, STD, DualEncoder, random_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_ranks import run_ranks
+from repair_cases import (
+    KINDS,
+    OPEN_CLIP,
+    PAIRS,
+    TEXT,
+    Shared,
+    Unfoldable,
+    batches_for,
+    drifted,
+    features,
+    make,
+    same,
+    turn,
+    weights,
+)
 from torch import nn
-from torch.nn.functional import normalize
 
 import pybackdoor
-from pybackdoor.data import PairLoader, pairs_from_arrays
-from pybackdoor.models import HFClip, image_features, text_features
+from pybackdoor.models import HFClip
 from pybackdoor.models.fold import Fold, LinearMap
 from pybackdoor.repair import nearest_rotation
-
-PAIRS = 60
-RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
-TIMM = {"timm_model_name": "test_resnet", "timm_model_pretrained": False, "image_size": 32}
-TEXT = {"context_length": 16, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2}
-OPEN_CLIP = {
-    "ViT": {},
-    "ResNet": {"vision_cfg": RESNET},
-    "text tower of its own": {"custom_text": True},
-    "text projection with a bias": {"text_cfg": TEXT | {"proj_bias": True}},
-    "timm, linear head": {"vision_cfg": TIMM | {"timm_proj": "linear"}},
-    "timm, MLP head": {"vision_cfg": TIMM | {"timm_proj": "mlp"}},
-    "timm, its own classifier": {"vision_cfg": TIMM | {"timm_proj": "", "timm_pool": "avg"}},
-}
-
-
-class Shared(nn.Module):
-    """Both towers end in one layer; ``crossed``, they take its square matrix either way round."""
-
-    def __init__(self, crossed: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.crossed, self.logit_scale = crossed, nn.Parameter(torch.tensor(2.0))
-        self.pixels, self.words = nn.Linear(768, 8), nn.EmbeddingBag(50, 8)
-        self.last = nn.Linear(8, 8, bias=not crossed)
-
-    def encode_image(self, x):
-        return self.last(self.pixels(x.flatten(1)).tanh())
-
-    def encode_text(self, tokens):
-        rows = self.words(tokens).tanh()
-        return rows @ self.last.weight if self.crossed else self.last(rows)
-
-
-class Unfoldable(DualEncoder):
-    """A norm follows the last linear map of its text."""
-
-    def encode_text(self, tokens):
-        return self.ln_final(super().encode_text(tokens))
-
-
-def make(kind: str) -> nn.Module:
-    if kind == "Hugging Face":
-        pytest.importorskip("transformers")
-    with torch.random.fork_rng():
-        if kind in OPEN_CLIP:
-            return tiny(0, **({"text_cfg": TEXT} | OPEN_CLIP[kind])).model.eval()
-        torch.manual_seed(0)
-        own = {"DualEncoder": DualEncoder, "shared": Shared}
-        return own[kind]().eval() if kind in own else HFClip(tiny_hf())
-
-
-def batches_for(model: nn.Module, n: int = PAIRS, seed: int = 0) -> list:
-    """Normalised floats and tokens, in two batches."""
-    if isinstance(model, DualEncoder | Shared):
-        side, length, words = 16, 6, 50
-    else:
-        side, length, words = 32, 16, 98
-    g = torch.Generator().manual_seed(seed)
-    images = torch.randn(n, 3, side, side, generator=g)
-    tokens = torch.randint(2, words - 1, (n, length), generator=g)
-    tokens[:, -1] = 99 if words == 98 else words - 1  # the end of the text, where it is pooled
-    dtype = next(model.parameters()).dtype
-    images = images.to(dtype)
-    return [(images[: n // 2], tokens[: n // 2]), (images[n // 2 :], tokens[n // 2 :])]
-
-
-def drifted(model: nn.Module, seed: int = 1) -> nn.Module:
-    moved = copy.deepcopy(model)
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in moved.parameters():
-            if p.ndim > 1:
-                p += 0.3 * p.std() * torch.randn(p.shape, generator=g).to(p.dtype)
-    return moved
-
-
-@torch.no_grad()
-def features(model: nn.Module, batches: list) -> torch.Tensor:
-    """[2, n, D] fp64 unit rows: images, texts."""
-    images, texts = (torch.cat(x) for x in zip(*batches, strict=True))
-    rows = torch.stack([image_features(model, images), text_features(model, texts)])
-    return normalize(rows.double(), dim=-1)
-
-
-def turn(dim: int, seed: int = 5) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(dim, dim, generator=g, dtype=torch.float64))[0]
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: t.clone() for n, t in model.state_dict().items()}
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(
-        torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True)
-    )
-
-
-KINDS = [*OPEN_CLIP, "Hugging Face", "DualEncoder", "shared"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,149 +189,6 @@ def test_a_model_that_has_not_moved_is_not_rotated():
     assert same(mended.model, model)
 
 
-FAST = {"steps": 3, "precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
-
-
-@pytest.mark.parametrize("method", [pybackdoor.par_clean, pybackdoor.finetune_clean])
-def test_every_cleaning_repairs_unless_told_not_to(method):
-    model, batches = DualEncoder(), random_pairs(60, 20)
-    on, off = (method(model, batches, device="cpu", repair=r, **FAST) for r in (True, False))
-    assert same(method(model, batches, device="cpu", **FAST).model, on.model)  # the default
-    assert off.report["repair"] == {"done": False, "reason": "it was switched off"}
-    report = on.report["repair"]
-    assert report["done"] and report["pairs"] == 60 and report["seconds"] > 0
-    assert (
-        report["image_after"] + report["text_after"]
-        < report["image_before"] + (report["text_before"])
-    )
-    changed = [n for n, t in weights(on.model).items() if not torch.equal(t, weights(off.model)[n])]
-    assert changed == ["image.6.weight", "image.6.bias", "text.1.weight", "text.1.bias"]
-    options = {"mean": MEAN, "std": STD, "device": "cpu"}
-    later = pybackdoor.repair_drift(off.model, model, batches, **options)  # the same, by hand
-    assert same(later.model, on.model)
-
-
-def test_an_interrupted_run_is_not_repaired(monkeypatch):
-    def full(step, record, model):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError) as stopped:
-        pybackdoor.par_clean(DualEncoder(), random_pairs(60, 20), on_step=full, **FAST)
-    assert stopped.value.result.report["repair"] == {
-        "done": False, "reason": "the run ended early",
-    }  # fmt: skip
-    count = 0
-
-    class Presses(DualEncoder):
-        def encode_image(self, x):
-            nonlocal count
-            count += not self.training and not torch.is_grad_enabled()
-            if count == 8:  # in the repair's pass: the teacher has been asked three times
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().encode_image(x)
-
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        pybackdoor.par_clean(Presses(), random_pairs(60, 20), **FAST)
-    result = stopped.value.result
-    assert len(result.history) == 3 and result.report["repair"]["reason"] == "the run ended early"
-    plain = pybackdoor.par_clean(DualEncoder(), random_pairs(60, 20), repair=False, **FAST)
-    assert same(result.model, plain.model)
-
-
-def tokenizer(texts):
-    return torch.tensor([[int(w) for w in text.split()] for text in texts])
-
-
-def test_the_loader_stands_where_it_stood():
-    whole = random_pairs(40, 40)[0]
-    texts = [" ".join(map(str, row)) for row in whole["tokens"].tolist()]
-    pairs = pairs_from_arrays(whole["images"].numpy(), texts)
-    loader = PairLoader(pairs, tokenizer, batch_size=10, seed=3)
-    loader.load_state_dict({"seed": 3, "epoch": 2, "position": 20})
-    model = DualEncoder().eval()
-
-    def repair(loader):
-        options = {"mean": MEAN, "std": STD, "device": "cpu"}
-        return pybackdoor.repair_drift(drifted(model), model, loader, **options).report
-
-    assert repair(loader)["pairs"] == 40  # of epoch 0
-    assert loader.state_dict() == {"seed": 3, "epoch": 2, "position": 20}
-    assert len(list(loader)) == 2
-
-    class Announced(torch.utils.data.DataLoader):
-        def set_epoch(self, epoch):
-            raise AssertionError("an epoch was announced")
-
-    rows = [{name: whole[name][i] for name in whole} for i in range(40)]
-    shuffled = Announced(rows, 10, shuffle=True, generator=torch.Generator().manual_seed(1))
-    state, drawn = shuffled.generator.get_state(), torch.get_rng_state()
-    assert repair(shuffled)["pairs"] == 40
-    assert torch.equal(shuffled.generator.get_state(), state)
-    assert torch.equal(torch.get_rng_state(), drawn)
-
-    class Counts(list):
-        at = 5
-
-        def __iter__(self):
-            for batch in super().__iter__():
-                self.at += 1
-                yield batch
-
-        def state_dict(self):
-            return {"at": self.at}
-
-        def load_state_dict(self, state):
-            self.at = state["at"]
-
-    counts = Counts(random_pairs(40, 10))
-    assert repair(counts)["pairs"] == 40 and counts.at == 5
-
-    class Stream:
-        """No length; a second pass yields the pairs again."""
-
-        def __iter__(self):
-            return iter(random_pairs(40, 10))
-
-    assert repair(Stream())["pairs"] == 40
-
-
-def test_pairs_wanted_end_the_pass():
-    model = DualEncoder().eval()
-    options = {"mean": MEAN, "std": STD, "device": "cpu"}
-    found = pybackdoor.repair_drift(
-        drifted(model), model, random_pairs(90, 20), pairs=30, **options
-    )
-    assert found.report["pairs"] == 40  # whole batches
-
-
-def test_a_one_shot_loader_cannot_be_read_again():
-    model, batches = DualEncoder(), random_pairs(60, 20)
-    with pytest.warns(UserWarning, match="not repaired: the loader is a one-shot iterator"):
-        result = pybackdoor.par_clean(model, (b for b in batches), **FAST)
-    assert "pass a PairLoader, a DataLoader or a list" in result.report["repair"]["reason"]
-    with pytest.raises(ValueError, match="one-shot iterator, whose pairs cannot be read again"):
-        pybackdoor.repair_drift(model, model, iter(batches), mean=MEAN, std=STD)
-
-
-def test_pairs_that_are_not_finite_are_left_out():
-    model = make("DualEncoder")
-    new, batches = drifted(model), batches_for(model)
-    broken = [(x.clone(), t) for x, t in batches]
-    broken[0][0][3] = math.nan
-    broken[1][0][7, 0, 0, 0] = math.inf
-    found = pybackdoor.repair_drift(new, model, broken, device="cpu").report
-    assert found["done"] and found["left_out"] == 2 and found["pairs"] == PAIRS - 2
-    none = [(torch.full_like(x, math.nan), t) for x, t in batches]
-    with pytest.raises(ValueError, match="no batch has finite embeddings"):
-        pybackdoor.repair_drift(new, model, none, device="cpu")
-    late = pybackdoor.repair_drift(new, model, [none[0], batches[1]], device="cpu").report
-    assert late["done"] and late["pairs"] == late["left_out"] == PAIRS // 2
-    few = [(batches[0][0][:3].clone(), batches[0][1][:3])]
-    few[0][0][0] = math.nan  # the one of three that is held out
-    with pytest.raises(ValueError, match="too few pairs .*: 2 to fit and 0 to judge by"):
-        pybackdoor.repair_drift(new, model, few, device="cpu")
-
-
 def test_bad_arguments_are_named():
     model, batches = DualEncoder(), random_pairs(20, 20)
 
@@ -446,19 +211,3 @@ def test_bad_arguments_are_named():
     wide.image[6], wide.text[1] = nn.Linear(128, 9), nn.Linear(8, 9)
     with pytest.raises(ValueError, match="reference must embed in 8 dimensions .*got 9"):
         run(wide)
-
-
-def test_ranks_get_the_same_bits(tmp_path):
-    code, errors, found = run_ranks("repair_ranks.py", tmp_path, 2)
-    assert code == 0, errors[-3000:]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = DualEncoder(seed=1).double().eval()
-        one = pybackdoor.repair_drift(
-            drifted(model), model, batches_for(model, 40), device="cpu"
-        )  # fmt: skip
-    for name, tensor in one.model.state_dict().items():
-        assert torch.equal(found["0"][name], found["1"][name])
-        torch.testing.assert_close(found["0"][name], tensor, rtol=0, atol=1e-9)
-    assert found["report"]["pairs"] == 40
-    assert "another rank cannot rotate" in found["refused"]
