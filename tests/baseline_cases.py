@@ -11,7 +11,14 @@ RUNS = {
     "roclip": pybackdoor.roclip_clean,
     "ft_sam": pybackdoor.ft_sam_clean,
 }
-FIXED = {"precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
+FIXED = {
+    "precision": "fp32",
+    "mean": MEAN,
+    "std": STD,
+    "progress": False,
+    "lr": 1e-2,
+    "repair": False,
+}
 
 
 def tokenizer(texts: list[str]) -> torch.Tensor:  # [n, 6]

@@ -15,7 +15,14 @@ import pybackdoor
 from pybackdoor.data import PairLoader, pairs_from_arrays
 from pybackdoor.distributed import Ranks
 
-FIXED = {"precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
+FIXED = {
+    "precision": "fp32",
+    "mean": MEAN,
+    "std": STD,
+    "progress": False,
+    "lr": 1e-2,
+    "repair": False,
+}
 
 
 class Block(nn.Module):
