@@ -10,7 +10,7 @@ from .estimates import Estimate
 from .evaluate import Evaluation, Verdict, evaluate, verify_trigger
 from .losses import ContrastiveLoss
 from .manifest import Manifest
-from .methods import finetune_clean, par_clean
+from .methods import finetune_clean, par_clean, ubt_clean
 from .models import load, save
 from .ops import Augment
 from .optim import AdamWEma
@@ -46,5 +46,6 @@ __all__ = [
     "save",
     "trigger",
     "triggers",
+    "ubt_clean",
     "verify_trigger",
 ]

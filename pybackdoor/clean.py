@@ -144,11 +144,7 @@ def clean(
         own: the method's own settings, kept in the result's report.
         The others: see ``par_clean``.
     """
-    for name in unknown:
-        close = difflib.get_close_matches(name, CleanOptions.__annotations__, 1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        known = ", ".join(CleanOptions.__annotations__)
-        raise TypeError(f"{method}_clean: unknown option {name!r}{hint}; known: {known}")
+    refuse_unknown(method, unknown)
     if folder is None and (resume or force):
         raise ValueError("resume and force need folder, where the checkpoints are, got none")
     settings = Settings(
@@ -186,6 +182,16 @@ def clean(
             config=config,
         )
     return result()
+
+
+def refuse_unknown(method: str, options: Iterable[str]) -> None:
+    """Refuse options that no cleaning method has, offering the nearest one."""
+    for name in options:
+        if name not in CleanOptions.__annotations__:
+            close = difflib.get_close_matches(name, CleanOptions.__annotations__, 1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            known = ", ".join(CleanOptions.__annotations__)
+            raise TypeError(f"{method}_clean: unknown option {name!r}{hint}; known: {known}")
 
 
 def _identity(

@@ -9,6 +9,7 @@ from ..engine.settings import COMPILE_MODES
 from ..methods import METHODS
 from ..options import REQUIRED, option
 from ..poison import MODES
+from ..ubt.weak import TAILS
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,17 @@ class CleanConfig(PromptOptions, PairOptions, ModelOptions):
     out: str = option(REQUIRED, "folder for the cleaned model")
     method: str = option("par", "Perturb and Recover, or another", choices=tuple(METHODS))
     tau: float = option(2.15, "PAR: squared embedding distance at which a tower is let go")
-    epochs: int = option(2, "passes over the pairs")
-    steps: int | None = option(None, "optimiser steps, instead of --epochs")
+    retain: str | None = option(
+        None, "ubt: clean pairs, as --pairs; default the unsuspicious ones of --pairs"
+    )
+    k: int = option(256, "ubt: how many of the most suspicious of --pairs are judged and forgotten")
+    tail: str = option("low", "ubt: end of the cosines that overfitting starts from", choices=TAILS)
+    epochs: int | None = option(None, "passes over the pairs (default: the method's, 2)")
+    steps: int | None = option(None, "optimiser steps, instead of --epochs (ubt: 500)")
     batch_size: int = option(512, "pairs per step, over all processes")
-    lr_start: float = option(3e-5, "learning rate at the start")
-    lr: float = option(3e-6, "learning rate after the first half")
-    lr_end: float = option(1e-9, "learning rate at the end")
+    lr_start: float | None = option(None, "learning rate at the start (default: 3e-5, ubt 1e-6)")
+    lr: float | None = option(None, "learning rate after the first half (default: 3e-6, ubt 1e-6)")
+    lr_end: float | None = option(None, "learning rate at the end (default: 1e-9)")
     weight_decay: float = option(1e-4, "of AdamW; none for biases and norms")
     augment: bool = option(True, "PAR's pixel noise and erased squares")
     precision: str = option("bf16", "of the towers; losses are fp32", choices=("bf16", "fp32"))

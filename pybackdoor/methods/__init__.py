@@ -9,13 +9,15 @@ from typing import Any
 from ..clean import CleanResult
 from .finetune import finetune_clean
 from .par import par_clean
+from .ubt import ubt_clean
 
 METHODS: dict[str, Callable[..., CleanResult]] = {
     "par": par_clean,
     "finetune": finetune_clean,
+    "ubt": ubt_clean,
 }
 
-__all__ = ["METHODS", "finetune_clean", "own_options", "par_clean"]
+__all__ = ["METHODS", "finetune_clean", "own_options", "par_clean", "ubt_clean"]
 
 
 def own_options(name: str) -> dict[str, Any]:
