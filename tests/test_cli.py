@@ -84,6 +84,19 @@ def test_clean_saves_what_load_reads_and_leaves_the_input(world, run, tmp_path):
         assert torch.equal(tensor, new.model.state_dict()[name]), name
 
 
+def test_clean_by_ubt_leaves_its_evidence(world, run, tmp_path):
+    ubt = (*cleaning(world, tmp_path / "out"), "--method", "ubt", "--k", 8, "--no-augment")
+    code, out, _ = run(*ubt)
+    report = json.loads((tmp_path / "out" / "cleaning.json").read_text())
+    assert code == 0 and report["method"] == "ubt" and report["experimental"]
+    found = report["verdict"] != "no backdoor found"
+    assert ("the model is unchanged" in out) == (not found) and "UBT-style" in out
+    assert len((tmp_path / "out" / "suspects.csv").read_text().splitlines()) == 9
+    assert (tmp_path / "out" / "suspects.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = run(*cleaning(world, tmp_path / "par"), "--retain", world / "pairs.csv")
+    assert code == 2 and "--retain is for --method ubt alone" in err
+
+
 def test_poison_eval_clean_and_their_exit_codes(world, run, tmp_path):
     folders = ("--pairs", world / "images", "--test", world / "images")
     code, out, _ = run(

@@ -101,7 +101,7 @@ class CleanConfig(PromptOptions, PairOptions, ModelOptions):
     epochs: int | None = option(None, "passes over the pairs (default: the method's, 2)")
     steps: int | None = option(None, "optimiser steps, instead of --epochs (ubt: 500)")
     batch_size: int = option(512, "pairs per step, over all processes")
-    lr_start: float | None = option(None, "learning rate at the start (default: 3e-5, ubt 1e-6)")
+    lr_start: float | None = option(None, "learning rate at the start (default: 3e-5, ubt 1e-7)")
     lr: float | None = option(None, "learning rate after the first half (default: 3e-6, ubt 1e-6)")
     lr_end: float | None = option(None, "learning rate at the end (default: 1e-9)")
     weight_decay: float = option(1e-4, "of AdamW; none for biases and norms")

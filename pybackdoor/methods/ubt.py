@@ -150,7 +150,7 @@ def ubt_clean(
         check_every, max_drop: steps between looks at the stopping rule, and the loss of proxy
             accuracy at which it stops; see ``pybackdoor.ubt.unlearn``.
         **options: those of every cleaning method (``par_clean``), but 500 steps, and a learning
-            rate of 1e-6 up to the middle.
+            rate that rises from 1e-7 to 1e-6 (``lr``) up to the middle.
     Returns:
         UbtResult. Its report holds the gate, the words and the looks of the stopping rule.
     Raises:
@@ -166,7 +166,7 @@ def ubt_clean(
     check_weights(alpha, beta, gamma, forget)
     if not ("steps" in options or "epochs" in options):
         options["steps"] = _STEPS
-    options = {"lr_start": _LR, "lr": _LR, **options}  # type: ignore[assignment]
+    options = {"lr_start": _LR / 10, "lr": _LR, **options}  # type: ignore[assignment]
     precision, seed = options.get("precision", "bf16"), options.get("seed", 0)
     device, progress = pick_device(options.get("device")), options.get("progress")
     rules = InputRules.of(
@@ -177,11 +177,12 @@ def ubt_clean(
     began = time.perf_counter()
     suspects = Suspects.of(suspect_loader, rules, progress)
     _check_sizes(suspects, k, retain_loader is None)
+    score = None if scores is None else _given(scores, suspects)
     before = frozen_copy(trainable_copy(model, device))
     reader = Reader(before, rules, precision)
     image = reader.images(suspects)
 
-    if scores is None:
+    if score is None:
         captions = reader.captions(suspects)
         cosines = pair_cosines(image, captions, suspects)
         pool = weak_pool(cosines, weak_share, tail)
@@ -193,8 +194,6 @@ def ubt_clean(
         after = Reader(exposed, rules, precision)
         score = pair_cosines(after.images(suspects), after.captions(suspects), suspects)
         score = score - cosines if rank == "gain" else score
-    else:
-        score = _given(scores, suspects)
     chosen = top(score, k)
     chosen = np.array(Ranks.start(device).from_first(chosen.tolist()))  # one choice on all ranks
     judged = gate(
@@ -249,6 +248,7 @@ def ubt_clean(
 
     searching = time.perf_counter() - began
     result = clean("ubt", model, keep, objective, own, **options)
+    rule.settle(result.model)
     report = result.report | about | {
         "verdict": "suspicious pairs found",
         "whole_words": found.whole,
@@ -260,14 +260,14 @@ def ubt_clean(
 
 
 def _check_sizes(suspects: Suspects, k: int, retain: bool) -> None:
-    wanted = max(k, LEFT_OUT * k + 10 if retain else 0)
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         raise TypeError(f"k must be an integer, got {k!r}")
     if not 5 <= k <= len(suspects):
         raise ValueError(
             f"k must be in [5, {len(suspects)}], the suspect pairs that can be used, got {k}"
         )
-    if len(suspects) < wanted:
+    wanted = LEFT_OUT * k + 10
+    if retain and len(suspects) < wanted:
         raise ValueError(
             f"without retain_loader, suspect_loader must hold at least {wanted} pairs, the {k} of "
             f"D_sus, as many again, and some to keep; got {len(suspects)}: lower k, or give clean "

@@ -1,8 +1,9 @@
 """Stage C: rank the pairs, take the top, and ask whether they belong together more than chance.
 
 The gate compares D_sus, the k most suspicious pairs, with random sets of as many pairs whose
-captions are of the same classes. The class of a caption is its rarest word of those that at least
-``CLASS`` captions of the whole set hold; captions without one form a class of their own. A random
+captions are of the same classes. The class of a caption is the caption itself where at least
+``CLASS`` pairs have it, else its rarest word of those that at least ``CLASS`` captions hold;
+captions without either form a class of their own. A random
 set has, of each class, as many pairs as D_sus has, drawn without replacement among the pairs of the
 class that are not in D_sus; where too few are left, the rest of that class is taken from D_sus
 itself, which can only make the sets alike.
@@ -29,8 +30,7 @@ from torch.nn.functional import normalize
 from .suspects import Suspects
 from .words import WordReader
 
-CLASS = 50  # captions that a word must stand in to name a class
-RANKINGS = ("gain", "cosine")
+CLASS = 20  # pairs that must share a caption or a word for it to be a class
 _STREAM = 0x67617465
 
 
@@ -77,7 +77,7 @@ def top(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def caption_classes(suspects: Suspects, least: int = CLASS) -> tuple[np.ndarray, list[str]]:
-    """([N] class of each pair, names): the caption's rarest word of those in ``least`` captions.
+    """([N] class of each pair, names): the caption, or its rarest common word; see above.
 
     Equally rare words: the one that comes first in the caption.
     """
@@ -91,13 +91,16 @@ def caption_classes(suspects: Suspects, least: int = CLASS) -> tuple[np.ndarray,
     names: dict[str, int] = {}
     texts: list[str] = []
     of = np.empty(len(used), np.int64)
-    for at, own in enumerate(words):
+    for at, (own, number) in enumerate(zip(words, times.tolist(), strict=True)):
         common = [w for w in own if count[w.key] >= least]
-        word = min(common, key=lambda w: count[w.key], default=None)
-        key = "" if word is None else word.key
+        if number >= least:
+            named = own
+        else:
+            named = [min(common, key=lambda w: count[w.key])] if common else []
+        key = " ".join(w.key for w in named)
         if key not in names:
             names[key] = len(names)
-            texts.append("(rare words only)" if word is None else word.text)
+            texts.append(" ".join(w.text for w in named) or "(rare words only)")
         of[at] = names[key]
     return of[caption], texts
 

@@ -21,7 +21,7 @@ from .suspects import Suspects
 from .words import Word, WordReader
 
 _KNOWN = 1 << 16  # captions of which it is remembered
-_ENRICHED = 1.96  # standard errors above 0 at which a word counts as enriched
+_ENRICHED = 3.0  # standard errors above 0 at which a word counts as enriched; many are tried
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Token:
 
     @property
     def enriched(self) -> bool:
-        """Whether it is kept, and its log-odds are above 0 beyond their error (95 %)."""
+        """Whether it is kept somewhere, and its log-odds exceed 0 by three standard errors."""
         return self.kept > 0 and self.log_odds > _ENRICHED * self.error
 
 

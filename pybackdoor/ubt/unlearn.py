@@ -29,6 +29,7 @@ from .suspects import Suspects
 from .weak import one_of
 
 FORGETS = ("contrastive", "hinge")
+_PATIENCE = 3  # looks in a row with too little accuracy before the run ends
 _SAME_CAPTION = 0.9  # cosine of text features from which captions mean the same to the model
 _STREAM = 0x666F7267
 
@@ -102,7 +103,7 @@ class LocalUnlearning(Objective):
         """This rank's share of the step's portions: all in turn, in an order of (seed, round)."""
         k, m = len(self._portions), self._sample
         places = np.arange(step * m, (step + 1) * m)
-        orders = {r: permutation(self._seed ^ _STREAM, r, k) for r in np.unique(places // k)}
+        orders = {r: permutation(self._seed ^ _STREAM, r, k) for r in set((places // k).tolist())}
         rows = np.array([orders[p // k][p % k] for p in places])
         return np.array_split(rows, self._ranks.size)[self._ranks.rank]
 
@@ -150,7 +151,8 @@ class LocalUnlearning(Objective):
         n = len(given.batch)
         m = len(image) - n
         owner = torch.arange(n, n + m, device=image.device)
-        weight = torch.full((m,), -1 / self._sample, device=image.device)
+        wide = torch.promote_types(image.dtype, torch.float32)
+        weight = torch.full((m,), -1 / self._sample, dtype=wide, device=image.device)
         suspect = torch.ones(n + m, dtype=torch.bool)
         suspect[:n] = self._forgotten(given.batch.tokens.cpu())
         counts = None
@@ -197,14 +199,17 @@ class StoppingRule:
 
     Forgotten: the held-out suspicious pairs' mean cosine with their captions is at most kappa, the
     mean cosine of mismatched pairs before. Too much: the proxy of accuracy on held-out pairs of R
-    has fallen by more than ``max_drop``. The proxy is the share of images whose best caption, of
-    all held-out ones, means the same to the model as their own (text features' cosine >= 0.9).
+    is lower than before by more than ``max_drop``, at three looks in a row; the weights to go back
+    to are those of the last look at which it was not. The proxy is the share of images whose best
+    caption, of all held-out ones, means the same to the model as their own (text features' cosine
+    at least 0.9).
 
     Attributes:
         kappa: in [-1, 1].
         checks: one dict per look: step, suspect_cosine, proxy_accuracy. The first is before any
             step, at -1.
         reason: why the run ended: "forgotten", "accuracy", or "steps".
+        good: weights of the last look within ``max_drop``; None before the first.
     """
 
     def __init__(
@@ -226,7 +231,8 @@ class StoppingRule:
         self._rules, self._precision = rules, precision
         self._suspects, self._rows, self._retain = suspects, held_out, retain
         self._every, self._max_drop = every, max_drop
-        self.reason = "steps"
+        self.reason, self.good, self._bad = "steps", None, 0
+        self.good: dict[str, Tensor] | None
         self.checks: list[dict[str, float]] = []
         image, text = self._features(model)
         self.kappa = mismatched_cosine(image, text)
@@ -237,10 +243,20 @@ class StoppingRule:
             return False
         found = self._look(step, model, *self._features(model))
         if self.checks[0]["proxy_accuracy"] - found["proxy_accuracy"] > self._max_drop:
-            self.reason = "accuracy"
-        elif found["suspect_cosine"] <= self.kappa:
-            self.reason = "forgotten"
+            self._bad += 1
+            if self._bad == _PATIENCE:
+                self.reason = "accuracy"
+        else:
+            self._bad = 0
+            self.good = {n: t.detach().cpu().clone() for n, t in model.state_dict().items()}
+            if found["suspect_cosine"] <= self.kappa:
+                self.reason = "forgotten"
         return self.reason != "steps"
+
+    def settle(self, model: nn.Module) -> None:
+        """At the end of a run: back to the last good look, where the later ones were none."""
+        if self._bad and self.good is not None:
+            model.load_state_dict(self.good)
 
     def _look(self, step: int, model: nn.Module, image: Tensor, text: Tensor) -> dict[str, float]:
         reader = Reader(model, self._rules, self._precision)
