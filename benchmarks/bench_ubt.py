@@ -45,6 +45,7 @@ from pybackdoor.ubt import localise
 from pybackdoor.ubt.localise import portions
 from pybackdoor.ubt.words import WordReader
 
+OWN = ("gain", "crowding")
 TUNING = ("checkerboard", "sig")
 TARGET, RATE, HELD_OUT = "truck", 0.01, 15_000
 TEMPLATES = (
@@ -138,8 +139,8 @@ def figures(made: dict[str, Any], model: torch.nn.Module) -> dict[str, float]:
 
 
 def scores_of(ranking: str, made: dict[str, Any], seed: int) -> np.ndarray | None:
-    """What replaces stage C's own ranking; None for that one."""
-    if ranking == "gain":
+    """What replaces stage C's own rankings; None for these."""
+    if ranking in OWN:
         return None
     if ranking == "truth":
         return made["truth"] + np.random.default_rng(seed).random(len(made["truth"])) / 2
@@ -192,7 +193,8 @@ def run_cell(job: tuple[str, int, tuple[str, ...], bool, bool]) -> dict[str, Any
         if attack == "clean" and ranking == "truth":
             continue
         scores = scores_of(ranking, made, seed)
-        cell["runs"][ranking] = cleaned(made, scores, k, seed, **more)
+        own = {"rank": ranking} if ranking in OWN else {}
+        cell["runs"][ranking] = cleaned(made, scores, k, seed, **own, **more)
         if ranking == "truth" and not gate_only:
             with mock.patch("pybackdoor.methods.ubt.localise", random_words):
                 cell["runs"]["truth, random words"] = cleaned(made, scores, k, seed)
@@ -210,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--tiny", action="store_true", help="a self-check that shows nothing")
     chosen = options.parse_args(arguments)
     detects = ("dao",) if hasattr(pybackdoor, "detect_samples") else ()
-    rankings = tuple(chosen.rankings or ("gain", *detects, "truth"))
+    rankings = tuple(chosen.rankings or (*OWN, *detects, "truth"))
     cells = json.loads(chosen.out.read_text())["cells"] if chosen.out.exists() else []
     done = {(cell["attack"], cell["seed"]) for cell in cells}
     jobs = [

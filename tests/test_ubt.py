@@ -31,7 +31,7 @@ from pybackdoor.ubt.unlearn import (
     StoppingRule,
     freeze_text,
     mismatched_cosine,
-    proxy_accuracy,
+    same_meaning,
     some_pairs,
 )
 
@@ -86,8 +86,11 @@ def test_loss_and_gradient_by_loops_in_fp64(n, m, seed, forget, gamma):
         if forget == "hinge":
             gone.append((cosines[i] - 0.1).clamp(min=0))
         elif others:
-            p = (scale * cosines[i]).exp() / (scale * cosines[[i, *others]]).exp().sum()
-            gone.append(-(1 - p).log())
+            both = 0
+            for c in (cosines, text @ image[i]):
+                p = (scale * c[i]).exp() / (scale * c[[i, *others]]).exp().sum()
+                both = both - (1 - p).log() / 2
+            gone.append(both)
         else:
             gone.append(0 * cosines[i])
     stay = sum((x - r).square().sum(-1).mean() for x, r in zip((a, b), reference, strict=False))
@@ -115,17 +118,17 @@ def test_the_sample_goes_through_all_portions_in_turn():
 def test_kappa_and_the_proxy_by_loops():
     g = torch.Generator().manual_seed(0)
     image, text = unit(12, 4, g), unit(12, 4, g)
-    text[5] = text[6]  # equal captions are no mismatch
-    pairs = [(i, j) for i in range(12) for j in range(12) if i != j and {i, j} != {5, 6}]
+    text[5] = text[6]  # equal captions are no mismatch, and alike ones neither
+    pairs = [(i, j) for i in range(12) for j in range(12) if float(text[i] @ text[j]) < 0.9]
     wanted = np.mean([float(image[i] @ text[j]) for i, j in pairs])
     assert math.isclose(mismatched_cosine(image, text), wanted, abs_tol=1e-12)
     hits = 0
     for i in range(12):
         best = max(range(12), key=lambda j, i=i: float(image[i] @ text[j]))
         hits += float(text[best] @ text[i]) >= 0.9
-    assert math.isclose(proxy_accuracy(image, text), hits / 12)
-    assert proxy_accuracy(text, text) == 1
-    with pytest.raises(ValueError, match="have the same features"):
+    assert math.isclose(same_meaning(image, text, text), hits / 12)
+    assert same_meaning(text, text, text) == 1 and same_meaning(text, -text, text) == 0
+    with pytest.raises(ValueError, match="mean the same to the model"):
         mismatched_cosine(image, text[:1].expand(12, -1))
 
 
@@ -141,7 +144,11 @@ def test_it_stops_when_enough_or_too_much_is_forgotten():
     assert len(rule.checks) == 1 and rule.checks[0]["proxy_accuracy"] == 1
     assert not rule(0, Planted()) and len(rule.checks) == 1  # not looked at
     assert not rule(1, Planted()) and rule.checks[1]["suspect_cosine"] > rule.kappa
-    assert rule(3, Planted(poisoned=False)) and rule.reason == "forgotten"
+    averse = Planted()
+    with torch.no_grad():
+        averse.corner.weight.neg_()
+    assert rule(3, averse) and rule.reason == "forgotten"
+    assert rule.checks[2]["suspect_recall"] == 0 and rule.checks[0]["suspect_recall"] == 1
     rule, good, broken = stopping(every=1), Planted(), Planted()
     with torch.no_grad():
         broken.colour.weight.neg_()
@@ -226,7 +233,7 @@ def test_random_words_of_the_same_share_forget_less(cleaned, monkeypatch):
 
 
 def test_overfitting_ranks_where_no_scores_are_given():
-    for rank in ("gain", "cosine"):
+    for rank in ("gain", "cosine", "crowding"):
         result = pybackdoor.ubt_clean(
             Planted(), PAIRS, overfit_steps=5, overfit_lr=1e-3, rank=rank, batch_size=64,
             steps=2, **OPTIONS,

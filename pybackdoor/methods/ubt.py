@@ -6,8 +6,8 @@ training pairs D.
 
     A  pool the pairs with the weakest cosine
     B  overfit a copy of the model on the pool
-    C  rank all pairs by their gain, D_sus = top k; do its images belong together more than chance?
-       if not: no backdoor found, the model is returned as it is
+    C  rank all pairs by their gain (or by how they crowd), D_sus = top k; do its images belong
+       together more than chance? if not: no backdoor found, the model is returned as it is
     D  keep the most suspicious words of each caption of D_sus: t̂
     E  forget t̂ on D_sus, keep R = clean pairs, or D without what is suspicious:
        L = α L_tok(D_sus, t̂) + β L_CLIP(R) + γ (S_φ + S_ψ on R)
@@ -38,6 +38,7 @@ from ..clean import (
 from ..data._keyed import permutation
 from ..distributed import Ranks
 from ..engine import Settings, loss_precision, pick_device
+from ..ubt.crowding import crowding
 from ..ubt.evidence import save_picture, save_table
 from ..ubt.gate import Gate, check_gate, gate, top
 from ..ubt.localise import Localisation, check_share, localise
@@ -54,7 +55,10 @@ from ..ubt.unlearn import (
 )
 from ..ubt.weak import check_pool, one_of, weak_pool
 
-RANKINGS = ("gain", "cosine")
+# Excess of cohesion that the gate wants of each ranking: above what clean models show, of which few
+# were looked at (benchmarks/bench_ubt.py --gate-only calibrates).
+EXCESS = {"gain": 0.1, "cosine": 0.3, "crowding": 0.93, "scores": 0.1}
+RANKINGS = ("gain", "cosine", "crowding")
 LEFT_OUT = 2  # times k: how many of the most suspicious pairs R does without
 _HELD_OUT = 0.2  # share of D_sus that only judges
 _PROXY = 512  # pairs of R that only judge
@@ -106,7 +110,7 @@ def ubt_clean(
     rank: str = "gain",
     gate_sets: int = 999,
     gate_p: float = 0.01,
-    gate_excess: float = 0.1,
+    gate_excess: float | None = None,
     token_share: float = 0.3,
     alpha: float = 1.0,
     beta: float = 1.0,
@@ -135,9 +139,10 @@ def ubt_clean(
             replaces stages A and B. NaN: never chosen.
         weak_share, tail: the pool: share of D, and which end of the cosines: low, high or both.
         overfit_steps, overfit_lr, overfit_loss: of stage B: "contrastive" or "cosine".
-        rank: by "gain" in cosine through overfitting, or by the "cosine" after it.
+        rank: by "gain" in cosine through overfitting, or by the "cosine" after it; or by
+            "crowding", which needs no overfitting: see ``pybackdoor.ubt.crowding``.
         gate_sets, gate_p, gate_excess: random sets, the p-value and the excess in mean pairwise
-            cosine that the gate wants; see ``pybackdoor.ubt.gate``.
+            cosine that the gate wants (None: by the ranking); see ``pybackdoor.ubt.gate``.
         token_share: of the words of a caption that are kept, at least one. Words are whole where
             the tokenizer marks them; the portions are encoded as captions of their own, so that no
             features of single tokens are needed.
@@ -161,7 +166,9 @@ def ubt_clean(
     one_of("rank", rank, RANKINGS)
     one_of("overfit_loss", overfit_loss, LOSSES)
     check_pool(weak_share, tail)
-    check_gate(gate_sets, gate_p, gate_excess)
+    ranked_by = rank if scores is None else "scores"
+    excess = EXCESS[ranked_by] if gate_excess is None else gate_excess
+    check_gate(gate_sets, gate_p, excess)
     check_share(token_share)
     check_weights(alpha, beta, gamma, forget)
     if not ("steps" in options or "epochs" in options):
@@ -182,7 +189,9 @@ def ubt_clean(
     reader = Reader(before, rules, precision)
     image = reader.images(suspects)
 
-    if score is None:
+    if ranked_by == "crowding":
+        score = crowding(image, suspects, k)
+    elif score is None:
         captions = reader.captions(suspects)
         cosines = pair_cosines(image, captions, suspects)
         pool = weak_pool(cosines, weak_share, tail)
@@ -196,11 +205,9 @@ def ubt_clean(
         score = score - cosines if rank == "gain" else score
     chosen = top(score, k)
     chosen = np.array(Ranks.start(device).from_first(chosen.tolist()))  # one choice on all ranks
-    judged = gate(
-        image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=gate_excess, seed=seed
-    )
+    judged = gate(image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed)
     own = {
-        "k": k, "ranked_by": rank if scores is None else "scores", "weak_share": weak_share,
+        "k": k, "ranked_by": ranked_by, "weak_share": weak_share,
         "tail": tail, "overfit_steps": overfit_steps, "overfit_lr": overfit_lr,
         "overfit_loss": overfit_loss, "token_share": token_share, "alpha": alpha, "beta": beta,
         "gamma": gamma, "forget": forget, "forget_batch": forget_batch, "train_text": train_text,

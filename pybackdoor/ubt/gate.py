@@ -76,10 +76,15 @@ def top(scores: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-scores, kind="stable")[:k]
 
 
-def caption_classes(suspects: Suspects, least: int = CLASS) -> tuple[np.ndarray, list[str]]:
+def caption_classes(
+    suspects: Suspects, least: int = CLASS, *, whole: bool = True
+) -> tuple[np.ndarray, list[str]]:
     """([N] class of each pair, names): the caption, or its rarest common word; see above.
 
     Equally rare words: the one that comes first in the caption.
+
+    Args:
+        whole: whether captions that many pairs share are classes; else words alone.
     """
     split = WordReader(suspects.tokenizer)
     used, caption, times = np.unique(suspects.caption, return_inverse=True, return_counts=True)
@@ -93,7 +98,7 @@ def caption_classes(suspects: Suspects, least: int = CLASS) -> tuple[np.ndarray,
     of = np.empty(len(used), np.int64)
     for at, (own, number) in enumerate(zip(words, times.tolist(), strict=True)):
         common = [w for w in own if count[w.key] >= least]
-        if number >= least:
+        if whole and number >= least:
             named = own
         else:
             named = [min(common, key=lambda w: count[w.key])] if common else []
@@ -153,7 +158,7 @@ def gate(
     p = (1 + int((others >= found).sum())) / (1 + sets)
     sizes = Counter(classes[chosen].tolist()).most_common()
     return Gate(
-        p <= alpha and found - others.mean() >= excess, found, float(others.mean()),
+        bool(p <= alpha and found - others.mean() >= excess), found, float(others.mean()),
         float(others.std()), p, sets, alpha, excess,
         tuple((names[number], count) for number, count in sizes),
     )  # fmt: skip

@@ -2,10 +2,12 @@
 
     L = α L_tok + β L_CLIP(R) + γ (S_φ + S_ψ on R)
 
-L_tok = -Σ log(1 - p_mo)/m over the portions t̂ of m suspicious captions, p_mo the probability of the
-portion's own image among itself and the images of R. Other suspicious images, and those of R whose
-captions hold the words to be forgotten, are left out of that comparison: next to them p_mo is small
-although nothing is forgotten. S is the mean squared distance to the model before, here a penalty.
+L_tok is the mean of -log(1 - p) over the portions t̂ of m suspicious captions, in both directions of
+CLIP's loss: p is the probability of the portion's own image among itself and the images of R, and
+that of the image's own portion among itself and the captions of R. Other suspicious pairs are left
+out of that comparison, and those of R whose captions hold the words to be forgotten: next to them p
+is small although nothing is forgotten. S is the mean squared distance to the model before, here a
+penalty.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from .weak import one_of
 
 FORGETS = ("contrastive", "hinge")
 _PATIENCE = 3  # looks in a row with too little accuracy before the run ends
+_RECALL = 0.05
 _SAME_CAPTION = 0.9  # cosine of text features from which captions mean the same to the model
 _STREAM = 0x666F7267
 
@@ -159,10 +162,13 @@ class LocalUnlearning(Objective):
         if given.counts:
             shares = [len(s) for s in np.array_split(np.arange(self._sample), len(given.counts))]
             counts = [a + b for a, b in zip(given.counts, shares, strict=True)]
-        return contrastive_par(
-            text[n:], image, scale, owner=owner, weight=weight,
-            suspect=suspect.to(image.device, non_blocking=True), counts=counts, **options,
-        ).loss  # fmt: skip
+        fixed = {
+            "owner": owner, "weight": weight, "counts": counts,
+            "suspect": suspect.to(image.device, non_blocking=True), **options,
+        }  # fmt: skip
+        of_text = contrastive_par(text[n:], image, scale, **fixed).loss
+        of_image = contrastive_par(image[n:], text, scale, **fixed).loss
+        return (of_text + of_image) / 2
 
     def _hinge(
         self, image: Tensor, text: Tensor, scale: Tensor, given: Given, options: dict[str, Any]
@@ -198,16 +204,17 @@ class StoppingRule:
     """Looks every n steps whether enough is forgotten, or too much.
 
     Forgotten: the held-out suspicious pairs' mean cosine with their captions is at most kappa, the
-    mean cosine of mismatched pairs before. Too much: the proxy of accuracy on held-out pairs of R
-    is lower than before by more than ``max_drop``, at three looks in a row; the weights to go back
-    to are those of the last look at which it was not. The proxy is the share of images whose best
-    caption, of all held-out ones, means the same to the model as their own (text features' cosine
-    at least 0.9).
+    mean cosine of mismatched pairs before, and for at most 5 % of them the best of R's captions
+    means the same as their own: without that a trigger may still win, at a low cosine. Too much:
+    the proxy of accuracy on held-out pairs of R is lower than before by more than ``max_drop``, at
+    three looks in a row; the weights to go back to are those of the last look at which it was not.
+    The proxy is the share of images whose best caption, of all held-out ones, means the same to the
+    model as their own. Captions mean the same whose text features' cosine is at least 0.9.
 
     Attributes:
         kappa: in [-1, 1].
-        checks: one dict per look: step, suspect_cosine, proxy_accuracy. The first is before any
-            step, at -1.
+        checks: one dict per look: step, suspect_cosine, suspect_recall, proxy_accuracy. The first
+            is before any step, at -1.
         reason: why the run ended: "forgotten", "accuracy", or "steps".
         good: weights of the last look within ``max_drop``; None before the first.
     """
@@ -249,7 +256,7 @@ class StoppingRule:
         else:
             self._bad = 0
             self.good = {n: t.detach().cpu().clone() for n, t in model.state_dict().items()}
-            if found["suspect_cosine"] <= self.kappa:
+            if found["suspect_cosine"] <= self.kappa and found["suspect_recall"] <= _RECALL:
                 self.reason = "forgotten"
         return self.reason != "steps"
 
@@ -265,7 +272,8 @@ class StoppingRule:
         found = {
             "step": step,
             "suspect_cosine": float((suspect * captions).sum(-1).double().mean()),
-            "proxy_accuracy": proxy_accuracy(image, text),
+            "suspect_recall": same_meaning(suspect, captions, text),
+            "proxy_accuracy": same_meaning(image, text, text),
         }
         self.checks.append(found)
         return found
@@ -276,21 +284,27 @@ class StoppingRule:
 
 
 def mismatched_cosine(image: Tensor, text: Tensor) -> float:  # [r, D] unit rows each
-    """kappa: mean cosine of an image with the captions that differ from its own in their features.
+    """kappa: mean cosine of an image with the captions that mean something else than its own.
 
     Raises:
-        ValueError: all captions have the same features.
+        ValueError: all captions mean the same to the model.
     """
-    other = (text @ text.T) < 1 - 1e-6
+    other = (text @ text.T) < _SAME_CAPTION
     if not other.any():
-        raise ValueError("retain captions must differ: all held-out ones have the same features")
+        raise ValueError(
+            "retain captions must differ: all held-out ones mean the same to the model"
+        )
     return float((image @ text.T).double()[other].mean())
 
 
-def proxy_accuracy(image: Tensor, text: Tensor) -> float:  # [r, D] unit rows each
-    """Share of images whose best caption means the same to the model as their own."""
+def same_meaning(
+    image: Tensor,  # [r, D] unit rows
+    own: Tensor,  # [r, D] unit rows, the images' captions
+    text: Tensor,  # [t, D] unit rows, captions to choose from
+) -> float:
+    """Share of images whose best caption of ``text`` means the same to the model as their own."""
     best = (image @ text.T).argmax(1)
-    return float(((text[best] * text).sum(-1) >= _SAME_CAPTION).double().mean())
+    return float(((text[best] * own).sum(-1) >= _SAME_CAPTION).double().mean())
 
 
 def freeze_text(model: nn.Module, images: Tensor, rules: InputRules) -> None:
