@@ -55,8 +55,8 @@ TEMPLATES = (
 BATCH, LR, WARMUP, DECAY = 128, 2e-3, 30, 0.05  # of the training from scratch
 # Models of a million weights from scratch want rates some hundred times those for a trained CLIP.
 UBT = {
-    "overfit_steps": 60, "overfit_lr": 1e-4, "tail": "low", "steps": 300, "lr_start": 1e-5,
-    "lr": 4e-4, "lr_end": 1e-6, "check_every": 20, "precision": "fp32", "device": "cpu",
+    "overfit_steps": 60, "overfit_lr": 1e-4, "tail": "low", "steps": 300, "lr_start": 1e-4,
+    "lr": 1e-4, "beta": 2.0, "check_every": 10, "precision": "fp32", "device": "cpu",
     "progress": False, "augment": False,
 }  # fmt: skip
 SIZES = {False: (35_000, 2_000, 1_200), True: (300, 60, 3)}  # tiny: pairs, tests, training steps

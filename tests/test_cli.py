@@ -85,12 +85,14 @@ def test_clean_saves_what_load_reads_and_leaves_the_input(world, run, tmp_path):
 
 
 def test_clean_by_ubt_leaves_its_evidence(world, run, tmp_path):
-    ubt = (*cleaning(world, tmp_path / "out"), "--method", "ubt", "--k", 8, "--no-augment")
-    code, out, _ = run(*ubt)
+    ubt = ("--method", "ubt", "--k", 8, "--gate-excess", 1.9)
+    code, out, err = run(*cleaning(world, tmp_path / "out", *ubt))
+    assert code == 0, err
+    assert "no backdoor found, the model is unchanged" in out and "UBT-style" in out
     report = json.loads((tmp_path / "out" / "cleaning.json").read_text())
-    assert code == 0 and report["method"] == "ubt" and report["experimental"]
-    found = report["verdict"] != "no backdoor found"
-    assert ("the model is unchanged" in out) == (not found) and "UBT-style" in out
+    assert report["method"] == "ubt" and report["experimental"] and report["steps_done"] == 0
+    old, new = (pybackdoor.load(f).model for f in (world / "model", tmp_path / "out"))
+    assert torch.equal(old.visual.proj, new.visual.proj)
     assert len((tmp_path / "out" / "suspects.csv").read_text().splitlines()) == 9
     assert (tmp_path / "out" / "suspects.png").read_bytes().startswith(b"\x89PNG")
     code, _, err = run(*cleaning(world, tmp_path / "par"), "--retain", world / "pairs.csv")

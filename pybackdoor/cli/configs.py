@@ -9,7 +9,7 @@ from ..engine.settings import COMPILE_MODES
 from ..methods import METHODS
 from ..options import REQUIRED, option
 from ..poison import MODES
-from ..ubt.weak import TAILS
+from ..ubt.weak import RANKINGS, TAILS
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,12 @@ class CleanConfig(PromptOptions, PairOptions, ModelOptions):
         None, "ubt: clean pairs, as --pairs; default the unsuspicious ones of --pairs"
     )
     k: int = option(256, "ubt: how many of the most suspicious of --pairs are judged and forgotten")
-    tail: str = option("low", "ubt: end of the cosines that overfitting starts from", choices=TAILS)
+    rank: str = option("crowding", "ubt: how suspicion is measured", choices=RANKINGS)
+    gate_excess: float | None = option(
+        None,
+        "ubt: how much more alike than random ones the images must be (default: by rank)",
+    )
+    tail: str = option("low", "ubt: end of the cosines that --rank gain starts from", choices=TAILS)
     epochs: int | None = option(None, "passes over the pairs (default: the method's, 2)")
     steps: int | None = option(None, "optimiser steps, instead of --epochs (ubt: 500)")
     batch_size: int = option(512, "pairs per step, over all processes")

@@ -6,8 +6,9 @@ training pairs D.
 
     A  pool the pairs with the weakest cosine
     B  overfit a copy of the model on the pool
-    C  rank all pairs by their gain (or by how they crowd), D_sus = top k; do its images belong
-       together more than chance? if not: no backdoor found, the model is returned as it is
+    C  rank all pairs by their gain, or by how they crowd, without A and B (the default, since it
+       found planted poison where the gain did not); D_sus = top k. Do its images belong together
+       more than chance? If not: no backdoor found, the model is returned as it is
     D  keep the most suspicious words of each caption of D_sus: t̂
     E  forget t̂ on D_sus, keep R = clean pairs, or D without what is suspicious:
        L = α L_tok(D_sus, t̂) + β L_CLIP(R) + γ (S_φ + S_ψ on R)
@@ -53,12 +54,11 @@ from ..ubt.unlearn import (
     freeze_text,
     some_pairs,
 )
-from ..ubt.weak import check_pool, one_of, weak_pool
+from ..ubt.weak import RANKINGS, check_pool, one_of, weak_pool
 
 # Excess of cohesion that the gate wants of each ranking: above what clean models show, of which few
 # were looked at (benchmarks/bench_ubt.py --gate-only calibrates).
 EXCESS = {"gain": 0.1, "cosine": 0.3, "crowding": 0.93, "scores": 0.1}
-RANKINGS = ("gain", "cosine", "crowding")
 LEFT_OUT = 2  # times k: how many of the most suspicious pairs R does without
 _HELD_OUT = 0.2  # share of D_sus that only judges
 _PROXY = 512  # pairs of R that only judge
@@ -107,7 +107,7 @@ def ubt_clean(
     overfit_steps: int = 200,
     overfit_lr: float = 1e-5,
     overfit_loss: str = "contrastive",
-    rank: str = "gain",
+    rank: str = "crowding",
     gate_sets: int = 999,
     gate_p: float = 0.01,
     gate_excess: float | None = None,
@@ -139,8 +139,8 @@ def ubt_clean(
             replaces stages A and B. NaN: never chosen.
         weak_share, tail: the pool: share of D, and which end of the cosines: low, high or both.
         overfit_steps, overfit_lr, overfit_loss: of stage B: "contrastive" or "cosine".
-        rank: by "gain" in cosine through overfitting, or by the "cosine" after it; or by
-            "crowding", which needs no overfitting: see ``pybackdoor.ubt.crowding``.
+        rank: by "crowding", without stages A and B (``pybackdoor.ubt.crowding``); by "gain" in
+            cosine through overfitting; or by the "cosine" after it.
         gate_sets, gate_p, gate_excess: random sets, the p-value and the excess in mean pairwise
             cosine that the gate wants (None: by the ranking); see ``pybackdoor.ubt.gate``.
         token_share: of the words of a caption that are kept, at least one. Words are whole where
