@@ -19,6 +19,7 @@ from .methods import (
     invert_clean,
     par_clean,
     roclip_clean,
+    ubt_clean,
 )
 from .models import load, save
 from .ops import Augment
@@ -67,5 +68,6 @@ __all__ = [
     "save",
     "trigger",
     "triggers",
+    "ubt_clean",
     "verify_trigger",
 ]

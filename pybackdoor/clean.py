@@ -160,11 +160,7 @@ def clean(
         fixed: fields of Settings that the method decides.
         The others: see ``par_clean``.
     """
-    for name in unknown:
-        close = difflib.get_close_matches(name, CleanOptions.__annotations__, 1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        known = ", ".join(CleanOptions.__annotations__)
-        raise TypeError(f"{method}_clean: unknown option {name!r}{hint}; known: {known}")
+    refuse_unknown(method, unknown)
     settings = Settings(
         steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
         progress=progress, micro_batch=micro_batch, trim_text=trim_text, cache_text=cache_text,
@@ -239,6 +235,16 @@ def _repair(
     except ValueError as reason:
         report["reason"] = str(reason)
         warnings.warn(f"the drift is not repaired: {reason}", stacklevel=4)
+
+
+def refuse_unknown(method: str, options: Iterable[str]) -> None:
+    """Refuse options that no cleaning method has, offering the nearest one."""
+    for name in options:
+        if name not in CleanOptions.__annotations__:
+            close = difflib.get_close_matches(name, CleanOptions.__annotations__, 1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            known = ", ".join(CleanOptions.__annotations__)
+            raise TypeError(f"{method}_clean: unknown option {name!r}{hint}; known: {known}")
 
 
 def identity(

@@ -126,6 +126,14 @@ class Ranks:
         dist.all_reduce(x)  # gloo has no reduce_scatter
         return x.split(counts)[self.rank]
 
+    def whole(self, mine: Tensor) -> Tensor:
+        """The sum over ranks, with the gradient of this rank's own part alone."""
+        if self.size == 1:
+            return mine
+        total = mine.detach().clone()
+        self.sum_(total)
+        return total + (mine - mine.detach())
+
     def share(self, x: Tensor) -> Tensor:
         """``x`` with 1/size of its gradient.
 

@@ -106,6 +106,21 @@ def test_a_method_takes_its_own_options_alone(world, run, tmp_path):
         run(*cleaning(world, tmp_path / "b", "--method", "cleanclp"))
 
 
+def test_clean_by_ubt_leaves_its_evidence(world, run, tmp_path):
+    ubt = ("--method", "ubt", "--k", 8, "--gate-excess", 1.9)
+    code, out, err = run(*cleaning(world, tmp_path / "out", *ubt))
+    assert code == 0, err
+    assert "no backdoor found, the model is unchanged" in out and "UBT-style" in out
+    report = json.loads((tmp_path / "out" / "cleaning.json").read_text())
+    assert report["method"] == "ubt" and report["experimental"] and report["steps_done"] == 0
+    old, new = (pybackdoor.load(f).model for f in (world / "model", tmp_path / "out"))
+    assert torch.equal(old.visual.proj, new.visual.proj)
+    assert len((tmp_path / "out" / "suspects.csv").read_text().splitlines()) == 9
+    assert (tmp_path / "out" / "suspects.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = run(*cleaning(world, tmp_path / "par"), "--retain", world / "pairs.csv")
+    assert code == 2 and "--retain is for --method ubt alone" in err
+
+
 def test_poison_eval_clean_and_their_exit_codes(world, run, tmp_path):
     folders = ("--pairs", world / "images", "--test", world / "images")
     code, out, _ = run(

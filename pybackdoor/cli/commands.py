@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..engine import pick_device
 from ..evaluate import evaluate, verdict
 from ..files import writable_folder, write_json
 from ..methods import METHODS, own_options
+from ..methods.ubt import UbtResult
 from ..models import load, preprocess_record, save
 from ..models.fold import TOWERS
 from ..options import UsageError
@@ -132,18 +133,25 @@ def run_clean(config: CleanConfig) -> Outcome:
     manifest = inputs.read_manifest(config.manifest, config.model)
     loader = PairLoader(pairs, loaded.tokenizer, batch_size=config.batch_size, seed=config.seed)
     own = method_options(config)
+    if config.retain is not None:
+        if config.method != "ubt":
+            raise UsageError(f"--retain is for --method ubt alone, got it with {config.method}")
+        retain = inputs.read_pairs(replace(config, pairs=config.retain), loaded)
+        own["retain_loader"] = PairLoader(
+            retain, loaded.tokenizer, batch_size=config.batch_size, seed=config.seed
+        )
 
     def keep(folder: Path, result: CleanResult) -> None:
         save(
             loaded._replace(model=result.model), folder, manifest=manifest,
             extra_files={"cleaning.json": result.report},
         )  # fmt: skip
+        if isinstance(result, UbtResult):
+            result.save_evidence(folder)
 
     with Run(config, config.out, config.model, keep) as run:
         result = METHODS[config.method](
-            loaded.model, loader, epochs=config.epochs, steps=config.steps,
-            lr_start=config.lr_start, lr=config.lr, lr_end=config.lr_end,
-            weight_decay=config.weight_decay,
+            loaded.model, loader, weight_decay=config.weight_decay,
             precision=config.precision, seed=config.seed, device=config.device,
             mean=loaded.preprocess.mean, std=loaded.preprocess.std,
             progress=config.progress, track=run.record, micro_batch=config.micro_batch,
@@ -238,14 +246,27 @@ def method_options(config: CleanConfig) -> dict[str, Any]:
     defaults = {field.name: field.default for field in fields(config)}
     for other in METHODS:
         for name in own_options(other):
-            if name in defaults and name not in own and getattr(config, name) != defaults[name]:
+            if name in own or name not in defaults or name == "batch_size":
+                continue
+            if getattr(config, name) != defaults[name]:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} is an option of {other}, not of {config.method}")
-    return own if config.augment is None else {**own, "augment": config.augment}
+    for name in ("epochs", "steps", "lr_start", "lr", "lr_end", "augment"):  # else the method's own
+        if getattr(config, name) is not None:
+            own[name] = getattr(config, name)
+    return own
 
 
 def _cleaning_text(out: str, result: CleanResult) -> str:
-    lines = [
+    lines = []
+    if isinstance(result, UbtResult):
+        lines.append(f"UBT-style, experimental; {result.gate.describe()}")
+        lines.append(f"The most suspicious pairs are in {out}/suspects.csv and suspects.png.")
+        if not result.backdoor_found:
+            return "\n".join([f"{out}: no backdoor found, the model is unchanged", *lines])
+        words = ", ".join(t.text for t in result.found.tokens if t.enriched) or "none enriched"
+        lines.append(f"words forgotten: {words}; stopped: {result.report['stopped']}")
+    lines += [
         f"{out}: cleaned by {result.report['method']} in {result.report['steps_done']} steps, "
         f"{result.report['seconds']:.0f} s"
     ]

@@ -9,6 +9,7 @@ from ..engine.settings import COMPILE_MODES, LOCKS
 from ..methods import METHODS
 from ..options import REQUIRED, option
 from ..poison import MODES
+from ..ubt.weak import RANKINGS, TAILS
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,22 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
     perturb: bool = option(False, "invert: PAR's distance term beside CLIP's loss")
     every: int = option(50, "invert: steps between two inversions")
     share: float = option(0.5, "invert: share of a batch that carries an inverted trigger")
-    epochs: int = option(2, "passes over the pairs")
-    steps: int | None = option(None, "optimiser steps, instead of --epochs")
+    retain: str | None = option(
+        None, "ubt: clean pairs, as --pairs; default the unsuspicious ones of --pairs"
+    )
+    k: int = option(256, "ubt: how many of the most suspicious of --pairs are judged and forgotten")
+    rank: str = option("crowding", "ubt: how suspicion is measured", choices=RANKINGS)
+    gate_excess: float | None = option(
+        None,
+        "ubt: how much more alike than random ones the images must be (default: by rank)",
+    )
+    tail: str = option("low", "ubt: end of the cosines that --rank gain starts from", choices=TAILS)
+    epochs: int | None = option(None, "passes over the pairs (default: the method's, 2)")
+    steps: int | None = option(None, "optimiser steps, instead of --epochs (ubt: 500)")
     batch_size: int = option(512, "pairs per step, over all processes")
-    lr_start: float = option(3e-5, "learning rate at the start")
-    lr: float = option(3e-6, "learning rate after the first half")
-    lr_end: float = option(1e-9, "learning rate at the end")
+    lr_start: float | None = option(None, "learning rate at the start (default: 3e-5, ubt 1e-7)")
+    lr: float | None = option(None, "learning rate after the first half (default: 3e-6, ubt 1e-6)")
+    lr_end: float | None = option(None, "learning rate at the end (default: 1e-9)")
     weight_decay: float = option(1e-4, "of AdamW; none for biases and norms")
     augment: bool | None = option(
         None, "PAR's pixel noise and erased squares (default: no for cleanclip, roclip, else yes)"

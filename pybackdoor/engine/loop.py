@@ -255,6 +255,9 @@ class _Run:
         for item in self.feed:
             self._step(item.after["given"] - 1, item)
             self.watch.step()
+            with self.watch.patient():
+                if self.objective.enough(item.after["given"] - 1):
+                    self.feed.stop()
             if self._settle(self.guard.arrived(), bar):
                 return True
             if item.save:

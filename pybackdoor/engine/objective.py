@@ -157,6 +157,13 @@ class Objective:
         """What computes the gradients in place of ``gradients``, which it may call."""
         return gradients
 
+    def enough(self, step: int) -> bool:
+        """Whether the run may end after this step; asked after each, on every rank.
+
+        Looking at a number on the device here makes the step wait for it: every n-th is enough.
+        """
+        return False
+
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must be given back, the same on every rank; {} for nothing."""
         return {}

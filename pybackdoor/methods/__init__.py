@@ -14,6 +14,7 @@ from .ft_sam import ft_sam_clean
 from .invert import invert_clean
 from .par import par_clean
 from .roclip import roclip_clean
+from .ubt import ubt_clean
 
 METHODS: dict[str, Callable[..., CleanResult]] = {
     "par": par_clean,
@@ -22,6 +23,7 @@ METHODS: dict[str, Callable[..., CleanResult]] = {
     "roclip": roclip_clean,
     "ft_sam": ft_sam_clean,
     "invert": invert_clean,
+    "ubt": ubt_clean,
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "own_options",
     "par_clean",
     "roclip_clean",
+    "ubt_clean",
 ]
 
 

@@ -1,0 +1,306 @@
+"""UBT-style token-level local unlearning (experimental): forget what the poisoned pairs taught.
+
+After the ideas of UBT (arXiv 2403.16257, 2409.19526), of which abstracts alone are public; every
+stage here is a design of its own, and no reproduction is claimed. The defender holds the suspect
+training pairs D.
+
+    A  pool the pairs with the weakest cosine
+    B  overfit a copy of the model on the pool
+    C  rank all pairs by their gain, or by how they crowd, without A and B (the default, since it
+       found planted poison where the gain did not); D_sus = top k. Do its images belong together
+       more than chance? If not: no backdoor found, the model is returned as it is
+    D  keep the most suspicious words of each caption of D_sus: t̂
+    E  forget t̂ on D_sus, keep R = clean pairs, or D without what is suspicious:
+       L = α L_tok(D_sus, t̂) + β L_CLIP(R) + γ (S_φ + S_ψ on R)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from ..batches import InputRules
+from ..clean import (
+    CleanOptions,
+    CleanResult,
+    clean,
+    frozen_copy,
+    refuse_unknown,
+    trainable_copy,
+)
+from ..data._keyed import permutation
+from ..distributed import Ranks
+from ..engine import Settings, loss_precision, pick_device
+from ..ubt.crowding import crowding
+from ..ubt.evidence import save_picture, save_table
+from ..ubt.gate import Gate, check_gate, gate, top
+from ..ubt.localise import Localisation, check_share, localise
+from ..ubt.overfit import LOSSES, overfit
+from ..ubt.reading import Reader, pair_cosines
+from ..ubt.suspects import RowLoader, Suspects
+from ..ubt.unlearn import (
+    LocalUnlearning,
+    Portions,
+    StoppingRule,
+    check_weights,
+    freeze_text,
+    some_pairs,
+)
+from ..ubt.weak import RANKINGS, check_pool, one_of, weak_pool
+
+# Excess of cohesion that the gate wants of each ranking: above what clean models show, of which few
+# were looked at (benchmarks/bench_ubt.py --gate-only calibrates).
+EXCESS = {"gain": 0.1, "cosine": 0.3, "crowding": 0.93, "scores": 0.1}
+LEFT_OUT = 2  # times k: how many of the most suspicious pairs R does without
+_HELD_OUT = 0.2  # share of D_sus that only judges
+_PROXY = 512  # pairs of R that only judge
+_STREAM = 0x68656C64
+_STEPS, _LR = 500, 1e-6
+
+
+@dataclass(frozen=True)
+class UbtResult(CleanResult):
+    """What UBT-style unlearning did and on which evidence.
+
+    Attributes:
+        suspects: the pairs that were looked at; those with a broken image are left out.
+        scores: [N] of these pairs, higher = more suspicious.
+        chosen: [k] rows of D_sus, the most suspicious first.
+        gate: whether they belong together.
+        found: their words; None where the gate stopped, and ``model`` is then the one given.
+    """
+
+    suspects: Suspects
+    scores: np.ndarray
+    chosen: np.ndarray
+    gate: Gate
+    found: Localisation | None
+
+    @property
+    def backdoor_found(self) -> bool:
+        return self.found is not None
+
+    def save_evidence(self, folder: Path) -> None:
+        """Write suspects.csv, and suspects.png with the words to be forgotten in red."""
+        about = (self.suspects, self.chosen, self.scores, self.found)
+        save_table(folder / "suspects.csv", *about)
+        save_picture(folder / "suspects.png", *about, self.gate)
+
+
+def ubt_clean(
+    model: nn.Module,
+    suspect_loader: Iterable[Any],
+    retain_loader: Iterable[Any] | None = None,
+    *,
+    k: int = 256,
+    scores: np.ndarray | Tensor | None = None,
+    weak_share: float = 0.05,
+    tail: str = "low",
+    overfit_steps: int = 200,
+    overfit_lr: float = 1e-5,
+    overfit_loss: str = "contrastive",
+    rank: str = "crowding",
+    gate_sets: int = 999,
+    gate_p: float = 0.01,
+    gate_excess: float | None = None,
+    token_share: float = 0.3,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    forget: str = "contrastive",
+    forget_batch: int = 64,
+    batch_size: int | None = None,
+    train_text: bool = False,
+    check_every: int = 25,
+    max_drop: float = 0.01,
+    **options: Unpack[CleanOptions],
+) -> CleanResult:
+    """Find poisoned training pairs, and forget their suspicious words on their images.
+
+    Experimental and UBT-style: after two papers' abstracts, no reproduction. Needs the pairs that
+    the model was trained on. A gate that stops proves no absence of a backdoor.
+
+    Args:
+        model: as for ``par_clean``, trained on the suspect pairs.
+        suspect_loader: D: a PairLoader, Pairs (with ``tokenizer``), or batches of uint8 images as
+            for ``par_clean``, which are kept in memory. Read whole, by every rank.
+        retain_loader: R, clean pairs as for ``par_clean``; None: D without its ``2 k`` most
+            suspicious pairs.
+        k: pairs of D_sus.
+        scores: [N] suspicion of each pair of D in its order, higher = more (``detect_samples``);
+            replaces stages A and B. NaN: never chosen.
+        weak_share, tail: the pool: share of D, and which end of the cosines: low, high or both.
+        overfit_steps, overfit_lr, overfit_loss: of stage B: "contrastive" or "cosine".
+        rank: by "crowding", without stages A and B (``pybackdoor.ubt.crowding``); by "gain" in
+            cosine through overfitting; or by the "cosine" after it.
+        gate_sets, gate_p, gate_excess: random sets, the p-value and the excess in mean pairwise
+            cosine that the gate wants (None: by the ranking); see ``pybackdoor.ubt.gate``.
+        token_share: of the words of a caption that are kept, at least one. Words are whole where
+            the tokenizer marks them; the portions are encoded as captions of their own, so that no
+            features of single tokens are needed.
+        alpha, beta, gamma: weights of the three terms.
+        forget: "contrastive", or "hinge": mean max(0, cosine - kappa).
+        forget_batch: pairs of D_sus a step.
+        batch_size: of the overfitting, and of R where it is made from D; default the loader's own,
+            else 256.
+        train_text: also train what the image tower does not use.
+        check_every, max_drop: steps between looks at the stopping rule, and the loss of proxy
+            accuracy at which it stops; see ``pybackdoor.ubt.unlearn``.
+        **options: those of every cleaning method (``par_clean``), but 500 steps, and a learning
+            rate that rises from 1e-7 to 1e-6 (``lr``) up to the middle, and no ``repair``:
+            the third term keeps the embeddings where they were.
+    Returns:
+        UbtResult. Its report holds the gate, the words and the looks of the stopping rule.
+    Raises:
+        As ``par_clean``; ValueError: fewer than k pairs, captions all equal, too few pairs left
+        for R.
+    """
+    refuse_unknown("ubt", options)
+    one_of("rank", rank, RANKINGS)
+    one_of("overfit_loss", overfit_loss, LOSSES)
+    check_pool(weak_share, tail)
+    ranked_by = rank if scores is None else "scores"
+    excess = EXCESS[ranked_by] if gate_excess is None else gate_excess
+    check_gate(gate_sets, gate_p, excess)
+    check_share(token_share)
+    check_weights(alpha, beta, gamma, forget)
+    if not ("steps" in options or "epochs" in options):
+        options["steps"] = _STEPS
+    options = {"lr_start": _LR / 10, "lr": _LR, "repair": False, **options}  # type: ignore[assignment]
+    precision, seed = options.get("precision", "bf16"), options.get("seed", 0)
+    device, progress = pick_device(options.get("device")), options.get("progress")
+    rules = InputRules.of(
+        model, mean=options.get("mean"), std=options.get("std"), tokenizer=options.get("tokenizer")
+    )
+    if batch_size is None:
+        batch_size = getattr(suspect_loader, "batch_size", 256)
+    began = time.perf_counter()
+    suspects = Suspects.of(suspect_loader, rules, progress)
+    _check_sizes(suspects, k, retain_loader is None)
+    score = None if scores is None else _given(scores, suspects)
+    before = frozen_copy(trainable_copy(model, device))
+    reader = Reader(before, rules, precision)
+    image = reader.images(suspects)
+
+    if ranked_by == "crowding":
+        score = crowding(image, suspects, k)
+    elif score is None:
+        captions = reader.captions(suspects)
+        cosines = pair_cosines(image, captions, suspects)
+        pool = weak_pool(cosines, weak_share, tail)
+        exposed = overfit(
+            before, suspects, pool, rules=rules, device=device, steps=overfit_steps,
+            lr=overfit_lr, batch_size=batch_size, loss=overfit_loss, precision=precision,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+        after = Reader(exposed, rules, precision)
+        score = pair_cosines(after.images(suspects), after.captions(suspects), suspects)
+        score = score - cosines if rank == "gain" else score
+    chosen = top(score, k)
+    chosen = np.array(Ranks.start(device).from_first(chosen.tolist()))  # one choice on all ranks
+    judged = gate(image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed)
+    own = {
+        "k": k, "ranked_by": ranked_by, "weak_share": weak_share,
+        "tail": tail, "overfit_steps": overfit_steps, "overfit_lr": overfit_lr,
+        "overfit_loss": overfit_loss, "token_share": token_share, "alpha": alpha, "beta": beta,
+        "gamma": gamma, "forget": forget, "forget_batch": forget_batch, "train_text": train_text,
+        "check_every": check_every, "max_drop": max_drop,
+    }  # fmt: skip
+    about = {"experimental": True, "gate": asdict(judged), "suspect_pairs": len(suspects)}
+    if not judged.fires:
+        report = {
+            "method": "ubt", "verdict": "no backdoor found", **about, "settings": own,
+            "steps_done": 0, "seconds": 0.0,
+            "seconds_searching": round(time.perf_counter() - began, 3),
+        }  # fmt: skip
+        return UbtResult(model, [], report, suspects, score, chosen, judged, None)
+
+    found = localise(
+        reader, suspects, chosen, share=token_share, image=image[torch.from_numpy(chosen)]
+    )
+    learnt, held_out = _split(k, seed)
+    keep = retain_loader
+    if keep is None:
+        rest = np.setdiff1d(np.arange(len(suspects)), _most(score, LEFT_OUT * k))
+        rest = rest[permutation(seed ^ _STREAM, 1, len(rest))]
+        few = min(_PROXY, len(rest) // 5)
+        proxy = suspects.pixels(rest[:few]), suspects.tokens(rest[:few])
+        keep = RowLoader(suspects, rest[few:], batch_size=batch_size, seed=seed)
+    else:
+        proxy = some_pairs(keep, rules, _PROXY)
+    rule = StoppingRule(
+        before, rules, suspects, chosen[held_out], proxy, every=check_every, max_drop=max_drop,
+        precision=precision,
+    )  # fmt: skip
+    rows = chosen[learnt]
+    portions = Portions(
+        suspects.pixels(rows), found.portions[learnt], torch.from_numpy(suspects.ids[rows])
+    )
+
+    def objective(student: nn.Module, settings: Settings) -> LocalUnlearning:
+        if not train_text:
+            freeze_text(student, proxy[0], rules)
+        return LocalUnlearning(
+            before, portions, found.mentions, sample=forget_batch, alpha=alpha, beta=beta,
+            gamma=gamma, forget=forget, margin=rule.kappa, stop=rule,
+            precision=loss_precision(settings.precision), seed=settings.seed,
+        )  # fmt: skip
+
+    searching = time.perf_counter() - began
+    result = clean("ubt", model, keep, objective, own, **options)
+    rule.settle(result.model)
+    report = result.report | about | {
+        "verdict": "suspicious pairs found",
+        "whole_words": found.whole,
+        "words": [asdict(token) | {"enriched": token.enriched} for token in found.tokens],
+        "kappa": rule.kappa, "stopped": rule.reason, "checks": rule.checks,
+        "seconds_searching": round(searching, 3),
+    }  # fmt: skip
+    return UbtResult(result.model, result.history, report, suspects, score, chosen, judged, found)
+
+
+def _check_sizes(suspects: Suspects, k: int, retain: bool) -> None:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer):
+        raise TypeError(f"k must be an integer, got {k!r}")
+    if not 5 <= k <= len(suspects):
+        raise ValueError(
+            f"k must be in [5, {len(suspects)}], the suspect pairs that can be used, got {k}"
+        )
+    wanted = LEFT_OUT * k + 10
+    if retain and len(suspects) < wanted:
+        raise ValueError(
+            f"without retain_loader, suspect_loader must hold at least {wanted} pairs, the {k} of "
+            f"D_sus, as many again, and some to keep; got {len(suspects)}: lower k, or give clean "
+            "pairs"
+        )
+
+
+def _given(scores: np.ndarray | Tensor, suspects: Suspects) -> np.ndarray:
+    """[N] the user's scores of the pairs that can be used."""
+    array = np.asarray(scores.cpu() if isinstance(scores, Tensor) else scores)
+    if array.shape != (suspects.total,) or array.dtype.kind not in "fiu":
+        raise ValueError(
+            f"scores must be [{suspects.total}] numbers, one per suspect pair, got {array.dtype} "
+            f"of shape {list(array.shape)}"
+        )
+    return array[suspects.rows].astype(np.float64)
+
+
+def _most(score: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the largest scores, and all without one."""
+    return np.union1d(np.argsort(-score, kind="stable")[:count], np.flatnonzero(np.isnan(score)))
+
+
+def _split(k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places in D_sus that are forgotten, and those that only judge."""
+    order = permutation(seed ^ _STREAM, 0, k)
+    few = max(1, round(_HELD_OUT * k))
+    return np.sort(order[few:]), np.sort(order[:few])

@@ -1,0 +1,40 @@
+"""UBT-style token-level local unlearning (experimental), stage by stage; each stands by itself.
+
+suspects.py reads the pairs, reading.py encodes them; weak.py (A) pools the weakest, overfit.py (B)
+overfits on the pool, gate.py (C) asks whether the top pairs belong together (crowding.py
+ranks them without B), words.py and
+localise.py (D) find their words, unlearn.py (E) forgets them; evidence.py shows what was found.
+`pybackdoor.ubt_clean` puts them together.
+"""
+
+from .crowding import crowding
+from .evidence import save_picture, save_table
+from .gate import Gate, gate, top
+from .localise import Localisation, Token, localise
+from .overfit import overfit
+from .reading import Reader, pair_cosines
+from .suspects import Suspects
+from .unlearn import LocalUnlearning, Portions, StoppingRule
+from .weak import weak_pool
+from .words import WordReader
+
+__all__ = [
+    "Gate",
+    "Localisation",
+    "LocalUnlearning",
+    "Portions",
+    "Reader",
+    "StoppingRule",
+    "Suspects",
+    "Token",
+    "WordReader",
+    "crowding",
+    "gate",
+    "localise",
+    "overfit",
+    "pair_cosines",
+    "save_picture",
+    "save_table",
+    "top",
+    "weak_pool",
+]

@@ -1,0 +1,204 @@
+"""Stage C: rank the pairs, take the top, and ask whether they belong together more than chance.
+
+The gate compares D_sus, the k most suspicious pairs, with random sets of as many pairs whose
+captions are of the same classes. The class of a caption is the caption itself where at least
+``CLASS`` pairs have it, else its rarest word of those that at least ``CLASS`` captions hold;
+captions without either form a class of their own. A random
+set has, of each class, as many pairs as D_sus has, drawn without replacement among the pairs of the
+class that are not in D_sus; where too few are left, the rest of that class is taken from D_sus
+itself, which can only make the sets alike.
+
+Statistic: the mean pairwise cosine of the image features, each taken relative to the mean of its
+class (over the pairs not in D_sus) and brought to unit length. Without that, images of one class
+are so alike that a trigger hardly adds to it. The p-value is (1 + sets that reach the statistic) /
+(1 + sets). Top picks of a clean model are also more alike than random ones, since they are picked:
+the gate therefore asks, besides p, for an excess over the sets' mean of at least ``excess``, a
+threshold above what clean models show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .suspects import Suspects
+from .words import WordReader
+
+CLASS = 20  # pairs that must share a caption or a word for it to be a class
+_STREAM = 0x67617465
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether the suspicious pairs belong together.
+
+    Attributes:
+        fires: p <= alpha and statistic - matched >= excess.
+        statistic: mean pairwise cosine of their centred image features, in [-1, 1].
+        matched, spread: mean and standard deviation of the random sets' statistics.
+        p: of as large a statistic among the random sets.
+        sets: how many random sets were drawn.
+        alpha, excess: the thresholds.
+        classes: of the suspicious captions, by size: (word, pairs).
+    """
+
+    fires: bool
+    statistic: float
+    matched: float
+    spread: float
+    p: float
+    sets: int
+    alpha: float
+    excess: float
+    classes: tuple[tuple[str, int], ...]
+
+    def describe(self) -> str:
+        """One line for people."""
+        word = "fires" if self.fires else "does not fire"
+        return (
+            f"gate {word}: mean pairwise image cosine {self.statistic:.3f}, matched random sets "
+            f"{self.matched:.3f} ± {self.spread:.3f}, p = {self.p:.3g} (wanted p <= {self.alpha:g} "
+            f"and an excess of at least {self.excess:g})"
+        )
+
+
+def top(scores: np.ndarray, k: int) -> np.ndarray:
+    """[k] rows of the largest scores, largest first, equal ones by row; NaN is never taken."""
+    usable = int((~np.isnan(scores)).sum())
+    if not 2 <= k <= usable:
+        raise ValueError(f"k must be in [2, {usable}], the suspect pairs with a score, got {k}")
+    return np.argsort(-scores, kind="stable")[:k]
+
+
+def caption_classes(
+    suspects: Suspects, least: int = CLASS, *, whole: bool = True
+) -> tuple[np.ndarray, list[str]]:
+    """([N] class of each pair, names): the caption, or its rarest common word; see above.
+
+    Equally rare words: the one that comes first in the caption.
+
+    Args:
+        whole: whether captions that many pairs share are classes; else words alone.
+    """
+    split = WordReader(suspects.tokenizer)
+    used, caption, times = np.unique(suspects.caption, return_inverse=True, return_counts=True)
+    words = [split.words(row) for row in suspects.different.tokens(used)]
+    count: Counter[str] = Counter()
+    for own, number in zip(words, times.tolist(), strict=True):
+        for key in {w.key for w in own}:
+            count[key] += number
+    names: dict[str, int] = {}
+    texts: list[str] = []
+    of = np.empty(len(used), np.int64)
+    for at, (own, number) in enumerate(zip(words, times.tolist(), strict=True)):
+        common = [w for w in own if count[w.key] >= least]
+        if whole and number >= least:
+            named = own
+        else:
+            named = [min(common, key=lambda w: count[w.key])] if common else []
+        key = " ".join(w.key for w in named)
+        if key not in names:
+            names[key] = len(names)
+            texts.append(" ".join(w.text for w in named) or "(rare words only)")
+        of[at] = names[key]
+    return of[caption], texts
+
+
+def cohesion(rows: Tensor) -> float:  # [n, D] unit rows, n >= 2
+    """Mean cosine of two different rows, in fp64: (|Σ r|² - n) / (n (n - 1))."""
+    n = len(rows)
+    total = rows.double().sum(0)
+    return float((total @ total - n) / (n * (n - 1)))
+
+
+def centred(image: Tensor, classes: np.ndarray, chosen: np.ndarray) -> Tensor:
+    """[N, D] unit rows: the image features relative to the mean of their class.
+
+    Args:
+        image: [N, D] unit rows.
+        classes: [N].
+        chosen: [k] rows that the means leave out, where others of their class remain.
+    """
+    outside = torch.ones(len(image), dtype=image.dtype)
+    outside[chosen] = 0
+    number = torch.from_numpy(classes)
+    size = int(classes.max()) + 1
+    counts = torch.zeros(size, dtype=image.dtype).index_add_(0, number, outside)
+    alone = counts[number] == 0  # a class that lies in D_sus altogether
+    outside[alone] = 1
+    counts = torch.zeros(size, dtype=image.dtype).index_add_(0, number, outside)
+    sums = torch.zeros(size, image.shape[1], dtype=image.dtype)
+    sums.index_add_(0, number, image * outside[:, None])
+    return normalize(image - (sums / counts[:, None].clamp(min=1))[number], dim=-1)
+
+
+def gate(
+    image: Tensor,  # [N, D] unit rows, by the model that was trained on the pairs
+    suspects: Suspects,
+    chosen: np.ndarray,  # [k] rows of D_sus
+    *,
+    sets: int = 999,
+    alpha: float = 0.01,
+    excess: float = 0.1,
+    seed: int = 0,
+) -> Gate:
+    """Compare the chosen pairs with random sets of the same captions; see the file's beginning."""
+    check_gate(sets, alpha, excess)
+    classes, names = caption_classes(suspects)
+    rows = centred(image, classes, chosen)
+    found = cohesion(rows[torch.from_numpy(chosen)])
+    draws = matched_sets(classes, chosen, sets, seed)
+    others = np.array([cohesion(rows[torch.from_numpy(draw)]) for draw in draws])
+    p = (1 + int((others >= found).sum())) / (1 + sets)
+    sizes = Counter(classes[chosen].tolist()).most_common()
+    return Gate(
+        bool(p <= alpha and found - others.mean() >= excess), found, float(others.mean()),
+        float(others.std()), p, sets, alpha, excess,
+        tuple((names[number], count) for number, count in sizes),
+    )  # fmt: skip
+
+
+def check_gate(sets: int, alpha: float, excess: float) -> None:
+    """Refuse thresholds that are none."""
+    if not 0 < alpha < 1:
+        raise ValueError(f"gate_p must be in (0, 1), got {alpha}")
+    if sets + 1 < 1 / alpha:
+        raise ValueError(
+            f"gate_sets must be at least {math.ceil(1 / alpha) - 1}, else no p-value can reach "
+            f"{alpha:g}, got {sets}"
+        )
+    if not -2 <= excess <= 2:
+        raise ValueError(f"gate_excess must be a difference of cosines in [-2, 2], got {excess}")
+
+
+def matched_sets(classes: np.ndarray, chosen: np.ndarray, sets: int, seed: int) -> list[np.ndarray]:
+    """[k] rows of each of so many random sets, with the classes of the chosen ones."""
+    rng = np.random.default_rng([seed, _STREAM])
+    outside = np.ones(len(classes), bool)
+    outside[chosen] = False
+    plans = []
+    for number, count in sorted(Counter(classes[chosen].tolist()).items()):
+        of_class = classes == number
+        free = np.flatnonzero(of_class & outside)
+        lacking = max(0, count - len(free))
+        inside = chosen[classes[chosen] == number]
+        plans.append((free, inside, min(count, len(free)), lacking))
+    return [
+        np.concatenate(
+            [
+                part
+                for free, inside, count, lacking in plans
+                for part in (
+                    rng.choice(free, count, replace=False),
+                    rng.choice(inside, lacking, replace=False),
+                )
+            ]
+        )
+        for _ in range(sets)
+    ]
