@@ -197,12 +197,23 @@ def test_the_backdoor_is_found_and_forgotten(cleaned):
     assert [t.text for t in cleaned.found.tokens if t.enriched] == ["10"]  # the id of blue
     report = json.loads(json.dumps(cleaned.report))
     assert report["experimental"] and report["gate"]["fires"] and not report["whole_words"]
-    assert report["stopped"] in ("forgotten", "steps", "accuracy")
+    assert report["stopped"] == "steps" and report["steps_done"] == 60
     assert {"loss", "contrastive", "forget", "s_image", "s_text"} <= set(cleaned.history[0])
     assert cleaned.history[0]["s_text"] == 0
     model = Planted()
     assert torch.equal(cleaned.model.words.weight, model.words.weight)  # the text tower
     assert torch.equal(cleaned.model.logit_scale, model.logit_scale)
+
+
+def test_the_run_ends_with_the_look_that_finds_enough_forgotten(cleaned, monkeypatch):
+    monkeypatch.setattr("pybackdoor.ubt.unlearn.mismatched_cosine", lambda *features: 0.5)
+    early = pybackdoor.ubt_clean(
+        Planted(), PairLoader(PAIRS, WordTokenizer(), batch_size=64), scores=SCORES,
+        **OPTIONS, **FORGET,
+    )  # fmt: skip
+    looks = [c["step"] for c in cleaned.report["checks"] if c["suspect_cosine"] <= 0.5]
+    assert early.report["stopped"] == "forgotten"
+    assert early.report["steps_done"] == looks[0] + 1 < 60
 
 
 def test_same_seed_same_bits_and_the_model_given_stays(cleaned):

@@ -26,7 +26,7 @@ for forget in ("contrastive", "hinge"):
     for k, record in enumerate(result.history):
         found[f"{forget} loss {k}"] = torch.tensor(record["loss"])
 ranked = pybackdoor.ubt_clean(
-    Planted(), PairLoader(pairs, WordTokenizer(), batch_size=33), overfit_steps=4,
+    Planted(), PairLoader(pairs, WordTokenizer(), batch_size=33), rank="gain", overfit_steps=4,
     overfit_loss="cosine", overfit_lr=1e-3, steps=1, gate_excess=2.0, **common,
 )  # fmt: skip
 found["scores"] = torch.from_numpy(ranked.scores)
