@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pybackdoor import CleanResult, finetune_clean, par_clean
+from pybackdoor import (
+    CleanResult,
+    cleanclip_clean,
+    finetune_clean,
+    ft_sam_clean,
+    invert_clean,
+    par_clean,
+    roclip_clean,
+)
 
 NONE = "none"  # the model as it is
 TAUS = (0.6, 1.0, 1.5)  # of the CA/ASR curves, beside the default
@@ -39,6 +47,13 @@ DEFENCES: dict[str, Defence] = {
     NONE: Defence(None),
     "finetune": Defence(finetune_clean),
     "par": Defence(par_clean),
+    "cleanclip": Defence(cleanclip_clean),
+    # 2 % of the pairs, as the default is of the publication's.
+    "roclip": Defence(roclip_clean, {"pool_size": 200}),
+    # Its step uphill goes with the learning rate: 0.05 at 7e-4 collapses to equal embeddings.
+    "ft_sam": Defence(ft_sam_clean, {"lr_start": 5e-5, "lr": 5e-6}),
+    "invert": Defence(invert_clean),
+    "invert_par": Defence(invert_clean, {"perturb": True}),
     "par_procedural": Defence(par_clean, pairs="procedural"),
     **{f"par_tau_{tau}": Defence(par_clean, {"tau": tau}) for tau in TAUS},
 }
