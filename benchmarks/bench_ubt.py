@@ -59,7 +59,8 @@ UBT = {
     "lr": 1e-4, "beta": 2.0, "check_every": 10, "precision": "fp32", "device": "cpu",
     "progress": False, "augment": False,
 }  # fmt: skip
-SIZES = {False: (35_000, 2_000, 1_200), True: (300, 60, 3)}  # tiny: pairs, tests, training steps
+# 1,200 steps installed stripes at an ASR of 46 % and blended at 83 %: too little to be judged.
+SIZES = {False: (35_000, 2_000, 2_000), True: (300, 60, 3)}  # tiny: pairs, tests, training steps
 
 
 def read(tiny: bool) -> tuple[Any, Any]:

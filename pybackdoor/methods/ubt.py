@@ -126,7 +126,9 @@ def ubt_clean(
     """Find poisoned training pairs, and forget their suspicious words on their images.
 
     Experimental and UBT-style: after two papers' abstracts, no reproduction. Needs the pairs that
-    the model was trained on. A gate that stops proves no absence of a backdoor.
+    the model was trained on. A gate that stops proves no absence of a backdoor: weak triggers and
+    too large a k are missed. What is forgotten is the trigger's tie to the words; triggered images
+    need not be recognised again.
 
     Args:
         model: as for ``par_clean``, trained on the suspect pairs.
