@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import triplet_margin_loss
-from tqdm.auto import tqdm
 
 from .batches import InputRules, Tokenizer
 from .clean import frozen_copy
@@ -99,6 +98,8 @@ def badclip_patch(
         TypeError, ValueError: naming the argument; also where no caption names the target, or all.
     Source: arXiv 2311.12075; start clip(N(0.5, 0.25)), Adam 1e-3, 50 epochs, batch 64.
     """
+    from tqdm.auto import tqdm
+
     check_clip(model)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
