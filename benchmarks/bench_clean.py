@@ -87,7 +87,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "tiny": Size(8, 16, 12, 3, 2, 1, (40, 64)),
-    "cpu quick": Size(32, 64, 32, 8, 3, 1),
+    "cpu quick": Size(32, 64, 32, 8, 5, 1),
     "cpu": Size(32, 256, 128, 20, 5, 2),
     "cuda quick": Size(512, 8192, 2048, 100, 3, 16),
     "cuda": Size(512, 16384, 4096, 100, 7, 16),
