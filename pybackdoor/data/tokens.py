@@ -318,8 +318,10 @@ def _encoded_length(tokenizer: Any) -> Callable[[str], int] | None:
 
 
 def _chunks(count: int, progress: bool | None) -> Any:
+    chunks = range(0, count, _CHUNK)
+    show = (sys.stderr.isatty() and count > _CHUNK) if progress is None else progress
+    if not show:  # a hidden bar, too, takes a lock that forked processes share: one may be killed
+        return chunks
     from tqdm import tqdm
 
-    show = (sys.stderr.isatty() and count > _CHUNK) if progress is None else progress
-    chunks = range(0, count, _CHUNK)
-    return tqdm(chunks, desc="tokenising", unit=f"x{_CHUNK}", disable=not show)
+    return tqdm(chunks, desc="tokenising", unit=f"x{_CHUNK}")
