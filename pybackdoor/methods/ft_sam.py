@@ -86,7 +86,9 @@ def ft_sam_clean(
 
     Args:
         model, loader: as for ``par_clean``.
-        rho: length of the step uphill, in the norm of all trained weights; above 0.
+        rho: length of the step uphill, in the norm of all trained weights; above 0. With a high
+            learning rate a long step can collapse a contrastive model: the loss then stays at
+            ln(batch size). Lower either.
         adaptive: scale the step by the weights' magnitudes, as FT-SAM does; its rho is then
             relative to them, and a larger one is usual.
     Options: those of ``par_clean``.
