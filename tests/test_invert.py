@@ -71,8 +71,8 @@ def test_refusals_of_invert(options, message):
         invert(lambda x: x, images(), mean=MEAN, std=STD, **options)
 
 
-@pytest.mark.parametrize("perturb", [False, True])
-def test_part_of_each_batch_carries_a_trigger(perturb, monkeypatch):
+@pytest.mark.parametrize("perturb, share", [(False, 0.2), (True, 0.8)])
+def test_part_of_each_batch_carries_a_trigger(perturb, share, monkeypatch):
     from pybackdoor.methods import invert as module
 
     seen = []
@@ -84,11 +84,11 @@ def test_part_of_each_batch_carries_a_trigger(perturb, monkeypatch):
 
     monkeypatch.setattr(module.Given, "images", noted)
     result = pybackdoor.invert_clean(
-        model(), random_pairs(40, 20), perturb=perturb, **QUICK, **FAST
+        model(), random_pairs(40, 20), perturb=perturb, share=share, **QUICK, **FAST
     )
     assert [len(t["triggers"].mask) for t in seen] == [2, 2, 4, 4, 4]  # two families, at most two
     stamped = torch.cat([t["trigger_id"] for t in seen])
-    assert 0.2 < float((stamped >= 0).float().mean()) < 0.8
+    assert abs(float((stamped >= 0).float().mean()) - share) < 0.15  # of 100
     assert set(stamped.tolist()) >= {-1, 0, 1}
     assert ("s_image" in result.history[-1]) == perturb
     assert -1 <= result.history[-1]["cosine_dense"] <= 1
