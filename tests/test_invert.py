@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dual_encoder import MEAN, STD, DualEncoder, random_pairs
+from run_ranks import run_ranks
 from torch.nn.functional import normalize
 
 import pybackdoor
@@ -126,3 +127,12 @@ def test_float_images_cannot_be_stamped():
     floats = [(b["images"].permute(0, 3, 1, 2) / 255.0, b["tokens"]) for b in random_pairs(20, 10)]
     with pytest.raises(TypeError, match="invert_clean needs uint8 images"):
         pybackdoor.invert_clean(model(), floats, **QUICK, **FAST)
+
+
+def test_ranks_put_their_triggers_together(tmp_path):
+    code, errors, found = run_ranks("invert_ranks.py", tmp_path, 2)
+    assert code == 0, errors
+    for family in FAMILIES:  # two inversions of two ranks
+        assert found[f"{family}/mask"].shape == (4, 1, 16, 16)
+        patterns = found[f"{family}/pattern"].flatten(1)
+        assert len(torch.unique(patterns, dim=0)) == 4
