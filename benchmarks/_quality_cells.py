@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from _quality_data import TEMPLATES, DataSet, Split, read, split
 from _quality_defences import DEFENCES, NONE
+from _quality_drift import probe, repaired
 from _quality_models import ARCHITECTURES
 from _quality_setting import TUNING, Cell, Model, Setting
 from safetensors.torch import load as weights_of
@@ -134,10 +135,8 @@ def compute_cell(cell: Cell, work: Work) -> dict[str, Any]:
     record |= {"settings": cell.settings(setting)}
     if cell.defence == NONE or planted["status"] != NOT_INSTALLED:
         before = trained(cell.model, work)
-        clock = Clock()
-        result = cleaned(before, cell, case, work)
-        record |= clock.read() | result.record
-        student = result.model
+        student, told = cleaned(before, cell, case, work)
+        record |= told
         reference = None if cell.defence == NONE else before
         record |= measured(student, case, work, reference, floor=cell.defence == NONE).to_dict()
         if record["status"] == INSTALLED:
@@ -147,28 +146,27 @@ def compute_cell(cell: Cell, work: Work) -> dict[str, Any]:
     return record
 
 
-class Cleaned(NamedTuple):
-    """A model and what the row says of its cleaning."""
-
-    model: nn.Module
-    record: dict[str, Any]
-
-
-def cleaned(model: nn.Module, cell: Cell, case: Case, work: Work) -> Cleaned:
-    """What the cell's defence makes of the model."""
+def cleaned(
+    model: nn.Module, cell: Cell, case: Case, work: Work
+) -> tuple[nn.Module, dict[str, Any]]:
+    """What the cell's defence and drift repair make of the model, and what the row says of it."""
     defence = DEFENCES[cell.defence]
     if defence.method is None:
-        return Cleaned(model, {"pairs": 0, "pairs_seen": 0, "steps": 0})
+        return model, {"pairs": 0, "pairs_seen": 0, "steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
     options = {**work.setting.clean, **defence.options}
     pairs = PAIRS[defence.pairs](case, work.setting)
-    seed = cell.model.seed
+    given = loader(pairs, case, options.pop("batch_size"))
+    seed, test, tokenizer = cell.model.seed, case.parts.test, case.loaded.tokenizer
+    clock = Clock()
     result = defence.method(
-        model, loader(pairs, case, options.pop("batch_size")), seed=seed, device=work.device,
-        progress=False, **options,
-    )  # fmt: skip
+        model, given, seed=seed, device=work.device, progress=False, repair=False, **options
+    )
+    told: dict[str, Any] = clock.read()
     report = result.report
-    told = {"pairs": len(pairs), "pairs_seen": report["pairs_seen"], "steps": report["steps_done"]}
-    return Cleaned(result.model, told)
+    told |= {"pairs": len(pairs), "pairs_seen": report["pairs_seen"], "steps": report["steps_done"]}
+    student, told["repair"] = repaired(result.model, model, given, test, tokenizer, work.device)
+    told["probe"] = probe(model, student, test, tokenizer)
+    return student, told
 
 
 def _suspect(case: Case, setting: Setting) -> Pairs:

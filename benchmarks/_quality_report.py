@@ -31,7 +31,12 @@ share of triggered images of *other* classes that are predicted as the target, P
 triggered images against their true labels; test images are as many of each class, so accuracies are
 macro accuracies. Figures are means over the seeds in %; brackets reach from the lowest lower to the
 highest upper bound of the seeds' 95 % intervals. Drift is the mean squared distance of unit
-embeddings to the poisoned model's, in [0, 4], image / text. Rebound is the highest ASR at {points}
+embeddings to the poisoned model's, in [0, 4], image / text, before and after drift repair. Old
+index is the accuracy of stored old image embeddings under the cleaned model's class texts / of its
+images under stored old texts, probe that of a linear probe trained on old image embeddings and
+given new ones; the model's own are CA, and what the probe reaches on old ones (in parentheses).
+Repair changed no image's similarity to a class text by more than {changed:.0e} (logits:
+{logits:.0e}). Rebound is the highest ASR at {points}
 steps of further training on other clean pairs. Control is the CA, in points, that the same defence
 costs the clean model of the same seed. Seconds are of one core.
 
@@ -71,7 +76,7 @@ def write_report(work: Work, out: Path) -> list[Path]:
     results.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(results, document(rows, work.setting).encode())
     written = [results]
-    parts = [introduction(work.setting)]
+    parts = [introduction(work.setting, rows)]
     for data, arch in dict.fromkeys(key[:2] for key in groups):
         own = {key[2:]: rows for key, rows in groups.items() if key[:2] == (data, arch)}
         picture = folder / f"{data}-{arch}.png"
@@ -160,8 +165,13 @@ def document(rows: list[dict], setting: Setting) -> str:
     return f'{text},\n "rows": [\n  {lines}\n ]\n}}\n'
 
 
-def introduction(setting: Setting) -> str:
+def introduction(setting: Setting, rows: list[dict]) -> str:
+    repairs = [row["repair"] for row in rows if "repair" in row]
+    changed, logits = (
+        max((r[f"{of}_difference"] for r in repairs), default=0.0) for of in ("cosine", "logit")
+    )
     return INTRODUCTION.format(
+        changed=changed, logits=logits,
         points=", ".join(map(str, setting.rebound_at)), installed=f"{100 * setting.installed:g}",
         tuning=" and ".join(f"`{name}`" for name in TUNING),
     ).strip()  # fmt: skip
@@ -190,8 +200,8 @@ def section(
     ]
     if picture is not None:
         parts.append(f"![CA against ASR for each attack](quality/{picture})")
-    header = ["attack", "rate %", "defence", "CA", "ASR", "PA", "drift", "rebound", "control"]
-    header += ["pairs", "seconds", "seeds"]
+    header = ["attack", "rate %", "defence", "CA", "ASR", "PA", "drift before", "drift after"]
+    header += ["old index", "probe", "rebound", "control", "pairs", "seconds", "seeds"]
     parts += ["<details><summary>Every figure</summary>", table(header, map(_full, groups.items()))]
     return "\n\n".join([*parts, "</details>"])
 
@@ -225,9 +235,11 @@ def _full(item: tuple[tuple[str, str], list[dict]]) -> list[str]:
     about = [_attack(attack), "-" if rate is None else f"{100 * rate:g}", defence]
     shown = judged or [row for row in rows if "ca" in row]  # an attack that failed has its own row
     if not shown:
-        return [*about, NOT_INSTALLED, *"-------", seeds]
+        return [*about, NOT_INSTALLED, *"----------", seeds]
     attacked = "asr_nontarget" in shown[0]
     drifts = [row["drift"] for row in shown if "drift" in row]
+    repairs = [row["repair"] for row in shown if "repair" in row]
+    probes = [row["probe"] for row in shown if "probe" in row]
     rebounds = [row["rebound"]["highest"] for row in shown if "rebound" in row]
     losses = [row["control_ca_loss"] for row in shown if row["control_ca_loss"] is not None]
 
@@ -239,7 +251,13 @@ def _full(item: tuple[tuple[str, str], list[dict]]) -> list[str]:
         Mean.of(shown, "ca").percent(),
         Mean.of(shown, "asr_nontarget").percent() if attacked else "-",
         Mean.of(shown, "triggered_accuracy").percent() if attacked else "-",
+        " / ".join(mean([r[f"{tower}_before"] for r in repairs], "{:.2f}") for tower in TOWERS),
         " / ".join(mean([d[tower]["value"] for d in drifts], "{:.2f}") for tower in TOWERS),
+        " / ".join(mean([100 * d[f"old_{t}s"]["value"] for d in drifts], "{:.1f}") for t in TOWERS),
+        " ".join(
+            mean([100 * p[which] for p in probes], form)
+            for which, form in (("new", "{:.1f}"), ("old", "({:.1f})"))
+        ),
         mean([100 * value for value in rebounds], "{:.1f}"),
         mean([100 * value for value in losses], "{:.1f}"),
         str(shown[0]["pairs"]),

@@ -46,10 +46,9 @@ def tiny(tmp_path_factory):
 
 
 def without_times(row):
-    kept = {k: v for k, v in row.items() if k not in TIMES}
-    if "rebound" in kept:
-        kept["rebound"] = {k: v for k, v in row["rebound"].items() if k not in TIMES}
-    return kept
+    if not isinstance(row, dict):
+        return row
+    return {name: without_times(value) for name, value in row.items() if name not in TIMES}
 
 
 def test_a_run_says_how_far_it_is_and_what_it_found(tiny):
@@ -105,6 +104,10 @@ def test_a_row_holds_what_evaluate_finds_and_what_was_used(tiny):
     assert {name: row[name] for name in found} == found
     assert (row["pairs"], row["pairs_seen"], row["steps"]) == (64, 32, 2)
     assert row["rate"] == 0.05 and row["target"] == "bag" and row["half"] == "untouched"
+    repair, probed = row["repair"], row["probe"]
+    assert repair["image_after"] <= repair["image_before"] and repair["done"] in (True, False)
+    assert 0 <= repair["cosine_difference"] <= repair["logit_difference"] < 1e-4
+    assert all(0 <= probed[name] <= 1 for name in ("old", "new"))
     rebound = row["rebound"]
     assert list(rebound["at"]) == ["1", "2", "3"]
     rates = [point["asr"] for point in rebound["at"].values()]

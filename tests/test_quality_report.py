@@ -4,14 +4,17 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import _quality_data  # noqa: E402
+import _quality_drift  # noqa: E402
 import _quality_report as report  # noqa: E402
 from _quality_cells import INSTALLED, NO_ATTACK, NOT_INSTALLED, Work  # noqa: E402
 from _quality_data import DataSet  # noqa: E402
@@ -102,8 +105,14 @@ def row(attack, defence, seed, ca, asr=None, status=INSTALLED):
     made = {
         "data": "cifar10", "arch": "resnet", "attack": attack, "defence": defence, "seed": seed,
         "rate": 0.01, "status": status, "ca": estimate(ca), "pairs": 10, "cpu_seconds": 4.0,
-        "drift": {"image": estimate(1.0), "text": estimate(2.0)}, "settings": {},
+        "settings": {},
     }  # fmt: skip
+    if defence != "none":
+        drift = {"image": 1.0, "text": 2.0, "old_images": 0.3, "old_texts": 0.4}
+        made["drift"] = {name: estimate(value) for name, value in drift.items()}
+        made["repair"] = {"image_before": 1.5, "text_before": 2.5}
+        made["repair"] |= {"cosine_difference": 1e-7, "logit_difference": 2e-6}
+        made["probe"] = {"old": 0.6, "new": 0.2}
     if asr is not None:
         made |= {"asr_nontarget": estimate(asr), "triggered_accuracy": estimate(0.5)}
     if status == INSTALLED:
@@ -151,7 +160,11 @@ def test_the_report_means_over_seeds_and_leaves_out_what_is_stale(work, tmp_path
     assert "| clean | (80.0) | (70.0) | - |" in page
     assert "| wanet | attack did not install | attack did not install | - |" in page
     full = "| sig (t) | 1 | par | 65.0 [50.0, 80.0] | 30.0 [10.0, 50.0] | 50.0 [40.0, 60.0] | "
-    assert full + "1.00 / 2.00 | 50.0 | 10.0 | 10 | 4 | 2 |" in page
+    assert (
+        full + "1.50 / 2.50 | 1.00 / 2.00 | 30.0 / 40.0 | 20.0 (60.0) | 50.0 | 10.0 | 10 | 4 | 2 |"
+        in page
+    )
+    assert "more than 1e-07 (logits:\n2e-06)" in page
     assert "| wanet | 1 | none | 80.0 [70.0, 90.0] | 40.0 [30.0, 50.0] |" in page
     assert "| 0 of 1 |" in page and "finetune" not in page
     pictures = [path for path in written if path.suffix == ".png"]
@@ -165,3 +178,20 @@ def test_the_curve_is_par_by_rising_tau():
     assert list(taus().items()) == [
         ("par_tau_0.6", 0.6), ("par_tau_1.0", 1.0), ("par_tau_1.5", 1.5), ("par", 2.15)
     ]  # fmt: skip
+
+
+def test_a_probe_is_trained_on_the_old_embeddings_and_judged_on_the_other_half(monkeypatch):
+    labels = np.arange(80) % 4 // 2
+    rng = np.random.default_rng(0)
+    old = torch.from_numpy(np.stack([labels, 1 - labels], 1) + 0.05 * rng.normal(size=(80, 2)))
+    made = iter([old, old.flip(1)])
+    reader = SimpleNamespace(images=lambda *_: next(made))
+    monkeypatch.setattr(_quality_drift, "FeatureReader", lambda *_: reader)
+    test = SimpleNamespace(images=None, ids=None, labels=labels, classes=["a", "b"])
+    assert _quality_drift.probe(None, None, test, None) == {"old": 1.0, "new": 0.0}
+    x = torch.randn(40, 3, dtype=torch.float64)
+    y = torch.arange(40) % 3
+    weights = _quality_drift.fitted(x, y, 3)
+    one_hot, ridge = torch.nn.functional.one_hot(y, 3).double(), 1e-2 * 40 / 4
+    gradient = _quality_drift.affine(x).T @ (_quality_drift.affine(x) @ weights - one_hot)
+    torch.testing.assert_close(gradient, -ridge * weights)  # where the loss with its ridge is least

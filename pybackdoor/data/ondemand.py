@@ -114,7 +114,9 @@ class OnDemandImages:
         numbers = rows.tolist()
         bad: dict[int, str] = {}
 
-        todo = iter(range(len(rows)))  # shared: the threads keep side by side in the source
+        _, first, of = np.unique(rows, return_index=True, return_inverse=True)
+        own = first[of]  # [n] the first place of the same image: only that one is decoded
+        todo = iter(np.sort(first).tolist())  # shared: the threads keep side by side in the source
 
         def work() -> None:
             for place in todo:
@@ -122,7 +124,7 @@ class OnDemandImages:
                 if reason:
                     bad[place] = reason
 
-        if min(self._workers, len(rows)) < 2:
+        if min(self._workers, len(first)) < 2:
             work()
         else:
             working = [self._threads().submit(work) for _ in range(self._workers)]
@@ -133,6 +135,10 @@ class OnDemandImages:
                 deque(todo, maxlen=0)  # so that the others stop
                 wait(working)
                 raise
+        for place in np.flatnonzero(own != np.arange(len(rows))).tolist():
+            out[place] = out[own[place]]
+            if own[place] in bad:
+                bad[place] = bad[int(own[place])]
         return out, dict(sorted(bad.items()))
 
     def gather(self, indices: Any) -> tuple[Tensor, dict[int, str]]:
