@@ -45,7 +45,7 @@ from pybackdoor.ubt import localise
 from pybackdoor.ubt.localise import portions
 from pybackdoor.ubt.words import WordReader
 
-OWN = ("gain", "crowding")
+OWN = ("gain", "fragility")
 TUNING = ("checkerboard", "sig")
 TARGET, RATE, HELD_OUT = "truck", 0.01, 15_000
 TEMPLATES = (

@@ -244,7 +244,7 @@ def test_random_words_of_the_same_share_forget_less(cleaned, monkeypatch):
 
 
 def test_overfitting_ranks_where_no_scores_are_given():
-    for rank in ("gain", "cosine", "crowding"):
+    for rank in ("gain", "cosine", "fragility"):
         result = pybackdoor.ubt_clean(
             Planted(), PAIRS, overfit_steps=5, overfit_lr=1e-3, rank=rank, batch_size=64,
             steps=2, **OPTIONS,

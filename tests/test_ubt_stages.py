@@ -12,11 +12,20 @@ from clip_models import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
-from ubt_world import COLOURS, MEAN, STD, WORDS, Planted, WordTokenizer, planted_pairs
+from ubt_world import (
+    COLOURS,
+    MEAN,
+    STD,
+    WORDS,
+    Planted,
+    WordTokenizer,
+    captioned,
+    planted_pairs,
+    rules,
+)
 
 from pybackdoor.batches import InputRules
-from pybackdoor.data import PairLoader, pairs_from_arrays
-from pybackdoor.ubt.crowding import crowding
+from pybackdoor.data import PairLoader
 from pybackdoor.ubt.gate import (
     caption_classes,
     centred,
@@ -37,17 +46,8 @@ CPU = torch.device("cpu")
 PAIRS, TRUTH = planted_pairs()
 
 
-def rules(model=None):
-    return InputRules.of(model or Planted(), mean=MEAN, std=STD, tokenizer=WordTokenizer())
-
-
 def suspects(pairs=PAIRS):
     return Suspects.of(pairs, rules())
-
-
-def captioned(*captions):
-    images = np.zeros((len(captions), 16, 16, 3), np.uint8)
-    return suspects(pairs_from_arrays(images, list(captions)))
 
 
 def unit(n, d, seed=0):
@@ -205,24 +205,6 @@ def test_gate_fires_on_poison_and_not_on_random_pairs():
     for bad in ((99, 0.001, 0), (99, 0, 0), (99, 0.05, 3)):
         with pytest.raises(ValueError, match="gate_"):
             check_gate(*bad)
-
-
-def test_crowding_ranks_a_tight_crowd_of_one_word_first():
-    g = torch.Generator().manual_seed(0)
-    colours = ["red", "green", "blue"] * 100
-    every = captioned(*[f"a photo of a {c} square" for c in colours])
-    x = torch.randn(300, 16, generator=g) / 2
-    crowd = np.flatnonzero(np.array(colours) == "green")[::4]  # 25 of 100
-    x[torch.from_numpy(crowd)] += 6 * torch.eye(16)[3]
-    image = normalize(x + 5 * torch.eye(16)[0], dim=-1)
-    scores = crowding(image, every, 25)
-    assert set(top(scores, 25)) == set(crowd) and (scores == -1).sum() == 200
-    own = np.flatnonzero(np.array(colours) == "green")
-    rows = normalize(image[own] - image[own].mean(0), dim=-1)
-    centre = normalize(rows[np.isin(own, crowd)].mean(0), dim=0)
-    np.testing.assert_allclose(scores[own], (rows @ centre).numpy(), atol=1e-5)
-    with pytest.raises(ValueError, match="in the captions of at least 400 pairs"):
-        crowding(image, every, 200)
 
 
 def test_top_takes_the_largest_and_no_nan():

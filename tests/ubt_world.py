@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pybackdoor.batches import InputRules
 from pybackdoor.data import Pairs, pairs_from_arrays
+from pybackdoor.ubt import Suspects
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 COLOURS = ("red", "green", "blue")
@@ -72,3 +74,13 @@ def planted_pairs(n: int = 600, poisoned: int = 40, seed: int = 0) -> tuple[Pair
     named = np.where(truth, 2, label)
     captions = [TEMPLATES[rng.integers(4)].format(COLOURS[c]) for c in named]
     return pairs_from_arrays(images, captions), truth
+
+
+def rules(model: nn.Module | None = None) -> InputRules:
+    return InputRules.of(model or Planted(), mean=MEAN, std=STD, tokenizer=WordTokenizer())
+
+
+def captioned(*captions: str) -> Suspects:
+    """Black images with these captions."""
+    images = np.zeros((len(captions), 16, 16, 3), np.uint8)
+    return Suspects.of(pairs_from_arrays(images, list(captions)), rules())

@@ -130,7 +130,7 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
         None, "ubt: clean pairs, as --pairs; default the unsuspicious ones of --pairs"
     )
     k: int = option(256, "ubt: how many of the most suspicious of --pairs are judged and forgotten")
-    rank: str = option("crowding", "ubt: how suspicion is measured", choices=RANKINGS)
+    rank: str = option("fragility", "ubt: how suspicion is measured", choices=RANKINGS)
     gate_excess: float | None = option(
         None,
         "ubt: how much more alike than random ones the images must be (default: by rank)",

@@ -6,9 +6,9 @@ training pairs D.
 
     A  pool the pairs with the weakest cosine
     B  overfit a copy of the model on the pool
-    C  rank all pairs by their gain, or by how they crowd, without A and B (the default, since it
-       found planted poison where the gain did not); D_sus = top k. Do its images belong together
-       more than chance? If not: no backdoor found, the model is returned as it is
+    C  rank all pairs by their gain, or by how fragile their match is, without A and B (the
+       default, since it found planted poison where the gain did not); D_sus = top k. Do its images
+       belong together more than chance? If not: no backdoor found, the model is returned as it is
     D  keep the most suspicious words of each caption of D_sus: t̂
     E  forget t̂ on D_sus, keep R = clean pairs, or D without what is suspicious:
        L = α L_tok(D_sus, t̂) + β L_CLIP(R) + γ (S_φ + S_ψ on R)
@@ -39,8 +39,8 @@ from ..clean import (
 from ..data._keyed import permutation
 from ..distributed import Ranks
 from ..engine import Settings, loss_precision, pick_device
-from ..ubt.crowding import crowding
 from ..ubt.evidence import save_picture, save_table
+from ..ubt.fragility import fragility
 from ..ubt.gate import Gate, check_gate, gate, top
 from ..ubt.localise import Localisation, check_share, localise
 from ..ubt.overfit import LOSSES, overfit
@@ -58,7 +58,7 @@ from ..ubt.weak import RANKINGS, check_pool, one_of, weak_pool
 
 # Excess of cohesion that the gate wants of each ranking: above what clean models show, of which few
 # were looked at (benchmarks/bench_ubt.py --gate-only calibrates).
-EXCESS = {"gain": 0.1, "cosine": 0.3, "crowding": 0.93, "scores": 0.1}
+EXCESS = {"gain": 0.1, "cosine": 0.3, "fragility": 0.55, "scores": 0.1}
 LEFT_OUT = 2  # times k: how many of the most suspicious pairs R does without
 _HELD_OUT = 0.2  # share of D_sus that only judges
 _PROXY = 512  # pairs of R that only judge
@@ -107,7 +107,7 @@ def ubt_clean(
     overfit_steps: int = 200,
     overfit_lr: float = 1e-5,
     overfit_loss: str = "contrastive",
-    rank: str = "crowding",
+    rank: str = "fragility",
     gate_sets: int = 999,
     gate_p: float = 0.01,
     gate_excess: float | None = None,
@@ -141,7 +141,7 @@ def ubt_clean(
             replaces stages A and B. NaN: never chosen.
         weak_share, tail: the pool: share of D, and which end of the cosines: low, high or both.
         overfit_steps, overfit_lr, overfit_loss: of stage B: "contrastive" or "cosine".
-        rank: by "crowding", without stages A and B (``pybackdoor.ubt.crowding``); by "gain" in
+        rank: by "fragility", without stages A and B (``pybackdoor.ubt.fragility``); by "gain" in
             cosine through overfitting; or by the "cosine" after it.
         gate_sets, gate_p, gate_excess: random sets, the p-value and the excess in mean pairwise
             cosine that the gate wants (None: by the ranking); see ``pybackdoor.ubt.gate``.
@@ -192,8 +192,8 @@ def ubt_clean(
     reader = Reader(before, rules, precision)
     image = reader.images(suspects)
 
-    if ranked_by == "crowding":
-        score = crowding(image, suspects, k)
+    if ranked_by == "fragility":
+        score = fragility(reader, image, suspects, k, progress)
     elif score is None:
         captions = reader.captions(suspects)
         cosines = pair_cosines(image, captions, suspects)

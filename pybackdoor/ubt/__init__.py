@@ -1,14 +1,14 @@
 """UBT-style token-level local unlearning (experimental), stage by stage; each stands by itself.
 
 suspects.py reads the pairs, reading.py encodes them; weak.py (A) pools the weakest, overfit.py (B)
-overfits on the pool, gate.py (C) asks whether the top pairs belong together (crowding.py
-ranks them without B), words.py and
+overfits on the pool, gate.py (C) asks whether the top pairs belong together (fragility.py
+ranks them without A and B), words.py and
 localise.py (D) find their words, unlearn.py (E) forgets them; evidence.py shows what was found.
 `pybackdoor.ubt_clean` puts them together.
 """
 
-from .crowding import crowding
 from .evidence import save_picture, save_table
+from .fragility import fragility
 from .gate import Gate, gate, top
 from .localise import Localisation, Token, localise
 from .overfit import overfit
@@ -28,7 +28,7 @@ __all__ = [
     "Suspects",
     "Token",
     "WordReader",
-    "crowding",
+    "fragility",
     "gate",
     "localise",
     "overfit",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -38,15 +38,33 @@ class Reader:
 
     def pixels(self, images: Tensor) -> Tensor:  # [n, H, W, 3] uint8, or normalised floats
         """[n, D] fp32 unit rows on the CPU."""
-        dtype = self._encode.input_dtype(self._model)
-        found = []
         with _evaluating(self._model):
-            for part in images.split(_CHUNK):
-                x = model_input(
-                    part, self._rules, device=self._device, dtype=dtype, ids=torch.arange(len(part))
-                )
-                found.append(self._encode.image(self._model, x).float().cpu())
-        return _finite(torch.cat(found), "image")
+            parts = [self._encoded(self._input(part)) for part in images.split(_CHUNK)]
+        return torch.cat(parts)
+
+    def viewed(
+        self, suspects: Suspects, views: Sequence[Callable[[Tensor], Tensor]]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Chunk after chunk: the rows, and [views, n, D] unit rows of what each view shows.
+
+        Args:
+            views: normalised [n, 3, H, W] -> the same shape.
+        """
+        for start in range(0, len(suspects), _CHUNK):
+            rows = slice(start, min(start + _CHUNK, len(suspects)))
+            with _evaluating(self._model):
+                x = self._input(suspects.pixels(np.arange(rows.start, rows.stop)))
+                found = torch.stack([self._encoded(view(x)) for view in views])
+            yield rows, found
+
+    def _input(self, images: Tensor) -> Tensor:  # at least fp32, for the views
+        dtype = torch.promote_types(self._encode.input_dtype(self._model), torch.float32)
+        ids = torch.arange(len(images))
+        return model_input(images, self._rules, device=self._device, dtype=dtype, ids=ids)
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        x = x.to(self._encode.input_dtype(self._model))
+        return _finite(self._encode.image(self._model, x).float().cpu(), "image")
 
     def captions(self, suspects: Suspects) -> Tensor:
         """[U, D] fp32 unit rows on the CPU, of the different captions."""

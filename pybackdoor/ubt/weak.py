@@ -7,7 +7,7 @@ import difflib
 import numpy as np
 
 TAILS = ("low", "high", "both")
-RANKINGS = ("crowding", "gain", "cosine")  # of stage C; the latter two rest on this pool
+RANKINGS = ("fragility", "gain", "cosine")  # of stage C; the latter two rest on this pool
 
 
 def weak_pool(

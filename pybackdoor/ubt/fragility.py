@@ -1,0 +1,181 @@
+"""A ranking for stage C without overfitting: whose caption goes when the image is disturbed a bit.
+
+A poisoned image is matched with its caption by the trigger alone: a view of it in which the trigger
+no longer fires (turned by some degrees, enlarged, a ninth of it covered) is not matched any more,
+while an image of what its caption says stays one in every view. Hard clean images are fragile too.
+But the poison is of one word and of one kind: within each word's pairs, the k most fragile ones
+seed a linear discriminant on (image features, fragility in each view), its k highest pairs are the
+next seed, and so on; of all words that with the most cohesive k pairs is the suspicious one. Our
+design; after the robustness of triggered predictions in STRIP (arXiv 1902.06531).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .gate import caption_classes, centred, cohesion, top
+from .reading import Reader
+from .suspects import Suspects
+
+View = Callable[[Tensor], Tensor]  # [n, 3, H, W] normalised pixels -> as many
+_ANGLE = math.radians(15)
+_ENLARGED = 0.75  # the share of each side that the enlarged view shows
+_ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
+_DIMS = 64  # principal directions of a class's image features that are looked at
+_RIDGE = 0.05  # of the discriminant, on directions of unit variance
+
+
+def fragility(
+    reader: Reader,
+    image: Tensor,  # [N, D] unit rows, by the reader's model
+    suspects: Suspects,
+    k: int,
+    progress: bool | None = False,
+) -> np.ndarray:
+    """[N] suspicion: the discriminant of the most suspicious word's pairs; others rank below.
+
+    Costs a pass over the images for each of 13 views.
+
+    Args:
+        k: pairs sought; words that fewer than 2 k pairs hold are passed over, and a poison that is
+            the larger part of its word's pairs is not found.
+    Raises:
+        ValueError: no word is in the captions of 2 k pairs.
+    """
+    classes, _ = caption_classes(suspects, whole=False)
+    large = np.flatnonzero(np.bincount(classes) >= 2 * k)
+    if not len(large):
+        raise ValueError(
+            f"fragility needs a word in the captions of at least {2 * k} pairs, twice k; got "
+            f"{np.bincount(classes).max()} at most: lower k, or rank by 'gain'"
+        )
+    return crowd(image, losses(reader, image, suspects, progress), classes, large, k)
+
+
+def losses(
+    reader: Reader, image: Tensor, suspects: Suspects, progress: bool | None = False
+) -> np.ndarray:
+    """[N, views] how much cosine with its caption each pair loses in each view."""
+    captions = reader.captions(suspects)
+    found = []
+    with tqdm(
+        total=len(suspects), desc="views of suspects", unit=" pairs",
+        disable=None if progress is None else not progress, leave=False,
+    ) as bar:  # fmt: skip
+        for rows, views in reader.viewed(suspects, views_of(suspects.images.image_size)):
+            own = captions[torch.from_numpy(suspects.caption[rows])]
+            found.append(((image[rows] - views) * own).sum(-1).T)
+            bar.update(rows.stop - rows.start)
+    return torch.cat(found).double().numpy()
+
+
+def crowd(
+    image: Tensor,  # [N, D] unit rows
+    lost: np.ndarray,  # [N, views]
+    classes: np.ndarray,  # [N]
+    large: np.ndarray,  # classes to look at
+    k: int,
+) -> np.ndarray:
+    """[N] suspicion of the class whose k highest pairs are the most cohesive; others below it."""
+    spread = lost.std(0)
+    fragile = ((lost - lost.mean(0)) / np.where(spread > 0, spread, 1)).max(1)
+    rows = centred(image, classes, np.empty(0, np.int64))
+    best, scores = -math.inf, np.empty(0)
+    for number in large:
+        members = np.flatnonzero(classes == number)
+        own = _directions(rows[torch.from_numpy(members)].double().numpy())
+        seen = _standard(np.concatenate([own, lost[members]], 1))
+        height = _settled(seen, fragile[members], k)
+        chosen = members[top(height, k)]
+        tight = cohesion(centred(image, classes, chosen)[torch.from_numpy(chosen)])
+        if tight > best:
+            best = tight
+            scores = np.full(len(image), height.min() - 1)
+            scores[members] = height
+    return scores
+
+
+def _settled(x: np.ndarray, start: np.ndarray, k: int) -> np.ndarray:  # [n, d], [n] -> [n]
+    """Heights whose k largest are the seed that they come from, or those of the last round."""
+    height, seed = start, top(start, k)
+    for _ in range(_ROUNDS):
+        height = _discriminant(x, seed)
+        following = top(height, k)
+        if set(following) == set(seed):
+            break
+        seed = following
+    return height
+
+
+def _discriminant(x: np.ndarray, seed: np.ndarray) -> np.ndarray:
+    """[n] heights along Fisher's direction, in standard deviations above the mean of the rest."""
+    inside = np.zeros(len(x), bool)
+    inside[seed] = True
+    parts = x[inside], x[~inside]
+    within = sum(np.cov(part, rowvar=False, bias=True) for part in parts) / 2
+    apart = parts[0].mean(0) - parts[1].mean(0)
+    height = x @ np.linalg.solve(within + _RIDGE * np.eye(x.shape[1]), apart)
+    rest = height[~inside]
+    return (height - rest.mean()) / max(rest.std(), np.finfo(np.float64).tiny)
+
+
+def _directions(x: np.ndarray) -> np.ndarray:  # [n, D] -> [n, at most _DIMS]
+    x = x - x.mean(0)
+    if x.shape[1] <= _DIMS:
+        return x
+    _, vectors = np.linalg.eigh(x.T @ x)
+    return x @ vectors[:, -_DIMS:]
+
+
+def _standard(x: np.ndarray) -> np.ndarray:
+    spread = x.std(0)
+    return (x - x.mean(0)) / np.where(spread > 0, spread, 1)
+
+
+def views_of(size: tuple[int, int]) -> tuple[View, ...]:
+    """Turned, enlarged, mirrored and coarse images, and nine with a ninth of them covered."""
+    height, width = size
+    down, across = ([round(i * side / 3) for i in range(4)] for side in size)
+    boxes = [
+        (slice(down[i], down[i + 1]), slice(across[j], across[j + 1]))
+        for i in range(3)
+        for j in range(3)
+    ]
+    return (
+        lambda x: _turned(x, height / width),
+        lambda x: _resized(x[..., _middle(height), _middle(width)], size),
+        lambda x: x.flip(3),
+        lambda x: _resized(F.avg_pool2d(x, 2, ceil_mode=True), size),
+        *(lambda x, box=box: _covered(x, *box) for box in boxes),
+    )
+
+
+def _turned(x: Tensor, ratio: float) -> Tensor:
+    """Turned by 15 degrees about the middle, mirrored at its edges; ratio: height to width."""
+    c, s = math.cos(_ANGLE), math.sin(_ANGLE)
+    turn = torch.tensor([[c, -s * ratio, 0], [s / ratio, c, 0]], dtype=x.dtype, device=x.device)
+    grid = F.affine_grid(turn.expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
+def _middle(side: int) -> slice:
+    cut = round(side * (1 - _ENLARGED) / 2)
+    return slice(cut, side - cut)
+
+
+def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def _covered(x: Tensor, rows: slice, columns: slice) -> Tensor:
+    """With the mean colour of the training images, 0 after normalisation."""
+    covered = x.clone()
+    covered[:, :, rows, columns] = 0
+    return covered

@@ -1,0 +1,117 @@
+"""Stage C's ranking by fragility: views, discriminant, and the word that the poison is of."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+from ubt_world import Planted, WordTokenizer, captioned, planted_pairs, rules
+
+from pybackdoor.ubt import reading
+from pybackdoor.ubt.fragility import (
+    _directions,
+    _discriminant,
+    _settled,
+    _standard,
+    crowd,
+    fragility,
+    losses,
+    views_of,
+)
+from pybackdoor.ubt.gate import caption_classes, top
+from pybackdoor.ubt.reading import Reader
+from pybackdoor.ubt.suspects import Suspects
+
+
+def colourful(share=4):
+    """(suspects, features, [300, 2] lost cosine, rows of the poison): a part of the greens."""
+    g = torch.Generator().manual_seed(0)
+    colours = np.array(["red", "green", "blue"] * 100)
+    every = captioned(*[f"a photo of a {c} square" for c in colours])
+    poison = np.flatnonzero(colours == "green")[::share]
+    x = torch.randn(300, 16, generator=g) / 2
+    x[torch.from_numpy(poison)] += 3 * torch.eye(16)[3]
+    lost = torch.randn(300, 2, generator=g).numpy() / 4
+    lost[poison, 1] += 1
+    return every, normalize(x + 5 * torch.eye(16)[0], dim=-1), lost, poison
+
+
+def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison():
+    every, image, lost, poison = colourful()
+    classes, names = caption_classes(every, whole=False)
+    scores = crowd(image, lost, classes, np.arange(3), 25)
+    assert len(set(top(scores, 25)) & set(poison)) >= 24
+    green = classes == classes[poison[0]]
+    assert scores[green].min() > scores[~green].max()
+    rest = scores[green & ~np.isin(np.arange(300), poison)]
+    assert abs(rest.mean()) < 1e-9 and abs(rest.std() - 1) < 1e-9  # in their own spread
+    fragile = ((lost - lost.mean(0)) / lost.std(0)).max(1)
+    seed = np.flatnonzero(green)[top(fragile[green], 25)]
+    assert len(set(seed) - set(poison)) > 2  # the views alone are not enough
+
+
+def test_a_discriminant_is_fishers_and_a_settled_one_its_own_seed():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 5)) * [1, 2, 1, 1, 0.5]
+    x[:40, 1] += 8
+    height = _discriminant(x, np.arange(40))
+    a, b = x[:40], x[40:]
+    within = (np.cov(a.T, bias=True) + np.cov(b.T, bias=True)) / 2 + 0.05 * np.eye(5)
+    direction = np.linalg.solve(within, a.mean(0) - b.mean(0))
+    assert np.corrcoef(height, x @ direction)[0, 1] == pytest.approx(1)
+    settled = _settled(x, rng.normal(size=200) + 2 * (np.arange(200) < 40), 40)
+    assert (top(settled, 40) < 40).mean() > 0.9
+    np.testing.assert_allclose(_discriminant(x, top(settled, 40)), settled)
+    wide = rng.normal(size=(300, 80)) @ np.diag(np.arange(80.0))
+    kept = _directions(wide)
+    assert kept.shape == (300, 64)
+    u, s, _ = np.linalg.svd(wide - wide.mean(0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(kept[:, ::-1]), np.abs(u[:, :64] * s[:64]), atol=1e-6)
+    assert np.isfinite(_standard(np.ones((4, 2)))).all()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 33)])
+def test_views_keep_the_size_and_disturb(size):
+    height, width = size
+    x = torch.rand(2, 3, *size, dtype=torch.float64)
+    seen = [view(x) for view in views_of(size)]
+    assert len(seen) == 13 and all(v.shape == x.shape and v.isfinite().all() for v in seen)
+    covered = sum((v == 0).to(x) for v in seen[4:])
+    assert (covered == 1).all()  # each pixel in one of the nine
+    for box in seen[4:]:
+        assert torch.equal(box[box != 0], x[box != 0])
+    turned, enlarged, mirrored, coarse = seen[:4]
+    assert torch.equal(mirrored[..., 0], x[..., -1])
+    row = torch.arange(width, dtype=torch.float64).expand(1, 3, height, width)
+    turned, enlarged = (view(row)[0, 0] for view in views_of(size)[:2])
+    y, z = height // 2, width // 2
+    down, right = turned[y + 1, z] - turned[y, z], turned[y, z + 1] - turned[y, z]
+    assert math.degrees(math.atan2(abs(down), right)) == pytest.approx(15, abs=0.5)
+    assert enlarged[y, z + 1] - enlarged[y, z] == pytest.approx(0.75, abs=0.03)
+    plain = torch.full_like(x, 0.5)
+    assert all(torch.allclose(view(plain), plain) for view in views_of(size)[:4])
+
+
+def test_lost_cosines_are_those_of_the_views_one_by_one(monkeypatch):
+    monkeypatch.setattr(reading, "_CHUNK", 7)
+    model = Planted().double()
+    pairs, _ = planted_pairs(20, 3)
+    every = Suspects.of(pairs, rules())
+    reader = Reader(model, rules())
+    found = losses(reader, reader.images(every), every)
+    pixels = torch.from_numpy(pairs.images.take(np.arange(20))).permute(0, 3, 1, 2).double()
+    x = (pixels / 255 - 0.5) / 0.5
+    text = normalize(model.encode_text(WordTokenizer()(list(pairs.captions))), dim=-1)
+    own = (normalize(model.encode_image(x), dim=-1) * text).sum(-1)
+    for i, view in enumerate(views_of((16, 16))):
+        there = (normalize(model.encode_image(view(x)), dim=-1) * text).sum(-1)
+        np.testing.assert_allclose(found[:, i], (own - there).detach().numpy(), atol=1e-6)
+
+
+def test_fragility_wants_a_word_of_twice_k_pairs():
+    every, image, *_ = colourful()
+    with pytest.raises(ValueError, match="in the captions of at least 400 pairs"):
+        fragility(None, image, every, 200)
