@@ -46,7 +46,7 @@ def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison():
     assert len(set(top(scores, 25)) & set(poison)) >= 24
     green = classes == classes[poison[0]]
     assert scores[green].min() > scores[~green].max()
-    rest = scores[green & ~np.isin(np.arange(300), poison)]
+    rest = scores[green & ~np.isin(np.arange(300), top(scores, 25))]
     assert abs(rest.mean()) < 1e-9 and abs(rest.std() - 1) < 1e-9  # in their own spread
     fragile = ((lost - lost.mean(0)) / lost.std(0)).max(1)
     seed = np.flatnonzero(green)[top(fragile[green], 25)]
