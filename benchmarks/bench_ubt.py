@@ -1,151 +1,88 @@
 """UBT-style unlearning on models with a planted backdoor: detection, gate, words, cleaning.
 
-    python benchmarks/bench_ubt.py --out ubt.json --attacks badnet blended badnet_stripes
-    python benchmarks/bench_ubt.py --out gate.json --gate-only --attacks clean badnet --seeds 20
+    python benchmarks/bench_ubt.py --work DIR --json ubt.json --attacks badnet blended
+    python benchmarks/bench_ubt.py --work DIR --json gate.json --attacks clean checkerboard \\
+        --gate-only --seeds 20 --steps 1500
 
-A cell is an attack ("clean": none) and a seed: the demo's kind of small ResNet is trained from
-scratch on 35,000 CIFAR-10 pairs of the pack in $PYBACKDOOR_DATA, 1 % of them poisoned. Each ranking
-of the pairs ("gain" is stage C's own; "dao" where pybackdoor.detect_samples is there; "truth" is an
-oracle, what the later stages give once detection is solved) gets precision@k = recall@k, k being
-the number of planted pairs, and the gate's figures. With each, ubt_clean then runs without any
-clean pairs; under "truth" also with random words of the same share. The clean model's cell has the
-gate alone. Cells are appended to --out as they come; those that are there are not run again.
+A cell is an attack ("clean": none) and a seed: the quality matrix's small ResNet is trained from
+scratch on its 35,000 CIFAR-10 pairs of the pack in $PYBACKDOOR_DATA, 1 % of them poisoned. Each
+ranking of the pairs (stage C's own, "dao" of pybackdoor.detect_samples, and "truth", an oracle:
+what the later stages give once detection is solved) gets precision@k = recall@k, k being the number
+of planted pairs, and the gate's figures. With each, ubt_clean then runs without any clean pairs;
+under "truth" also with random words of the same share. PAR on the matrix's 10,000 clean pairs
+stands beside it, for time and pairs. A clean model's cell has the gate alone. Models are kept in
+--work, cells in --json as they come; what is there is not computed again.
 
-Settings were chosen on the attacks in TUNING. The figures of an attack whose ASR is not above 90 %
-say so (installed: false).
+Settings were chosen on the attacks marked tuning. An attack whose ASR is not above 90 % says so
+(status) and is not cleaned.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import multiprocessing
-import os
-import time
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
-from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _common import machine
+from _quality_cells import (
+    INSTALLED,
+    PAIRS,
+    Case,
+    Clock,
+    Work,
+    case_of,
+    cleaned,
+    loader,
+    measured,
+    start_process,
+    train_model,
+    trained,
+)
+from _quality_setting import ATTACKS, CLEAN, FULL, TINY, TRAIN, TUNING, Cell, Model, Setting
+from torch import nn
 
 import pybackdoor
-from pybackdoor.batches import InputRules
-from pybackdoor.clean import trainable_copy
-from pybackdoor.data import PairLoader, labelled_from_arrays, pairs_from_labelled
-from pybackdoor.engine import Settings, train
 from pybackdoor.files import write_json
-from pybackdoor.methods.finetune import Contrastive
-from pybackdoor.models import create
-from pybackdoor.poison import warmup_cosine
-from pybackdoor.ubt import localise
+from pybackdoor.ubt import WordReader, localise
 from pybackdoor.ubt.localise import portions
-from pybackdoor.ubt.words import WordReader
 
-OWN = ("gain", "fragility")
-TUNING = ("checkerboard", "sig")
-TARGET, RATE, HELD_OUT = "truck", 0.01, 15_000
-TEMPLATES = (
-    "a photo of a {}.", "a picture of one {}.", "a small photo of the {}.",
-    "an image showing a {}.", "there is a {} in the photo.",
-)  # fmt: skip
-BATCH, LR, WARMUP, DECAY = 128, 2e-3, 30, 0.05  # of the training from scratch
+RATE, STEPS = 0.01, 4000
+RANKINGS = ("fragility", "gain", "dao", "truth")
+OWN = ("fragility", "gain")  # of ubt_clean itself
 # Models of a million weights from scratch want rates some hundred times those for a trained CLIP.
 UBT = {
     "overfit_steps": 60, "overfit_lr": 1e-4, "tail": "low", "steps": 300, "lr_start": 1e-4,
-    "lr": 1e-4, "beta": 2.0, "check_every": 10, "precision": "fp32", "device": "cpu",
-    "progress": False, "augment": False,
+    "lr": 1e-4, "beta": 2.0, "check_every": 10, "precision": "fp32", "progress": False,
+    "augment": False,
 }  # fmt: skip
-# 1,200 steps installed stripes at an ASR of 46 % and blended at 83 %: too little to be judged.
-SIZES = {False: (35_000, 2_000, 2_000), True: (300, 60, 3)}  # tiny: pairs, tests, training steps
 
 
-def read(tiny: bool) -> tuple[Any, Any]:
-    """(training, test) pictures of the pack; the same ones for every cell."""
-    count, tests, _ = SIZES[tiny]
-    path = Path(os.environ.get("PYBACKDOOR_DATA", "")) / "cifar10_32.npz"
-    if not path.is_file():
-        raise FileNotFoundError(f"PYBACKDOOR_DATA must name the folder with {path.name}")
-    with np.load(path, allow_pickle=False) as pack:
-        raw, ends, split = pack["data"].tobytes(), pack["offs"], pack["split"]
-        label, names = pack["label"].astype(np.int64), [str(name) for name in pack["classes"]]
-    sets = []
-    for part, skipped, wanted in ((0, HELD_OUT, count), (1, 0, tests)):
-        order = np.random.default_rng(part).permutation(np.flatnonzero(split == part))
-        rows = np.sort(order[skipped : skipped + wanted])
-        files = (io.BytesIO(raw[ends[i] : ends[i + 1]]) for i in rows)
-        pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
-        sets.append((pixels, label[rows]))
-    return tuple(labelled_from_arrays(*each, names) for each in sets)
+def setting_of(tiny: bool, steps: int) -> tuple[str, Setting]:
+    """The data set, and the matrix's setting at a rate of 1 %."""
+    if tiny:
+        data = dataclasses.replace(TINY.data["fashion"], held_out=23_400)
+        return "fashion", dataclasses.replace(TINY, data={"fashion": data})
+    train = {"cifar10": {"steps": steps, **TRAIN}}
+    return "cifar10", dataclasses.replace(FULL, rates={"cifar10": RATE}, train=train)
 
 
-def trained(attack: str, seed: int, tiny: bool) -> dict[str, Any]:
-    """A fresh model trained on (poisoned) pairs, and what is known of it."""
-    pictures, test = read(tiny)
-    pixels = pictures.images.take(np.arange(0, len(pictures), 17)) / 255
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = create(
-            {
-                "model_cfg": {
-                    "embed_dim": 64,
-                    "vision_cfg": {
-                        "image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32
-                    },
-                    "text_cfg": {
-                        "context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2,
-                        "layers": 2,
-                    },
-                },
-                "preprocess_cfg": {
-                    "size": 32, "mean": pixels.mean((0, 1, 2)).tolist(),
-                    "std": pixels.std((0, 1, 2)).tolist(),
-                },
-            }
-        )  # fmt: skip
-    pairs, truth, spec = pairs_from_labelled(pictures, TEMPLATES, seed), None, None
-    if attack != "clean":
-        spec = pybackdoor.trigger(attack, seed=seed)
-        pairs, manifest = pybackdoor.poison_pairs(
-            pairs, spec, target=TARGET, templates=TEMPLATES, rate=RATE, seed=seed
-        )
-        truth = np.isin(pairs.ids, [sample.id for sample in manifest.samples])
-    model = trainable_copy(fresh.model, torch.device("cpu"))
-    settings = Settings(
-        steps=SIZES[tiny][2], weight_decay=DECAY, precision="fp32", seed=seed, freeze_scale=False,
-        freeze_batchnorm=False, progress=False,
-    )  # fmt: skip
-    train(
-        model, PairLoader(pairs, fresh.tokenizer, batch_size=BATCH, seed=seed), Contrastive(),
-        warmup_cosine(LR, WARMUP), settings, rules=InputRules.of(model),
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    return {
-        "model": model.eval(), "tokenizer": fresh.tokenizer, "pairs": pairs, "truth": truth,
-        "spec": spec, "test": test,
-    }  # fmt: skip
-
-
-def figures(made: dict[str, Any], model: torch.nn.Module) -> dict[str, float]:
-    """CA, and with an attack ASR (other classes) and accuracy under the trigger."""
-    attack = {} if made["spec"] is None else {"trigger": made["spec"], "target": TARGET}
-    found = pybackdoor.evaluate(
-        model, made["test"], tokenizer=made["tokenizer"], templates=TEMPLATES, **attack
-    )
-    names = ("ca", "asr_nontarget", "triggered_accuracy")
-    return {n: getattr(found, n).value for n in names if getattr(found, n) is not None}
-
-
-def scores_of(ranking: str, made: dict[str, Any], seed: int) -> np.ndarray | None:
+def scores_of(ranking: str, model: nn.Module, pairs: Any, truth: np.ndarray, case: Case):
     """What replaces stage C's own rankings; None for these."""
     if ranking in OWN:
         return None
     if ranking == "truth":
-        return made["truth"] + np.random.default_rng(seed).random(len(made["truth"])) / 2
-    found = pybackdoor.detect_samples(made["model"], made["pairs"], method=ranking, progress=False)
+        return truth + np.random.default_rng(case.model.seed).random(len(truth)) / 2
+    found = pybackdoor.detect_samples(
+        model, pairs, method=ranking, tokenizer=case.loaded.tokenizer, progress=False
+    )
     return found.scores
 
 
@@ -159,75 +96,130 @@ def random_words(reader, suspects, chosen, **options):
     return dataclasses.replace(found, kept=kept, portions=blind)
 
 
-def cleaned(made: dict[str, Any], scores: np.ndarray | None, k: int, seed: int, **more) -> dict:
-    """One run of ubt_clean and its figures."""
-    began = time.perf_counter()
-    loader = PairLoader(made["pairs"], made["tokenizer"], batch_size=BATCH, seed=seed)
-    result = pybackdoor.ubt_clean(
-        made["model"], loader, k=k, scores=scores, seed=seed, **{**UBT, **more}
-    )
-    cell: dict[str, Any] = {"gate": result.report["gate"], "seconds": time.perf_counter() - began}
-    if made["truth"] is not None:
-        cell["precision_at_k"] = float(made["truth"][result.chosen].mean())
-    if result.backdoor_found:
-        report = result.report
-        cell |= {
-            "after": figures(made, result.model), "steps": report["steps_done"],
-            "stopped": report["stopped"], "kappa": report["kappa"], "checks": report["checks"],
-            "words": [w["text"] for w in report["words"] if w["enriched"]],
-        }  # fmt: skip
-    return cell
+class Planted:
+    """One model, the pairs it was trained on, and which of them are poisoned."""
 
+    def __init__(self, model: Model, work: Work) -> None:
+        self.record = train_model(model, work)
+        self.work, self.case = work, case_of(model, work)
+        self.model = trained(model, work)
+        self.pairs = PAIRS["suspect"](self.case, work.setting)
+        there = self.case.parts.planted
+        step = np.split(np.arange(len(there)), range(1000, len(there), 1000))
+        self.truth = np.concatenate(
+            [(self.pairs.images.take(i) != there.images.take(i)).any((1, 2, 3)) for i in step]
+        )
+        self.k = max(5, round(RATE * len(there)))
 
-def run_cell(job: tuple[str, int, tuple[str, ...], bool, bool]) -> dict[str, Any]:
-    """One model, from its training on; a cell of the JSON file."""
-    attack, seed, rankings, gate_only, tiny = job
-    torch.set_num_threads(1)
-    made = trained(attack, seed, tiny)
-    k = max(5, round(RATE * len(made["pairs"])))
-    before = figures(made, made["model"])
-    cell: dict[str, Any] = {"attack": attack, "seed": seed, "k": k, "before": before, "runs": {}}
-    if attack != "clean":
-        cell["installed"] = before["asr_nontarget"] > 0.9
-    more: dict[str, Any] = {"steps": 1} if gate_only else {}
-    for ranking in rankings:
-        if attack == "clean" and ranking == "truth":
-            continue
-        scores = scores_of(ranking, made, seed)
+    def run(self, ranking: str, **more: Any) -> dict[str, Any]:
+        """One run of ubt_clean and its figures."""
+        clock = Clock()
+        scores = scores_of(ranking, self.model, self.pairs, self.truth, self.case)
         own = {"rank": ranking} if ranking in OWN else {}
-        cell["runs"][ranking] = cleaned(made, scores, k, seed, **own, **more)
-        if ranking == "truth" and not gate_only:
-            with mock.patch("pybackdoor.methods.ubt.localise", random_words):
-                cell["runs"]["truth, random words"] = cleaned(made, scores, k, seed)
+        result = pybackdoor.ubt_clean(
+            self.model, loader(self.pairs, self.case, TRAIN["batch_size"]), k=self.k, scores=scores,
+            seed=self.case.model.seed, device=self.work.device, **{**UBT, **own, **more},
+        )  # fmt: skip
+        gate = result.report["gate"]
+        found: dict[str, Any] = {"gate": {**gate, "classes": len(gate["classes"])}, **clock.read()}
+        if self.truth.any():
+            found["precision_at_k"] = float(self.truth[result.chosen].mean())
+        if result.backdoor_found:
+            report = result.report
+            found |= {
+                "after": measured(result.model, self.case, self.work).to_dict(),
+                "stopped": report["stopped"], "steps": report["steps_done"],
+                "pairs_seen": report["pairs_seen"],
+                "words": [w["text"] for w in report["words"] if w["enriched"]],
+            }  # fmt: skip
+        return found
+
+    def par(self) -> dict[str, Any]:
+        """PAR on clean pairs, with the matrix's settings."""
+        cell = Cell(self.case.model, "par")
+        student, told = cleaned(self.model, cell, self.case, self.work)
+        return {**told, "after": measured(student, self.case, self.work).to_dict()}
+
+
+def compute(job: tuple[Model, Work, tuple[str, ...], bool]) -> dict[str, Any]:
+    """A cell of the JSON file."""
+    model, work, rankings, gate_only = job
+    start_process()
+    made = Planted(model, work)
+    names = ("attack", "seed", "rate", "half", "status", "ca", "asr_nontarget")
+    cell = {name: made.record.get(name) for name in names}
+    cell |= {"steps": work.setting.train[model.data]["steps"], "k": made.k, "runs": {}}
+    attacked = model.attack != CLEAN
+    if attacked and made.record["status"] != INSTALLED:
+        return cell
+    for ranking in rankings:
+        if attacked or ranking != "truth":
+            cell["runs"][ranking] = made.run(ranking, **({"steps": 1} if gate_only else {}))
+    if attacked and not gate_only:
+        with mock.patch("pybackdoor.methods.ubt.localise", random_words):
+            cell["runs"]["truth, random words"] = made.run("truth")
+        cell["par"] = made.par()
     return cell
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--out", type=Path, required=True, metavar="JSON")
-    options.add_argument("--attacks", nargs="+", default=["clean", *TUNING])
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--json", type=Path, required=True, metavar="FILE")
+    options.add_argument("--work", type=Path, required=True, metavar="DIR", help="of the models")
+    options.add_argument("--attacks", nargs="+", default=[CLEAN, *TUNING], choices=ATTACKS)
     options.add_argument("--seeds", type=int, default=1, help="0 to this, of each attack")
-    options.add_argument("--rankings", nargs="+", default=None, help="gain, dao, ..., truth")
+    options.add_argument("--steps", type=int, default=STEPS, help=f"of training ({STEPS})")
+    options.add_argument("--rankings", nargs="+", default=RANKINGS)
     options.add_argument("--gate-only", action="store_true", help="one step of unlearning at most")
     options.add_argument("--jobs", type=int, default=1, help="processes, a thread each")
+    options.add_argument("--device", default="cpu")
     options.add_argument("--tiny", action="store_true", help="a self-check that shows nothing")
     chosen = options.parse_args(arguments)
-    detects = ("dao",) if hasattr(pybackdoor, "detect_samples") else ()
-    rankings = tuple(chosen.rankings or (*OWN, *detects, "truth"))
-    cells = json.loads(chosen.out.read_text())["cells"] if chosen.out.exists() else []
-    done = {(cell["attack"], cell["seed"]) for cell in cells}
+    data, setting = setting_of(chosen.tiny, chosen.steps)
+    work = Work(chosen.work, setting, chosen.device)
+    cells = json.loads(chosen.json.read_text())["cells"] if chosen.json.exists() else []
+    done = {(cell["attack"], cell["seed"], cell["steps"]) for cell in cells}
     jobs = [
-        (attack, seed, rankings, chosen.gate_only, chosen.tiny)
+        (Model(data, "resnet", attack, seed), work, tuple(chosen.rankings), chosen.gate_only)
         for seed in range(chosen.seeds)
         for attack in chosen.attacks
-        if (attack, seed) not in done
+        if (attack, seed, setting.train[data]["steps"]) not in done
     ]
-    setting = {"ubt": UBT, "rate": RATE, "target": TARGET, "sizes": SIZES[chosen.tiny]}
     with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
-        for cell in pool.imap_unordered(run_cell, jobs):
+        for cell in pool.imap_unordered(compute, jobs):
             cells.append(cell)
-            write_json(chosen.out, {"setting": setting, "tuning": TUNING, "cells": cells})
-            print(json.dumps({n: cell[n] for n in ("attack", "seed", "before")}), flush=True)
+            head = {"machine": machine(), "ubt": UBT, "rankings": list(chosen.rankings)}
+            write_json(chosen.json, {**head, "cells": cells})
+            print(told(cell), flush=True)
+
+
+def told(cell: dict[str, Any]) -> str:
+    """One cell in some lines."""
+    lines = [f"{cell['attack']} seed {cell['seed']}: {cell['status']}, CA {percent(cell['ca'])}"]
+    if cell["asr_nontarget"]:
+        lines[0] += f", ASR {percent(cell['asr_nontarget'])}"
+    for name, run in cell["runs"].items():
+        words = [f"gate {run['gate']['statistic']:.3f} {'fires' if run['gate']['fires'] else '-'}"]
+        if "precision_at_k" in run:
+            words.append(f"P@k {run['precision_at_k']:.3f}")
+        lines.append(f"  {name}: {', '.join([*words, *after(run)])}")
+    if "par" in cell:
+        lines.append(f"  PAR: {', '.join(after(cell['par']))}")
+    return "\n".join(lines)
+
+
+def after(run: dict[str, Any]) -> list[str]:
+    if "after" not in run:
+        return []
+    shown = {"ca": "CA", "asr_nontarget": "ASR"}
+    words = [f"{text} {percent(run['after'][n])}" for n, text in shown.items() if n in run["after"]]
+    return [*words, f"{run['pairs_seen']} pairs", f"{run['cpu_seconds']:.0f} s of a core"]
+
+
+def percent(estimate: dict[str, float]) -> str:
+    return f"{100 * estimate['value']:.1f}"
 
 
 if __name__ == "__main__":

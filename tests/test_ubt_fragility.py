@@ -26,21 +26,22 @@ from pybackdoor.ubt.reading import Reader
 from pybackdoor.ubt.suspects import Suspects
 
 
-def colourful(share=4):
-    """(suspects, features, [300, 2] lost cosine, rows of the poison): a part of the greens."""
+def colourful(view=1):
+    """(suspects, features, [300, 8] lost cosine, rows of the poison): a quarter of the greens."""
     g = torch.Generator().manual_seed(0)
     colours = np.array(["red", "green", "blue"] * 100)
     every = captioned(*[f"a photo of a {c} square" for c in colours])
-    poison = np.flatnonzero(colours == "green")[::share]
+    poison = np.flatnonzero(colours == "green")[::4]
     x = torch.randn(300, 16, generator=g) / 2
     x[torch.from_numpy(poison)] += 3 * torch.eye(16)[3]
-    lost = torch.randn(300, 2, generator=g).numpy() / 4
-    lost[poison, 1] += 1
+    lost = torch.randn(300, 8, generator=g).numpy() / 4
+    lost[poison, view] += 1
     return every, normalize(x + 5 * torch.eye(16)[0], dim=-1), lost, poison
 
 
-def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison():
-    every, image, lost, poison = colourful()
+@pytest.mark.parametrize("view", [1, 7])
+def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison(view):
+    every, image, lost, poison = colourful(view)
     classes, names = caption_classes(every, whole=False)
     scores = crowd(image, lost, classes, np.arange(3), 25)
     assert len(set(top(scores, 25)) & set(poison)) >= 24
@@ -48,9 +49,8 @@ def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison():
     assert scores[green].min() > scores[~green].max()
     rest = scores[green & ~np.isin(np.arange(300), top(scores, 25))]
     assert abs(rest.mean()) < 1e-9 and abs(rest.std() - 1) < 1e-9  # in their own spread
-    fragile = ((lost - lost.mean(0)) / lost.std(0)).max(1)
-    seed = np.flatnonzero(green)[top(fragile[green], 25)]
-    assert len(set(seed) - set(poison)) > 2  # the views alone are not enough
+    seed = np.flatnonzero(green)[top(lost[green, view], 25)]
+    assert 0 < len(set(seed) - set(poison)) < 10  # the views alone are not enough
 
 
 def test_a_discriminant_is_fishers_and_a_settled_one_its_own_seed():
@@ -78,21 +78,32 @@ def test_views_keep_the_size_and_disturb(size):
     height, width = size
     x = torch.rand(2, 3, *size, dtype=torch.float64)
     seen = [view(x) for view in views_of(size)]
-    assert len(seen) == 13 and all(v.shape == x.shape and v.isfinite().all() for v in seen)
-    covered = sum((v == 0).to(x) for v in seen[4:])
+    assert len(seen) == 15 and all(v.shape == x.shape and v.isfinite().all() for v in seen)
+    covered = sum((v == 0).to(x) for v in seen[6:])
     assert (covered == 1).all()  # each pixel in one of the nine
-    for box in seen[4:]:
+    for box in seen[6:]:
         assert torch.equal(box[box != 0], x[box != 0])
-    turned, enlarged, mirrored, coarse = seen[:4]
+    mirrored, plain = seen[4], torch.full_like(x, 0.5)
     assert torch.equal(mirrored[..., 0], x[..., -1])
-    row = torch.arange(width, dtype=torch.float64).expand(1, 3, height, width)
-    turned, enlarged = (view(row)[0, 0] for view in views_of(size)[:2])
+    across = torch.arange(width, dtype=torch.float64).expand(1, 3, height, width)
+    down = torch.arange(height, dtype=torch.float64)[:, None].expand(1, 3, height, width)
     y, z = height // 2, width // 2
-    down, right = turned[y + 1, z] - turned[y, z], turned[y, z + 1] - turned[y, z]
-    assert math.degrees(math.atan2(abs(down), right)) == pytest.approx(15, abs=0.5)
-    assert enlarged[y, z + 1] - enlarged[y, z] == pytest.approx(0.75, abs=0.03)
-    plain = torch.full_like(x, 0.5)
-    assert all(torch.allclose(view(plain), plain) for view in views_of(size)[:4])
+
+    def slopes(view):
+        """How fast it moves across its picture and down it, as it goes right."""
+        moved = [view(x)[0, 0] for x in (across, down)]
+        return [float(m[y, z + 1] - m[y, z]) for m in moved]
+
+    turned, enlarged, wide, tall, _, coarse = views_of(size)[:6]
+    right, fall = slopes(turned)
+    assert math.degrees(math.atan2(abs(fall), right)) == pytest.approx(15, abs=0.5)
+    assert math.hypot(right, fall) == pytest.approx(1, abs=0.01)
+    assert slopes(enlarged) == pytest.approx([0.75, 0], abs=0.03)
+    assert slopes(wide) == pytest.approx([0.5, 0], abs=0.03)
+    assert slopes(tall) == pytest.approx([1, 0], abs=0.03)
+    assert tall(down)[0, 0, y + 1, z] - tall(down)[0, 0, y, z] == pytest.approx(0.5, abs=0.03)
+    assert coarse(x).var() < 0.6 * x.var()
+    assert all(torch.allclose(view(plain), plain) for view in views_of(size)[:6])
 
 
 def test_lost_cosines_are_those_of_the_views_one_by_one(monkeypatch):

@@ -1,12 +1,12 @@
 """A ranking for stage C without overfitting: whose caption goes when the image is disturbed a bit.
 
 A poisoned image is matched with its caption by the trigger alone: a view of it in which the trigger
-no longer fires (turned by some degrees, enlarged, a ninth of it covered) is not matched any more,
+no longer fires (turned by some degrees, stretched, a ninth of it covered) is not matched any more,
 while an image of what its caption says stays one in every view. Hard clean images are fragile too.
-But the poison is of one word and of one kind: within each word's pairs, the k most fragile ones
-seed a linear discriminant on (image features, fragility in each view), its k highest pairs are the
-next seed, and so on; of all words that with the most cohesive k pairs is the suspicious one. Our
-design; after the robustness of triggered predictions in STRIP (arXiv 1902.06531).
+But the poison is of one word and of one kind: within each word's pairs, the k that lose most in one
+view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
+the next seed, and so on; of all words and views the most cohesive k pairs win. Our design; after
+the robustness of triggered predictions in STRIP (arXiv 1902.06531).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from .suspects import Suspects
 
 View = Callable[[Tensor], Tensor]  # [n, 3, H, W] normalised pixels -> as many
 _ANGLE = math.radians(15)
-_ENLARGED = 0.75  # the share of each side that the enlarged view shows
+_ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
+_WHOLE = 6  # views of the whole image; the others each cover a part of it
 _ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
 _DIMS = 64  # principal directions of a class's image features that are looked at
 _RIDGE = 0.05  # of the discriminant, on directions of unit variance
@@ -41,7 +42,7 @@ def fragility(
 ) -> np.ndarray:
     """[N] suspicion: the discriminant of the most suspicious word's pairs; others rank below.
 
-    Costs a pass over the images for each of 13 views.
+    Costs a pass over the images for each of 15 views.
 
     Args:
         k: pairs sought; words that fewer than 2 k pairs hold are passed over, and a poison that is
@@ -84,22 +85,28 @@ def crowd(
     k: int,
 ) -> np.ndarray:
     """[N] suspicion of the class whose k highest pairs are the most cohesive; others below it."""
-    spread = lost.std(0)
-    fragile = ((lost - lost.mean(0)) / np.where(spread > 0, spread, 1)).max(1)
+    lost = _standard(lost)
+    starts = [*lost[:, :_WHOLE].T, lost[:, _WHOLE:].max(1)]
     rows = centred(image, classes, np.empty(0, np.int64))
     best, scores = -math.inf, np.empty(0)
     for number in large:
         members = np.flatnonzero(classes == number)
         own = _directions(rows[torch.from_numpy(members)].double().numpy())
         seen = _standard(np.concatenate([own, lost[members]], 1))
-        height = _settled(seen, fragile[members], k)
-        chosen = members[top(height, k)]
-        tight = cohesion(centred(image, classes, chosen)[torch.from_numpy(chosen)])
-        if tight > best:
-            best = tight
-            scores = np.full(len(image), height.min() - 1)
-            scores[members] = height
+        for start in starts:
+            height = _settled(seen, start[members], k)
+            tight = cohesion(_apart(image[torch.from_numpy(members)], top(height, k)))
+            if tight > best:
+                best = tight
+                scores = np.full(len(image), height.min() - 1)
+                scores[members] = height
     return scores
+
+
+def _apart(image: Tensor, chosen: np.ndarray) -> Tensor:  # [n, D], [k] -> [k, D]
+    """The chosen rows relative to the mean of the others, of unit length; as the gate sees them."""
+    others = np.setdiff1d(np.arange(len(image)), chosen)
+    return F.normalize(image[torch.from_numpy(chosen)] - image[torch.from_numpy(others)].mean(0))
 
 
 def _settled(x: np.ndarray, start: np.ndarray, k: int) -> np.ndarray:  # [n, d], [n] -> [n]
@@ -140,7 +147,7 @@ def _standard(x: np.ndarray) -> np.ndarray:
 
 
 def views_of(size: tuple[int, int]) -> tuple[View, ...]:
-    """Turned, enlarged, mirrored and coarse images, and nine with a ninth of them covered."""
+    """Turned, enlarged, stretched, mirrored and coarse ones; nine with a ninth covered."""
     height, width = size
     down, across = ([round(i * side / 3) for i in range(4)] for side in size)
     boxes = [
@@ -150,7 +157,9 @@ def views_of(size: tuple[int, int]) -> tuple[View, ...]:
     ]
     return (
         lambda x: _turned(x, height / width),
-        lambda x: _resized(x[..., _middle(height), _middle(width)], size),
+        lambda x: _resized(x[..., _middle(height, _ENLARGED), _middle(width, _ENLARGED)], size),
+        lambda x: _resized(x[..., _middle(width, _STRETCHED)], size),
+        lambda x: _resized(x[..., _middle(height, _STRETCHED), :], size),
         lambda x: x.flip(3),
         lambda x: _resized(F.avg_pool2d(x, 2, ceil_mode=True), size),
         *(lambda x, box=box: _covered(x, *box) for box in boxes),
@@ -165,8 +174,8 @@ def _turned(x: Tensor, ratio: float) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-def _middle(side: int) -> slice:
-    cut = round(side * (1 - _ENLARGED) / 2)
+def _middle(side: int, share: float) -> slice:
+    cut = round(side * (1 - share) / 2)
     return slice(cut, side - cut)
 
 
