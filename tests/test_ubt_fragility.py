@@ -14,6 +14,7 @@ from pybackdoor.ubt import reading
 from pybackdoor.ubt.fragility import (
     _directions,
     _discriminant,
+    _grown,
     _settled,
     _standard,
     crowd,
@@ -43,7 +44,8 @@ def colourful(view=1):
 def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison(view):
     every, image, lost, poison = colourful(view)
     classes, names = caption_classes(every, whole=False)
-    scores = crowd(image, lost, classes, np.arange(3), 25)
+    scores, k = crowd(image, lost, classes, np.arange(3), 25, grow=False)
+    assert k == 25
     assert len(set(top(scores, 25)) & set(poison)) >= 24
     green = classes == classes[poison[0]]
     assert scores[green].min() > scores[~green].max()
@@ -51,6 +53,16 @@ def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison(view):
     assert abs(rest.mean()) < 1e-9 and abs(rest.std() - 1) < 1e-9  # in their own spread
     seed = np.flatnonzero(green)[top(lost[green, view], 25)]
     assert 0 < len(set(seed) - set(poison)) < 10  # the views alone are not enough
+
+
+@pytest.mark.parametrize("sought", [30, 60, 200])
+def test_as_many_are_suspicious_as_stand_off_farthest(sought):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(1000, 6))
+    x[:120, 2] += 6
+    start = x[:, 2] + rng.normal(size=1000)
+    height, k = _grown(x, start, sought)
+    assert abs(k - 120) <= 25 and (top(height, 110) < 120).all()
 
 
 def test_a_discriminant_is_fishers_and_a_settled_one_its_own_seed():

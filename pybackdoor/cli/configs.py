@@ -129,7 +129,10 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
     retain: str | None = option(
         None, "ubt: clean pairs, as --pairs; default the unsuspicious ones of --pairs"
     )
-    k: int = option(256, "ubt: how many of the most suspicious of --pairs are judged and forgotten")
+    k: int | None = option(
+        None,
+        "ubt: how many of the most suspicious of --pairs are judged and forgotten; default: found",
+    )
     rank: str = option("fragility", "ubt: how suspicion is measured", choices=RANKINGS)
     gate_excess: float | None = option(
         None,

@@ -40,7 +40,7 @@ from ..data._keyed import permutation
 from ..distributed import Ranks
 from ..engine import Settings, loss_precision, pick_device
 from ..ubt.evidence import save_picture, save_table
-from ..ubt.fragility import fragility
+from ..ubt.fragility import SOUGHT, fragility
 from ..ubt.gate import Gate, check_gate, gate, top
 from ..ubt.localise import Localisation, check_share, localise
 from ..ubt.overfit import LOSSES, overfit
@@ -100,7 +100,7 @@ def ubt_clean(
     suspect_loader: Iterable[Any],
     retain_loader: Iterable[Any] | None = None,
     *,
-    k: int = 256,
+    k: int | None = None,
     scores: np.ndarray | Tensor | None = None,
     weak_share: float = 0.05,
     tail: str = "low",
@@ -136,7 +136,7 @@ def ubt_clean(
             for ``par_clean``, which are kept in memory. Read whole, by every rank.
         retain_loader: R, clean pairs as for ``par_clean``; None: D without its ``2 k`` most
             suspicious pairs.
-        k: pairs of D_sus.
+        k: pairs of D_sus; None: by fragility as many as stand off, else 256.
         scores: [N] suspicion of each pair of D in its order, higher = more (``detect_samples``);
             replaces stages A and B. NaN: never chosen.
         weak_share, tail: the pool: share of D, and which end of the cosines: low, high or both.
@@ -186,14 +186,15 @@ def ubt_clean(
         batch_size = getattr(suspect_loader, "batch_size", 256)
     began = time.perf_counter()
     suspects = Suspects.of(suspect_loader, rules, progress)
-    _check_sizes(suspects, k, retain_loader is None)
+    sought = SOUGHT if k is None else k
+    _check_sizes(suspects, sought, retain_loader is None)
     score = None if scores is None else _given(scores, suspects)
     before = frozen_copy(trainable_copy(model, device))
     reader = Reader(before, rules, precision)
     image = reader.images(suspects)
 
     if ranked_by == "fragility":
-        score = fragility(reader, image, suspects, k, progress)
+        score, sought = fragility(reader, image, suspects, k, progress)
     elif score is None:
         captions = reader.captions(suspects)
         cosines = pair_cosines(image, captions, suspects)
@@ -206,8 +207,8 @@ def ubt_clean(
         after = Reader(exposed, rules, precision)
         score = pair_cosines(after.images(suspects), after.captions(suspects), suspects)
         score = score - cosines if rank == "gain" else score
-    chosen = top(score, k)
-    chosen = np.array(Ranks.start(device).from_first(chosen.tolist()))  # one choice on all ranks
+    chosen = Ranks.start(device).from_first(top(score, sought).tolist())  # one choice on all ranks
+    chosen, k = np.array(chosen), len(chosen)
     judged = gate(image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed)
     own = {
         "k": k, "ranked_by": ranked_by, "weak_share": weak_share,

@@ -5,14 +5,16 @@ no longer fires (turned by some degrees, stretched, a ninth of it covered) is no
 while an image of what its caption says stays one in every view. Hard clean images are fragile too.
 But the poison is of one word and of one kind: within each word's pairs, the k that lose most in one
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
-the next seed, and so on; of all words and views the most cohesive k pairs win. Our design; after
-the robustness of triggered predictions in STRIP (arXiv 1902.06531).
+the next seed, and so on; of all words and views the most cohesive k pairs win. How many pairs are
+poisoned shows in how far the k highest stand off from the rest: farthest where k is their number.
+Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.06531).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from .gate import caption_classes, centred, cohesion, top
 from .reading import Reader
 from .suspects import Suspects
 
+SOUGHT = 256  # suspicious pairs, where their number is not given
 View = Callable[[Tensor], Tensor]  # [n, 3, H, W] normalised pixels -> as many
 _ANGLE = math.radians(15)
 _ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
@@ -37,27 +40,33 @@ def fragility(
     reader: Reader,
     image: Tensor,  # [N, D] unit rows, by the reader's model
     suspects: Suspects,
-    k: int,
+    k: int | None = None,
     progress: bool | None = False,
-) -> np.ndarray:
-    """[N] suspicion: the discriminant of the most suspicious word's pairs; others rank below.
+) -> tuple[np.ndarray, int]:
+    """Suspicion of each pair, and how many are suspicious.
 
     Costs a pass over the images for each of 15 views.
 
     Args:
-        k: pairs sought; words that fewer than 2 k pairs hold are passed over, and a poison that is
-            the larger part of its word's pairs is not found.
+        k: pairs sought; None: 256, then as many as stand off farthest. Words that fewer than 2 k
+            pairs hold are passed over, and a poison that is the larger part of its word's pairs is
+            not found.
+    Returns:
+        [N]: the discriminant of the most suspicious word's pairs, in standard deviations of the
+        rest of them; others rank below. And k.
     Raises:
         ValueError: no word is in the captions of 2 k pairs.
     """
     classes, _ = caption_classes(suspects, whole=False)
-    large = np.flatnonzero(np.bincount(classes) >= 2 * k)
+    sought = SOUGHT if k is None else k
+    large = np.flatnonzero(np.bincount(classes) >= 2 * sought)
     if not len(large):
         raise ValueError(
-            f"fragility needs a word in the captions of at least {2 * k} pairs, twice k; got "
+            f"fragility needs a word in the captions of at least {2 * sought} pairs, twice k; got "
             f"{np.bincount(classes).max()} at most: lower k, or rank by 'gain'"
         )
-    return crowd(image, losses(reader, image, suspects, progress), classes, large, k)
+    lost = losses(reader, image, suspects, progress)
+    return crowd(image, lost, classes, large, sought, grow=k is None)
 
 
 def losses(
@@ -83,12 +92,18 @@ def crowd(
     classes: np.ndarray,  # [N]
     large: np.ndarray,  # classes to look at
     k: int,
-) -> np.ndarray:
-    """[N] suspicion of the class whose k highest pairs are the most cohesive; others below it."""
+    *,
+    grow: bool,
+) -> tuple[np.ndarray, int]:
+    """Suspicion of the class whose k highest pairs are the most cohesive, others below it; and k.
+
+    Args:
+        grow: look for the number of suspicious pairs from k on.
+    """
     lost = _standard(lost)
     starts = [*lost[:, :_WHOLE].T, lost[:, _WHOLE:].max(1)]
     rows = centred(image, classes, np.empty(0, np.int64))
-    best, scores = -math.inf, np.empty(0)
+    best: tuple[Any, ...] = (-math.inf,)
     for number in large:
         members = np.flatnonzero(classes == number)
         own = _directions(rows[torch.from_numpy(members)].double().numpy())
@@ -96,11 +111,29 @@ def crowd(
         for start in starts:
             height = _settled(seen, start[members], k)
             tight = cohesion(_apart(image[torch.from_numpy(members)], top(height, k)))
-            if tight > best:
-                best = tight
-                scores = np.full(len(image), height.min() - 1)
-                scores[members] = height
-    return scores
+            if tight > best[0]:
+                best = tight, members, seen, height
+    _, members, seen, height = best
+    if grow:
+        height, k = _grown(seen, height, k)
+    scores = np.full(len(image), height.min() - 1)
+    scores[members] = height
+    return scores, k
+
+
+def _grown(x: np.ndarray, height: np.ndarray, k: int) -> tuple[np.ndarray, int]:
+    """(heights, k) where the k highest stand off farthest, of k from a quarter to half of all."""
+    least = max(5, k // 4)
+    steps = int(2 * math.log2(len(x) / 2 / least))
+    found = []
+    for count in (round(least * 2 ** (i / 2)) for i in range(steps + 1)):
+        settled = _settled(x, height, count)
+        inside = np.isin(np.arange(len(x)), top(settled, count))
+        spread = (settled[inside].var() + settled[~inside].var()) / 2
+        off = (settled[inside].mean() - settled[~inside].mean()) / math.sqrt(spread)
+        found.append((off, count, settled))
+    _, k, height = max(found, key=lambda one: one[0])
+    return height, k
 
 
 def _apart(image: Tensor, chosen: np.ndarray) -> Tensor:  # [n, D], [k] -> [k, D]
