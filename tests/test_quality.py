@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import _quality_cells as cells_module  # noqa: E402
 import _quality_data  # noqa: E402
+import _quality_defences  # noqa: E402
 import _quality_report as report  # noqa: E402
 import quality  # noqa: E402
 from _quality_cells import NOT_INSTALLED, Work, case_of, compute_cell, train_model  # noqa: E402
@@ -227,3 +229,28 @@ def test_the_list_says_what_is_missing(tiny, capsys):
     assert "badnet seed 0: CA" in printed and "missing: finetune" in printed
     assert "sig seed 0: not trained; missing: par, finetune" in printed
     assert printed.splitlines()[-1] == "1 of 4 cells"
+
+
+def test_ubt_then_par_cleans_on_what_is_not_suspicious(tiny, monkeypatch):
+    work, _ = tiny
+    case = case_of(BADNET, work)
+    pairs = case.parts.held_out
+    seen = {}
+
+    def ubt(model, loader, **options):
+        seen["ubt"] = options
+        report = {"pairs_seen": 7, "steps_done": 3}
+        return SimpleNamespace(model="forgotten", report=report, keep=lambda: np.arange(0, 60, 2))
+
+    def par(model, loader, **options):
+        seen["par"] = (model, loader.pairs.ids.tolist(), loader.batch_size, options)
+        return SimpleNamespace(model="clean", history=[], report={"pairs_seen": 5, "steps_done": 2})
+
+    monkeypatch.setattr(_quality_defences, "ubt_clean", ubt)
+    monkeypatch.setattr(_quality_defences, "par_clean", par)
+    loader = cells_module.loader(pairs, case, 16)
+    found = _quality_defences.ubt_par_clean(None, loader, seed=3, lr=0.5)
+    assert found.model == "clean" and found.report == {"pairs_seen": 12, "steps_done": 5}
+    assert seen["ubt"]["lr"] == 1e-4 and seen["ubt"]["seed"] == 3
+    ids = pairs.ids[np.arange(0, 60, 2)].tolist()
+    assert seen["par"] == ("forgotten", ids, 16, {"seed": 3, "lr": 0.5})

@@ -199,6 +199,9 @@ def test_the_backdoor_is_found_and_forgotten(cleaned):
     assert report["experimental"] and report["gate"]["fires"] and not report["whole_words"]
     assert report["stopped"] == "steps" and report["steps_done"] == 60
     assert {"loss", "contrastive", "forget", "s_image", "s_text"} <= set(cleaned.history[0])
+    kept, k = cleaned.keep(), len(cleaned.chosen)
+    assert len(kept) == 600 - 2 * k and not set(kept) & set(cleaned.chosen)
+    assert SCORES[kept].max() <= np.sort(SCORES)[-2 * k - 1]
     assert cleaned.history[0]["s_text"] == 0
     model = Planted()
     assert torch.equal(cleaned.model.words.weight, model.words.weight)  # the text tower
@@ -262,6 +265,7 @@ def test_a_clean_model_is_returned_as_it_is():
     assert result.model is model and not result.backdoor_found and result.history == []
     assert json.loads(json.dumps(result.report))["verdict"] == "no backdoor found"
     assert result.report["steps_done"] == 0 and not result.gate.fires
+    assert result.keep().tolist() == list(range(600))
 
 
 @pytest.mark.parametrize("train_text", [False, True])

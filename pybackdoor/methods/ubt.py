@@ -88,6 +88,15 @@ class UbtResult(CleanResult):
     def backdoor_found(self) -> bool:
         return self.found is not None
 
+    def keep(self) -> np.ndarray:
+        """[n] rows of the source, ascending, that are not suspicious: what R is made of.
+
+        Those with a broken image are left out, and of a model without a backdoor none other is.
+        """
+        if not self.backdoor_found:
+            return self.suspects.rows
+        return self.suspects.rows[_rest(self.scores, len(self.chosen))]
+
     def save_evidence(self, folder: Path) -> None:
         """Write suspects.csv, and suspects.png with the words to be forgotten in red."""
         about = (self.suspects, self.chosen, self.scores, self.found)
@@ -221,7 +230,7 @@ def ubt_clean(
     if not judged.fires:
         report = {
             "method": "ubt", "verdict": "no backdoor found", **about, "settings": own,
-            "steps_done": 0, "seconds": 0.0,
+            "steps_done": 0, "pairs_seen": 0, "seconds": 0.0,
             "seconds_searching": round(time.perf_counter() - began, 3),
         }  # fmt: skip
         return UbtResult(model, [], report, suspects, score, chosen, judged, None)
@@ -232,7 +241,7 @@ def ubt_clean(
     learnt, held_out = _split(k, seed)
     keep = retain_loader
     if keep is None:
-        rest = np.setdiff1d(np.arange(len(suspects)), _most(score, LEFT_OUT * k))
+        rest = _rest(score, k)
         rest = rest[permutation(seed ^ _STREAM, 1, len(rest))]
         few = min(_PROXY, len(rest) // 5)
         proxy = suspects.pixels(rest[:few]), suspects.tokens(rest[:few])
@@ -297,9 +306,10 @@ def _given(scores: np.ndarray | Tensor, suspects: Suspects) -> np.ndarray:
     return array[suspects.rows].astype(np.float64)
 
 
-def _most(score: np.ndarray, count: int) -> np.ndarray:
-    """Rows of the largest scores, and all without one."""
-    return np.union1d(np.argsort(-score, kind="stable")[:count], np.flatnonzero(np.isnan(score)))
+def _rest(score: np.ndarray, k: int) -> np.ndarray:
+    """[n] rows, ascending, without the most suspicious ones and those without a score."""
+    usable = np.flatnonzero(~np.isnan(score))
+    return np.sort(usable[np.argsort(-score[usable], kind="stable")[LEFT_OUT * k :]])
 
 
 def _split(k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
