@@ -22,7 +22,7 @@ from pybackdoor.ubt.fragility import (
     losses,
     views_of,
 )
-from pybackdoor.ubt.gate import caption_classes, top
+from pybackdoor.ubt.gate import caption_classes, centred, cohesion, gate, top
 from pybackdoor.ubt.reading import Reader
 from pybackdoor.ubt.suspects import Suspects
 
@@ -44,8 +44,10 @@ def colourful(view=1):
 def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison(view):
     every, image, lost, poison = colourful(view)
     classes, names = caption_classes(every, whole=False)
-    scores, k = crowd(image, lost, classes, np.arange(3), 25, grow=False)
-    assert k == 25
+    scores, k, rivals = crowd(image, lost, classes, np.arange(3), 25, grow=False)
+    assert k == 25 and len(rivals) == 2
+    tight = cohesion(centred(image, classes, poison)[torch.from_numpy(poison)])
+    assert max(rivals) < tight - 0.3
     assert len(set(top(scores, 25)) & set(poison)) >= 24
     green = classes == classes[poison[0]]
     assert scores[green].min() > scores[~green].max()
@@ -132,6 +134,17 @@ def test_lost_cosines_are_those_of_the_views_one_by_one(monkeypatch):
     for i, view in enumerate(views_of((16, 16))):
         there = (normalize(model.encode_image(view(x)), dim=-1) * text).sum(-1)
         np.testing.assert_allclose(found[:, i], (own - there).detach().numpy(), atol=1e-6)
+
+
+def test_the_gate_wants_more_than_other_words_show():
+    every, image, lost, poison = colourful()
+    alone = gate(image, every, poison, sets=99, excess=0.3)
+    assert alone.fires and alone.rivals is None and "other words" not in alone.describe()
+    low, high = (
+        gate(image, every, poison, sets=99, excess=0.3, rivals=r) for r in ([0.1, 0.3], [0.9])
+    )
+    assert low.fires and low.rivals == pytest.approx(0.2) and not high.fires
+    assert "picks of other words 0.900" in high.describe()
 
 
 def test_fragility_wants_a_word_of_twice_k_pairs():

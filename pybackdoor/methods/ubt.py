@@ -58,7 +58,7 @@ from ..ubt.weak import RANKINGS, check_pool, one_of, weak_pool
 
 # Excess of cohesion that the gate wants of each ranking: above what clean models show, of which few
 # were looked at (benchmarks/bench_ubt.py --gate-only calibrates).
-EXCESS = {"gain": 0.1, "cosine": 0.3, "fragility": 0.55, "scores": 0.1}
+EXCESS = {"gain": 0.1, "cosine": 0.3, "fragility": 0.3, "scores": 0.1}
 LEFT_OUT = 2  # times k: how many of the most suspicious pairs R does without
 _HELD_OUT = 0.2  # share of D_sus that only judges
 _PROXY = 512  # pairs of R that only judge
@@ -202,8 +202,9 @@ def ubt_clean(
     reader = Reader(before, rules, precision)
     image = reader.images(suspects)
 
+    rivals: list[float] = []
     if ranked_by == "fragility":
-        score, sought = fragility(reader, image, suspects, k, progress)
+        score, sought, rivals = fragility(reader, image, suspects, k, progress)
     elif score is None:
         captions = reader.captions(suspects)
         cosines = pair_cosines(image, captions, suspects)
@@ -218,7 +219,10 @@ def ubt_clean(
         score = score - cosines if rank == "gain" else score
     chosen = Ranks.start(device).from_first(top(score, sought).tolist())  # one choice on all ranks
     chosen, k = np.array(chosen), len(chosen)
-    judged = gate(image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed)
+    judged = gate(
+        image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed,
+        rivals=rivals,
+    )  # fmt: skip
     own = {
         "k": k, "ranked_by": ranked_by, "weak_share": weak_share,
         "tail": tail, "overfit_steps": overfit_steps, "overfit_lr": overfit_lr,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,14 +36,29 @@ _DIMS = 64  # principal directions of a class's image features that are looked a
 _RIDGE = 0.05  # of the discriminant, on directions of unit variance
 
 
+class Fragile(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        scores: [N] suspicion: the discriminant of the most suspicious word's pairs, in standard
+            deviations of the rest of them; others rank below.
+        k: how many are suspicious.
+        rivals: how cohesive the most cohesive pairs of each other word are, in [-1, 1].
+    """
+
+    scores: np.ndarray
+    k: int
+    rivals: list[float]
+
+
 def fragility(
     reader: Reader,
     image: Tensor,  # [N, D] unit rows, by the reader's model
     suspects: Suspects,
     k: int | None = None,
     progress: bool | None = False,
-) -> tuple[np.ndarray, int]:
-    """Suspicion of each pair, and how many are suspicious.
+) -> Fragile:
+    """Rank the pairs of the most suspicious word.
 
     Costs a pass over the images for each of 15 views.
 
@@ -51,9 +66,6 @@ def fragility(
         k: pairs sought; None: 256, then as many as stand off farthest. Words that fewer than 2 k
             pairs hold are passed over, and a poison that is the larger part of its word's pairs is
             not found.
-    Returns:
-        [N]: the discriminant of the most suspicious word's pairs, in standard deviations of the
-        rest of them; others rank below. And k.
     Raises:
         ValueError: no word is in the captions of 2 k pairs.
     """
@@ -94,8 +106,8 @@ def crowd(
     k: int,
     *,
     grow: bool,
-) -> tuple[np.ndarray, int]:
-    """Suspicion of the class whose k highest pairs are the most cohesive, others below it; and k.
+) -> Fragile:
+    """The class whose k highest pairs are the most cohesive, from the start that makes them so.
 
     Args:
         grow: look for the number of suspicious pairs from k on.
@@ -103,22 +115,23 @@ def crowd(
     lost = _standard(lost)
     starts = [*lost[:, :_WHOLE].T, lost[:, _WHOLE:].max(1)]
     rows = centred(image, classes, np.empty(0, np.int64))
-    best: tuple[Any, ...] = (-math.inf,)
+    found = []
     for number in large:
         members = np.flatnonzero(classes == number)
-        own = _directions(rows[torch.from_numpy(members)].double().numpy())
-        seen = _standard(np.concatenate([own, lost[members]], 1))
-        for start in starts:
-            height = _settled(seen, start[members], k)
-            tight = cohesion(_apart(image[torch.from_numpy(members)], top(height, k)))
-            if tight > best[0]:
-                best = tight, members, seen, height
-    _, members, seen, height = best
+        features = _directions(rows[torch.from_numpy(members)].double().numpy())
+        seen = _standard(np.concatenate([features, lost[members]], 1))
+        own = image[torch.from_numpy(members)]
+        heights = [_settled(seen, start[members], k) for start in starts]
+        tight = [cohesion(_apart(own, top(height, k))) for height in heights]
+        at = int(np.argmax(tight))
+        found.append((tight[at], members, seen, heights[at]))
+    found.sort(key=lambda one: -one[0])
+    _, members, seen, height = found[0]
     if grow:
         height, k = _grown(seen, height, k)
     scores = np.full(len(image), height.min() - 1)
     scores[members] = height
-    return scores, k
+    return Fragile(scores, k, [tight for tight, *_ in found[1:]])
 
 
 def _grown(x: np.ndarray, height: np.ndarray, k: int) -> tuple[np.ndarray, int]:

@@ -13,13 +13,15 @@ class (over the pairs not in D_sus) and brought to unit length. Without that, im
 are so alike that a trigger hardly adds to it. The p-value is (1 + sets that reach the statistic) /
 (1 + sets). Top picks of a clean model are also more alike than random ones, since they are picked:
 the gate therefore asks, besides p, for an excess over the sets' mean of at least ``excess``, a
-threshold above what clean models show.
+threshold above what clean models show; where the ranking says how cohesive its picks of other words
+are, those rivals' mean counts as well.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,9 +41,10 @@ class Gate:
     """Whether the suspicious pairs belong together.
 
     Attributes:
-        fires: p <= alpha and statistic - matched >= excess.
+        fires: p <= alpha, and the statistic exceeds matched and rivals by excess.
         statistic: mean pairwise cosine of their centred image features, in [-1, 1].
         matched, spread: mean and standard deviation of the random sets' statistics.
+        rivals: mean statistic of the picks of other words; None where there are none.
         p: of as large a statistic among the random sets.
         sets: how many random sets were drawn.
         alpha, excess: the thresholds.
@@ -52,6 +55,7 @@ class Gate:
     statistic: float
     matched: float
     spread: float
+    rivals: float | None
     p: float
     sets: int
     alpha: float
@@ -61,10 +65,11 @@ class Gate:
     def describe(self) -> str:
         """One line for people."""
         word = "fires" if self.fires else "does not fire"
+        rivals = "" if self.rivals is None else f", picks of other words {self.rivals:.3f}"
         return (
             f"gate {word}: mean pairwise image cosine {self.statistic:.3f}, matched random sets "
-            f"{self.matched:.3f} ± {self.spread:.3f}, p = {self.p:.3g} (wanted p <= {self.alpha:g} "
-            f"and an excess of at least {self.excess:g})"
+            f"{self.matched:.3f} ± {self.spread:.3f}{rivals}, p = {self.p:.3g} (wanted p <= "
+            f"{self.alpha:g} and an excess of at least {self.excess:g})"
         )
 
 
@@ -147,6 +152,7 @@ def gate(
     alpha: float = 0.01,
     excess: float = 0.1,
     seed: int = 0,
+    rivals: Sequence[float] = (),
 ) -> Gate:
     """Compare the chosen pairs with random sets of the same captions; see the file's beginning."""
     check_gate(sets, alpha, excess)
@@ -157,9 +163,10 @@ def gate(
     others = np.array([cohesion(rows[torch.from_numpy(draw)]) for draw in draws])
     p = (1 + int((others >= found).sum())) / (1 + sets)
     sizes = Counter(classes[chosen].tolist()).most_common()
+    floor = max([float(others.mean()), *([float(np.mean(rivals))] if rivals else [])])
     return Gate(
-        bool(p <= alpha and found - others.mean() >= excess), found, float(others.mean()),
-        float(others.std()), p, sets, alpha, excess,
+        p <= alpha and found - floor >= excess, found, float(others.mean()), float(others.std()),
+        float(np.mean(rivals)) if rivals else None, p, sets, alpha, excess,
         tuple((names[number], count) for number, count in sizes),
     )  # fmt: skip
 
