@@ -46,7 +46,7 @@ class Defence:
 
 
 # Models of a million weights from scratch want rates some hundred times those for a trained CLIP.
-UBT = {"lr_start": 1e-4, "lr": 1e-4, "beta": 2.0, "check_every": 10, "augment": False}
+UBT = {"lr_start": 3e-4, "lr": 3e-4, "beta": 2.0, "check_every": 10, "augment": False}
 
 
 def ubt_par_clean(model: Any, loader: PairLoader, **options: Any) -> CleanResult:

@@ -59,9 +59,8 @@ RANKINGS = ("fragility", "gain", "dao", "truth")
 OWN = ("fragility", "gain")  # of ubt_clean itself
 # Models of a million weights from scratch want rates some hundred times those for a trained CLIP.
 UBT = {
-    "overfit_steps": 60, "overfit_lr": 1e-4, "tail": "low", "steps": 300, "lr_start": 1e-4,
-    "lr": 1e-4, "beta": 2.0, "check_every": 10, "precision": "fp32", "progress": False,
-    "augment": False,
+    "overfit_steps": 60, "overfit_lr": 1e-4, "steps": 300, "lr_start": 3e-4, "lr": 3e-4,
+    "beta": 2.0, "check_every": 10, "precision": "bf16", "progress": False, "augment": False,
 }  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def ubt_clean(
     batch_size: int | None = None,
     train_text: bool = False,
     check_every: int = 25,
-    max_drop: float = 0.01,
+    max_drop: float = 0.05,
     **options: Unpack[CleanOptions],
 ) -> CleanResult:
     """Find poisoned training pairs, and forget their suspicious words on their images.
@@ -164,7 +164,8 @@ def ubt_clean(
             else 256.
         train_text: also train what the image tower does not use.
         check_every, max_drop: steps between looks at the stopping rule, and the loss of proxy
-            accuracy at which it stops; see ``pybackdoor.ubt.unlearn``.
+            accuracy at which it stops; see ``pybackdoor.ubt.unlearn``. On pairs that the model was
+            trained on, as in D, accuracy falls some points more than on new ones.
         **options: those of every cleaning method (``par_clean``), but 500 steps, and a learning
             rate that rises from 1e-7 to 1e-6 (``lr``) up to the middle, and no ``repair``:
             the third term keeps the embeddings where they were.
