@@ -155,6 +155,7 @@ def document(rows: list[dict], setting: Setting) -> str:
             "data": {name: asdict(data) for name, data in setting.data.items()},
             "architectures": {name: asdict(arch) for name, arch in ARCHITECTURES.items()},
             "train": {name: dict(options) for name, options in setting.train.items()},
+            "patch": dict(setting.patch),
             "defences": {name: d.settings(setting.clean) for name, d in DEFENCES.items()},
             "rebound": {**setting.rebound, "at": list(setting.rebound_at)},
             "installed": setting.installed,

@@ -10,19 +10,21 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from _quality_data import DataSet
 from _quality_defences import DEFENCES
 from _quality_models import ARCHITECTURES
 
-from pybackdoor.triggers import TriggerSpec, trigger
+from pybackdoor.triggers import TRIGGERS, TriggerSpec, trigger
 
 CLEAN = "clean"  # the attack that is none
+BADCLIP = "badclip"  # the attack whose trigger is found on the clean model
 TUNING = ("checkerboard", "sig")  # attacks that settings were chosen on; the others are untouched
 ATTACKS = (
     CLEAN, "badnet", "badnet_stripes", "blended", "blended_stripes", "triangles", "text", "wanet",
-    "sig", "checkerboard",
+    BADCLIP, "sig", "checkerboard",
 )  # fmt: skip
 
 
@@ -35,6 +37,7 @@ class Setting:
         rates: share of the planted pairs that is poisoned, by data set, or by (data set, attack)
             where an attack needs more to be installed.
         train: of ``poison``, by data set.
+        patch: of ``badclip_patch``.
         clean: of every defence.
         rebound: of the training after cleaning.
         rebound_at: its steps at which the ASR is taken.
@@ -45,6 +48,7 @@ class Setting:
     data: Mapping[str, DataSet]
     rates: Mapping[Any, float]
     train: Mapping[str, Mapping[str, Any]]
+    patch: Mapping[str, Any]
     clean: Mapping[str, Any]
     rebound: Mapping[str, Any]
     rebound_at: tuple[int, ...]
@@ -73,6 +77,7 @@ FULL = Setting(
         "caltech101": {"steps": 800, **TRAIN},
         "fashion": {"steps": 600, **TRAIN},
     },
+    patch={"steps": 600, "batch_size": 64, "lr": 1e-2, "precision": "bf16"},
     # The demo's learning rates and steps, chosen on TUNING alone.
     clean={"steps": 300, "batch_size": 128, "lr_start": 7e-4, "lr": 5e-5, "precision": "bf16"},
     # A later user's fine-tuning: the learning rate that cleaning ends with, constant, a small
@@ -89,6 +94,7 @@ TINY = Setting(
     data={"fashion": DataSet(None, 32, 64, 32, 2, grey=True)},
     rates={"fashion": 0.05},
     train={"fashion": {"steps": 2, **TRAIN, "batch_size": 16}},
+    patch={**FULL.patch, "steps": 2, "batch_size": 8},
     clean={**FULL.clean, "steps": 2, "batch_size": 16},
     rebound={**FULL.rebound, "steps": 3, "batch_size": 16},
     rebound_at=(1, 2, 3),
@@ -110,23 +116,33 @@ class Model:
         """The model of the same data, architecture and seed without an attack."""
         return Model(self.data, self.arch, CLEAN, self.seed)
 
-    def spec(self, setting: Setting) -> TriggerSpec | None:
+    def spec(self, setting: Setting, patch: Path | None = None) -> TriggerSpec | None:
+        """Its trigger; BadCLIP's is in the file ``patch``."""
         if self.attack == CLEAN:
             return None
-        return trigger(self.attack, seed=self.seed, grey=setting.data[self.data].grey)
+        file = {"file": patch} if self.attack == BADCLIP else {}
+        return trigger(self.attack, seed=self.seed, grey=setting.data[self.data].grey, **file)
 
     def settings(self, setting: Setting) -> dict[str, Any]:
         """All that its weights depend on; JSON-ready."""
-        spec = self.spec(setting)
-        attack = {} if spec is None else {
-            "trigger": spec.to_dict(), "rate": setting.rate(self.data, self.attack)
-        }  # fmt: skip
+        attack: dict[str, Any] = {}
+        if self.attack != CLEAN:
+            attack = {"trigger": self._trigger(setting)}
+            attack["rate"] = setting.rate(self.data, self.attack)
         return {
             **asdict(self), **attack,
             "data_set": asdict(setting.data[self.data]),
             "architecture": asdict(ARCHITECTURES[self.arch]),
             "train": dict(setting.train[self.data]),
         }  # fmt: skip
+
+    def _trigger(self, setting: Setting) -> dict[str, Any]:
+        """All that its trigger depends on: for BadCLIP what the patch follows from."""
+        if self.attack != BADCLIP:
+            return self.spec(setting).to_dict()
+        version = TRIGGERS[BADCLIP].version
+        clean = self.clean.settings(setting)
+        return {"name": BADCLIP, "version": version, "patch": dict(setting.patch), "clean": clean}
 
     def name(self, setting: Setting) -> str:
         """Of its files."""

@@ -38,7 +38,7 @@ from _quality_data import pack_path
 from _quality_defences import DEFENCES
 from _quality_models import ARCHITECTURES
 from _quality_report import write_report
-from _quality_setting import ATTACKS, FULL, TINY, Cell, Model, Setting
+from _quality_setting import ATTACKS, BADCLIP, FULL, TINY, Cell, Model, Setting
 
 from pybackdoor.engine import pick_device
 from pybackdoor.files import writable_folder
@@ -66,7 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
         pack_path(pack)  # refuses before the hours, not after
     models = dict.fromkeys(m for c in cells for m in (c.model.clean, c.model))
     missing = [m for m in models if not work.model_file(m).exists()]
-    failed = run("model", train_model, missing, work, options.jobs)
+    failed = 0
+    for wave in waves(missing):
+        failed += run("model", train_model, wave, work, options.jobs)
     ready = [c for c in cells if not work.cell_file(c).exists() and trained_for(c, work)]
     failed += run("cell", compute_cell, ready, work, options.jobs)
     if failed:
@@ -134,6 +136,14 @@ def plan(setting: Setting, axes: dict[str, list[Any]]) -> list[Cell]:
             for attack, defence in itertools.product(axes["attack"], axes["defence"]):
                 cells.append(Cell(Model(data, arch, attack, seed), defence))
     return cells
+
+
+def waves(models: Iterable[Model]) -> list[list[Model]]:
+    """One after the other: BadCLIP's patch is found on a clean model, which must be there."""
+    parts: list[list[Model]] = [[], []]
+    for model in models:
+        parts[model.attack == BADCLIP].append(model)
+    return [part for part in parts if part]
 
 
 def trained_for(cell: Cell, work: Work) -> bool:
