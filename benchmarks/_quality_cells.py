@@ -115,7 +115,7 @@ def train_model(model: Model, work: Work) -> dict[str, Any]:
     student = poison(
         case.loaded.model, case.parts.planted, **attack_options(case, setting),
         target=case.target, templates=TEMPLATES, tokenizer=case.loaded.tokenizer,
-        seed=model.seed, device=work.device, progress=False, **setting.train[model.data],
+        seed=model.seed, device=work.device, progress=False, **model.options("train", setting),
     ).model  # fmt: skip
     spent = clock.read()
     found = measured(student, case, work)
@@ -138,7 +138,7 @@ def optimised_patch(model: Model, work: Work) -> dict[str, Any]:
     found = badclip_patch(
         trained(model.clean, work), clean.parts.planted, target=clean.target,
         tokenizer=clean.loaded.tokenizer, seed=model.seed, device=work.device, progress=False,
-        **work.setting.patch,
+        **model.options("patch", work.setting),
     )  # fmt: skip
     found.save(work.patch_file(model))
     return {**found.report, "first": found.history[0], "last": found.history[-1]}
@@ -180,7 +180,7 @@ def cleaned(
     defence = DEFENCES[cell.defence]
     if defence.method is None:
         return model, {"pairs": 0, "pairs_seen": 0, "steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
-    options = {**work.setting.clean, **defence.options}
+    options = {**cell.model.options("clean", work.setting), **defence.options}
     pairs = PAIRS[defence.pairs](case, work.setting)
     given = loader(pairs, case, options.pop("batch_size"))
     seed, test, tokenizer = cell.model.seed, case.parts.test, case.loaded.tokenizer
@@ -241,7 +241,7 @@ def measured(
 
 def rebound(model: nn.Module, case: Case, work: Work) -> dict[str, Any]:
     """The ASR while a cleaned model is trained further on clean pairs."""
-    options = dict(work.setting.rebound)
+    options = case.model.options("rebound", work.setting)
     found: dict[str, Any] = {}
 
     def watch(step: int, record: dict[str, float], student: nn.Module) -> None:

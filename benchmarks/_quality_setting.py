@@ -38,6 +38,8 @@ class Setting:
             where an attack needs more to be installed.
         train: of ``poison``, by data set.
         patch: of ``badclip_patch``.
+        own: by architecture, what it has in place of common options: "train", "patch", "clean" or
+            "rebound", and its options.
         clean: of every defence.
         rebound: of the training after cleaning.
         rebound_at: its steps at which the ASR is taken.
@@ -54,15 +56,33 @@ class Setting:
     rebound_at: tuple[int, ...]
     seeds: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     installed: float = 0.9
+    own: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def rate(self, data: str, attack: str) -> float:
         return self.rates.get((data, attack), self.rates[data])
+
+    def options(self, what: str, data: str, arch: str) -> dict[str, Any]:
+        """Of "train", "patch", "clean" or "rebound" for one architecture on one data set."""
+        common = self.train[data] if what == "train" else getattr(self, what)
+        return {**common, **self.own.get(arch, {}).get(what, {})}
 
 
 # From scratch, on one thread, in at most three minutes for CIFAR-10's ResNet: four to five passes.
 # bf16 halves the time of the ResNet on CPUs that have it. The rates are what it takes to install
 # the attacks in that budget; published ones are ten times lower, on a hundred times the pairs.
 TRAIN = {"batch_size": 128, "lr": 3e-3, "warmup": 50, "weight_decay": 0.05, "precision": "bf16"}
+# Pretrained towers learn from fewer pairs, and lose what they know at the common learning rates.
+# fp32: on CPUs depthwise convolutions take twice as long backwards in bf16.
+PRETRAINED = {
+    "train": {"steps": 160, "batch_size": 64, "lr": 1e-3, "warmup": 20, "precision": "fp32"},
+    "patch": {"steps": 60, "batch_size": 32, "lr": 3e-2, "precision": "fp32"},
+    "clean": {
+        "steps": 150, "batch_size": 64, "lr_start": 2e-4, "lr": 2e-5, "precision": "fp32"
+    },
+    "rebound": {
+        "batch_size": 32, "lr_start": 2e-5, "lr": 2e-5, "lr_end": 2e-5, "precision": "fp32"
+    },
+}  # fmt: skip
 FULL = Setting(
     # Test images: as many per class as Caltech-101's rarest class has; 2,000 of CIFAR-10 put an
     # interval of 2 points around a CA of 70 % and cost a second or two of a core.
@@ -88,6 +108,7 @@ FULL = Setting(
     },
     rebound_at=(100, 200, 300),
     seeds={("cifar10", "resnet"): (0, 1, 2)},
+    own={"pretrained": PRETRAINED},
 )  # fmt: skip
 # A self-check in seconds, whose figures say nothing.
 TINY = Setting(
@@ -133,16 +154,23 @@ class Model:
             **asdict(self), **attack,
             "data_set": asdict(setting.data[self.data]),
             "architecture": asdict(ARCHITECTURES[self.arch]),
-            "train": dict(setting.train[self.data]),
+            "train": self.options("train", setting),
         }  # fmt: skip
 
     def _trigger(self, setting: Setting) -> dict[str, Any]:
         """All that its trigger depends on: for BadCLIP what the patch follows from."""
         if self.attack != BADCLIP:
             return self.spec(setting).to_dict()
-        version = TRIGGERS[BADCLIP].version
-        clean = self.clean.settings(setting)
-        return {"name": BADCLIP, "version": version, "patch": dict(setting.patch), "clean": clean}
+        return {
+            "name": BADCLIP,
+            "version": TRIGGERS[BADCLIP].version,
+            "patch": self.options("patch", setting),
+            "clean": self.clean.settings(setting),
+        }
+
+    def options(self, what: str, setting: Setting) -> dict[str, Any]:
+        """Of its "train", "patch", "clean" or "rebound"."""
+        return setting.options(what, self.data, self.arch)
 
     def name(self, setting: Setting) -> str:
         """Of its files."""
@@ -162,10 +190,14 @@ class Cell:
         defence = DEFENCES[self.defence]
         return {
             "model": self.model.settings(setting),
-            "defence": {"name": self.defence, **defence.settings(setting.clean)},
-            "rebound": {**setting.rebound, "at": list(setting.rebound_at)},
+            "defence": {
+                "name": self.defence, **defence.settings(self.model.options("clean", setting))
+            },
+            "rebound": {
+                **self.model.options("rebound", setting), "at": list(setting.rebound_at)
+            },
             "installed": setting.installed,
-        }
+        }  # fmt: skip
 
     def name(self, setting: Setting) -> str:
         """Of its file."""
