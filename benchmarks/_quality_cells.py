@@ -134,14 +134,15 @@ def train_model(model: Model, work: Work) -> dict[str, Any]:
 
 def optimised_patch(model: Model, work: Work) -> dict[str, Any]:
     """Find BadCLIP's patch on the clean model of the same seed and keep it; what it took."""
-    clean = case_of(model.clean, work)
+    clean, clock = case_of(model.clean, work), Clock()
     found = badclip_patch(
         trained(model.clean, work), clean.parts.planted, target=clean.target,
         tokenizer=clean.loaded.tokenizer, seed=model.seed, device=work.device, progress=False,
         **model.options("patch", work.setting),
     )  # fmt: skip
     found.save(work.patch_file(model))
-    return {**found.report, "first": found.history[0], "last": found.history[-1]}
+    ends = {"first": found.history[0], "last": found.history[-1]}
+    return {**found.report, **ends, **clock.read()}
 
 
 def attack_options(case: Case, setting: Setting) -> dict[str, Any]:

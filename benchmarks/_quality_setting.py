@@ -77,7 +77,7 @@ PRETRAINED = {
     "train": {"steps": 160, "batch_size": 64, "lr": 1e-3, "warmup": 20, "precision": "fp32"},
     "patch": {"steps": 60, "batch_size": 32, "lr": 3e-2, "precision": "fp32"},
     "clean": {
-        "steps": 150, "batch_size": 64, "lr_start": 2e-4, "lr": 2e-5, "precision": "fp32"
+        "steps": 100, "batch_size": 64, "lr_start": 2e-4, "lr": 2e-5, "precision": "fp32"
     },
     "rebound": {
         "batch_size": 32, "lr_start": 2e-5, "lr": 2e-5, "lr_end": 2e-5, "precision": "fp32"
