@@ -16,16 +16,25 @@ from _quality_data import TEMPLATES, DataSet, Split, read, split
 from _quality_defences import DEFENCES, NONE
 from _quality_drift import probe, repaired
 from _quality_models import ARCHITECTURES
-from _quality_setting import TUNING, Cell, Model, Setting
+from _quality_setting import BADCLIP, TUNING, Cell, Model, Setting
 from safetensors.torch import load as weights_of
 from safetensors.torch import save as bytes_of
 from torch import nn
 
 import pybackdoor
-from pybackdoor import Evaluation, evaluate, finetune_clean, poison, poison_pairs, trigger
+from pybackdoor import (
+    Evaluation,
+    badclip_patch,
+    evaluate,
+    finetune_clean,
+    poison,
+    poison_pairs,
+    trigger,
+)
 from pybackdoor.data import PairLoader, Pairs, procedural_pairs
 from pybackdoor.files import write_atomically, write_json
 from pybackdoor.models import LoadedModel
+from pybackdoor.triggers import TriggerSpec
 
 INSTALLED, NOT_INSTALLED, NO_ATTACK = "installed", "attack did not install", "no attack"
 NO_TRIGGER = trigger("blended", strength=0.0)
@@ -40,8 +49,11 @@ class Work:
     device: str
 
     def model_file(self, model: Model) -> Path:
-        """The record; the weights lie beside it. It is written last: where it is, both are."""
+        """The record, written last: where it is, the weights beside it are, and BadCLIP's patch."""
         return self.folder / "models" / f"{model.name(self.setting)}.json"
+
+    def patch_file(self, model: Model) -> Path:
+        return self.model_file(model).with_suffix(".png")
 
     def cell_file(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.name(self.setting)}.json"
@@ -52,11 +64,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """A model's data and its attack."""
+    """A model's data and its attack; ``spec`` is None for none."""
 
     model: Model
     parts: Split
     loaded: LoadedModel
+    spec: TriggerSpec | None
 
     @property
     def target(self) -> str:
@@ -79,7 +92,8 @@ def case_of(model: Model, work: Work) -> Case:
     data = work.setting.data[model.data]
     parts = parts_of(data, work.folder / "data", model.seed)
     make = ARCHITECTURES[model.arch].make
-    return Case(model, parts, make(data.image_size, parts.mean, parts.std, model.seed))
+    spec = model.spec(work.setting, work.patch_file(model))
+    return Case(model, parts, make(data.image_size, parts.mean, parts.std, model.seed), spec)
 
 
 def trained(model: Model, work: Work) -> nn.Module:
@@ -94,12 +108,14 @@ def train_model(model: Model, work: Work) -> dict[str, Any]:
     """Train one model with its backdoor, keep it, and say whether the attack installed."""
     if work.model_file(model).exists():  # by another run on the same folder
         return work.record(model)
+    work.model_file(model).parent.mkdir(parents=True, exist_ok=True)
+    found_patch = {"patch": optimised_patch(model, work)} if model.attack == BADCLIP else {}
     case, setting = case_of(model, work), work.setting
     clock = Clock()
     student = poison(
-        case.loaded.model, case.parts.planted, **attack_options(model, setting),
+        case.loaded.model, case.parts.planted, **attack_options(case, setting),
         target=case.target, templates=TEMPLATES, tokenizer=case.loaded.tokenizer,
-        seed=model.seed, device=work.device, progress=False, **setting.train[model.data],
+        seed=model.seed, device=work.device, progress=False, **model.options("train", setting),
     ).model  # fmt: skip
     spent = clock.read()
     found = measured(student, case, work)
@@ -108,20 +124,32 @@ def train_model(model: Model, work: Work) -> dict[str, Any]:
         status = INSTALLED if found.asr_nontarget.value > setting.installed else NOT_INSTALLED
     record = {**identity(case, work), "status": status, **found.to_dict(), **spent}
     record |= {"settings": model.settings(setting), "planted": len(case.parts.planted)}
+    record |= found_patch
     path = work.model_file(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.cpu().contiguous() for name, value in student.state_dict().items()}
     write_atomically(path.with_suffix(".safetensors"), bytes_of(tensors))
     write_json(path, record)
     return record
 
 
-def attack_options(model: Model, setting: Setting) -> dict[str, Any]:
+def optimised_patch(model: Model, work: Work) -> dict[str, Any]:
+    """Find BadCLIP's patch on the clean model of the same seed and keep it; what it took."""
+    clean, clock = case_of(model.clean, work), Clock()
+    found = badclip_patch(
+        trained(model.clean, work), clean.parts.planted, target=clean.target,
+        tokenizer=clean.loaded.tokenizer, seed=model.seed, device=work.device, progress=False,
+        **model.options("patch", work.setting),
+    )  # fmt: skip
+    found.save(work.patch_file(model))
+    ends = {"first": found.history[0], "last": found.history[-1]}
+    return {**found.report, **ends, **clock.read()}
+
+
+def attack_options(case: Case, setting: Setting) -> dict[str, Any]:
     """Of ``poison``. A clean model goes the same way: one pair gets nothing put on it."""
-    spec = model.spec(setting)
-    if spec is None:
+    if case.spec is None:
         return {"trigger": NO_TRIGGER, "count": 1, "mode": "label_consistent"}
-    return {"trigger": spec, "rate": setting.rate(model.data, model.attack)}
+    return {"trigger": case.spec, "rate": setting.rate(case.model.data, case.model.attack)}
 
 
 def compute_cell(cell: Cell, work: Work) -> dict[str, Any]:
@@ -153,7 +181,7 @@ def cleaned(
     defence = DEFENCES[cell.defence]
     if defence.method is None:
         return model, {"pairs": 0, "pairs_seen": 0, "steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
-    options = {**work.setting.clean, **defence.options}
+    options = {**cell.model.options("clean", work.setting), **defence.options}
     pairs = PAIRS[defence.pairs](case, work.setting)
     given = loader(pairs, case, options.pop("batch_size"))
     seed, test, tokenizer = cell.model.seed, case.parts.test, case.loaded.tokenizer
@@ -170,7 +198,7 @@ def cleaned(
 
 
 def _suspect(case: Case, setting: Setting) -> Pairs:
-    options = attack_options(case.model, setting)
+    options = attack_options(case, setting)
     return poison_pairs(
         case.parts.planted, options.pop("trigger"), target=case.target, templates=TEMPLATES,
         seed=case.model.seed, **options,
@@ -201,10 +229,9 @@ def measured(
     floor: bool = False,
 ) -> Evaluation:
     """Every figure of one model; with ``floor``, the ASR's baseline is the clean model's."""
-    spec = case.model.spec(work.setting)
     attack: dict[str, Any] = {}
-    if spec is not None:
-        attack = {"trigger": spec, "target": case.target}
+    if case.spec is not None:
+        attack = {"trigger": case.spec, "target": case.target}
         if floor:
             attack["baseline"] = trained(case.model.clean, work)
     return evaluate(
@@ -215,7 +242,7 @@ def measured(
 
 def rebound(model: nn.Module, case: Case, work: Work) -> dict[str, Any]:
     """The ASR while a cleaned model is trained further on clean pairs."""
-    options = dict(work.setting.rebound)
+    options = case.model.options("rebound", work.setting)
     found: dict[str, Any] = {}
 
     def watch(step: int, record: dict[str, float], student: nn.Module) -> None:
@@ -247,11 +274,11 @@ class Clock:
 
 def identity(case: Case, work: Work) -> dict[str, Any]:
     """What every record says of itself."""
-    model, spec = case.model, case.model.spec(work.setting)
+    model, clean = case.model, case.spec is None
     return {
         **asdict(model),
-        "rate": None if spec is None else work.setting.rate(model.data, model.attack),
-        "target": None if spec is None else case.target,
+        "rate": None if clean else work.setting.rate(model.data, model.attack),
+        "target": None if clean else case.target,
         "half": {True: "tuning", False: "untouched"}[model.attack in TUNING],
         "date": datetime.date.today().isoformat(),
         "device": work.device,

@@ -1,7 +1,7 @@
 """The quality matrix's architectures: small dual encoders, fresh, from a seed.
 
-A model with pretrained towers joins as one more entry: whatever gives a ``LoadedModel`` for an
-image size, the pixels' statistics and a seed. Weights are kept by name, so its class is free.
+An architecture is whatever gives a ``LoadedModel`` for an image size, the pixels' statistics and a
+seed. Weights are kept by name, so its class is free.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from _quality_towers import Pretrained
 
 from pybackdoor.models import LoadedModel, create
 
@@ -18,6 +19,9 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "lay
 
 class Architecture(Protocol):
     """A dataclass: its fields are part of what a model's weights depend on."""
+
+    def check(self) -> None:
+        """Raises where something is missing without which no model can be made."""
 
     def make(
         self, image_size: int, mean: list[float], std: list[float], seed: int
@@ -39,6 +43,9 @@ class OpenClip:
     vision: dict[str, Any]
     stem_at: int = 0
     embed_dim: int = 64
+
+    def check(self) -> None:
+        """Its weights are drawn: there is nothing to miss."""
 
     def make(self, image_size: int, mean: list[float], std: list[float], seed: int) -> LoadedModel:
         built_for = max(image_size, self.stem_at)
@@ -63,4 +70,6 @@ class OpenClip:
 ARCHITECTURES: dict[str, Architecture] = {
     "resnet": OpenClip({"layers": [1, 1, 1, 1], "width": 8, "head_width": 32}, stem_at=64),
     "vit": OpenClip({"layers": 4, "width": 128, "head_width": 32, "patch_size": 8}),
+    "pretrained": Pretrained(),
 }
+ON_REQUEST = ("pretrained",)  # computed where --only names it: a cell takes minutes, and an extra

@@ -25,7 +25,9 @@ INTRODUCTION = """# Quality
 Written by `python benchmarks/quality.py --report` from the cells that the same program computes;
 the rows are in `benchmarks/results/quality.json`. Do not edit.
 
-Each model is a small dual encoder trained from scratch with its backdoor. Each defence gets the
+Each model is a small dual encoder trained with its backdoor, from scratch or, `pretrained`, from
+towers that saw other data before. The patch of `badclip` was found on the clean model of the same
+seed. Each defence gets the
 poisoned model and the same held-out clean pairs, and nothing of the attack. CA is accuracy, ASR the
 share of triggered images of *other* classes that are predicted as the target, PA the accuracy of
 triggered images against their true labels; test images are as many of each class, so accuracies are
@@ -155,6 +157,8 @@ def document(rows: list[dict], setting: Setting) -> str:
             "data": {name: asdict(data) for name, data in setting.data.items()},
             "architectures": {name: asdict(arch) for name, arch in ARCHITECTURES.items()},
             "train": {name: dict(options) for name, options in setting.train.items()},
+            "patch": dict(setting.patch),
+            "own": setting.own,
             "defences": {name: d.settings(setting.clean) for name, d in DEFENCES.items()},
             "rebound": {**setting.rebound, "at": list(setting.rebound_at)},
             "installed": setting.installed,
@@ -187,7 +191,8 @@ def section(
     """One data set and architecture: an overview, the picture, and every figure."""
     attacks = [name for name in ATTACKS if any(attack == name for attack, _ in groups)]
     defences = [name for name in DEFENCES if any(defence == name for _, defence in groups)]
-    steps, size = setting.train[data]["steps"], setting.data[data].image_size
+    steps = setting.options("train", data, arch)["steps"]
+    size = setting.data[data].image_size
     rows = next(iter(groups.values()))
     parts = [
         f"## {data}, {arch}",

@@ -9,7 +9,8 @@ Data set x architecture x attack x defence x seed. A model is trained once with 
 kept for all defences; a model or cell is a file in the work folder, written when it is complete and
 named by a hash of its settings (_quality_setting.py), so that a run that was stopped goes on where
 it was and changed settings are computed anew. Results do not depend on --jobs: every process has
-one thread. CIFAR-10 and Caltech-101 are read from the folder PYBACKDOOR_DATA.
+one thread. CIFAR-10 and Caltech-101 are read from the folder PYBACKDOOR_DATA. The architecture
+"pretrained" is computed where it is named, and needs the weights of the extra [towers].
 
 A row holds CA, ASR of other classes and of all, accuracy under trigger, drift, each with n and a
 95 % interval; the ASR in 300 further clean steps; pairs, steps and seconds. An attack whose ASR
@@ -36,9 +37,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _quality_cells import NOT_INSTALLED, Work, compute_cell, start_process, train_model
 from _quality_data import pack_path
 from _quality_defences import DEFENCES
-from _quality_models import ARCHITECTURES
+from _quality_models import ARCHITECTURES, ON_REQUEST
 from _quality_report import write_report
-from _quality_setting import ATTACKS, FULL, TINY, Cell, Model, Setting
+from _quality_setting import ATTACKS, BADCLIP, FULL, TINY, Cell, Model, Setting
 
 from pybackdoor.engine import pick_device
 from pybackdoor.files import writable_folder
@@ -64,9 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     for pack in {setting.data[c.model.data].pack for c in cells} - {None}:
         pack_path(pack)  # refuses before the hours, not after
+    for arch in {c.model.arch for c in cells}:
+        ARCHITECTURES[arch].check()
     models = dict.fromkeys(m for c in cells for m in (c.model.clean, c.model))
     missing = [m for m in models if not work.model_file(m).exists()]
-    failed = run("model", train_model, missing, work, options.jobs)
+    failed = 0
+    for wave in waves(missing):
+        failed += run("model", train_model, wave, work, options.jobs)
     ready = [c for c in cells if not work.cell_file(c).exists() and trained_for(c, work)]
     failed += run("cell", compute_cell, ready, work, options.jobs)
     if failed:
@@ -115,6 +120,7 @@ def chosen(setting: Setting, only: Iterable[str]) -> dict[str, list[Any]]:
                 raise ValueError(f"--only seed: must be a whole number, got {name!r}")
     if "seed" in found:
         found["seed"] = [int(name) for name in found["seed"]]
+    known["arch"] = [name for name in ARCHITECTURES if name not in ON_REQUEST]
     return known | found
 
 
@@ -134,6 +140,14 @@ def plan(setting: Setting, axes: dict[str, list[Any]]) -> list[Cell]:
             for attack, defence in itertools.product(axes["attack"], axes["defence"]):
                 cells.append(Cell(Model(data, arch, attack, seed), defence))
     return cells
+
+
+def waves(models: Iterable[Model]) -> list[list[Model]]:
+    """One after the other: BadCLIP's patch is found on a clean model, which must be there."""
+    parts: list[list[Model]] = [[], []]
+    for model in models:
+        parts[model.attack == BADCLIP].append(model)
+    return [part for part in parts if part]
 
 
 def trained_for(cell: Cell, work: Work) -> bool:
