@@ -251,6 +251,6 @@ def test_ubt_then_par_cleans_on_what_is_not_suspicious(tiny, monkeypatch):
     loader = cells_module.loader(pairs, case, 16)
     found = _quality_defences.ubt_par_clean(None, loader, seed=3, lr=0.5)
     assert found.model == "clean" and found.report == {"pairs_seen": 12, "steps_done": 5}
-    assert seen["ubt"]["lr"] == 1e-4 and seen["ubt"]["seed"] == 3
+    assert seen["ubt"] == {"seed": 3, **_quality_defences.UBT}
     ids = pairs.ids[np.arange(0, 60, 2)].tolist()
     assert seen["par"] == ("forgotten", ids, 16, {"seed": 3, "lr": 0.5})
