@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -246,10 +247,12 @@ def test_the_picture_outlines_the_kept_cells(plain, by_cells, tmp_path, monkeypa
     monkeypatch.setattr("pybackdoor.ubt.evidence._SHOWN", 10)
     plain.save_evidence(tmp_path)
     assert not drawn
-    by_cells[0].save_evidence(tmp_path)
-    kept = np.argwhere(by_cells[0].region.kept[:10])
-    assert [p.get_xy() for p in drawn] == [(8 * x - 0.5, 8 * y - 0.5) for _, y, x in kept]
-    assert {(p.get_width(), p.get_height(), p.get_fill()) for p in drawn} == {(8, 8, False)}
+    result = by_cells[0]
+    narrow = dataclasses.replace(result.region, patch=(8, 4))
+    dataclasses.replace(result, region=narrow).save_evidence(tmp_path)
+    kept = np.argwhere(narrow.kept[:10])
+    assert [p.get_xy() for p in drawn] == [(4 * x - 0.5, 8 * y - 0.5) for _, y, x in kept]
+    assert {(p.get_width(), p.get_height(), p.get_fill()) for p in drawn} == {(4, 8, False)}
     assert (tmp_path / "suspects.png").read_bytes().startswith(b"\x89PNG")
 
 
