@@ -24,7 +24,6 @@ from pybackdoor.data import pairs_from_arrays
 from pybackdoor.models import HFClip
 from pybackdoor.ubt.evidence import corners
 from pybackdoor.ubt.localise import keep_top
-from pybackdoor.ubt.reading import Reader
 from pybackdoor.ubt.region import cover, patch_size, suspicious_cells
 from pybackdoor.ubt.suspects import Suspects
 from pybackdoor.ubt.unlearn import Portions
@@ -109,9 +108,7 @@ def test_the_patch_size_of_transformers_clip():
 def test_gains_cell_by_cell_in_fp64(vit, share, count):
     loaded, own = vit
     every, chosen = Suspects.of(PAIRS, own), np.array([70, 3, 7])
-    region = suspicious_cells(
-        Reader(loaded.model, own), every, chosen, patch=(8, 8), mean=MEAN, share=share
-    )
+    region = suspicious_cells(loaded.model, own, every, chosen, share=share)
     wide = copy.deepcopy(loaded.model).double()
     wide.attn_mask = wide.attn_mask.double()
 
@@ -158,10 +155,7 @@ def test_the_planted_cell_is_the_one_that_is_kept():
     for chunk in (7, 256):  # of 59 x 8 images, in several chunks and in whole images
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr("pybackdoor.ubt.region._CHUNK", chunk)
-            region = suspicious_cells(
-                Reader(model, rules()), every, chosen, patch=patch_size(model),
-                mean=rules().mean, share=0.1, progress=False,
-            )  # fmt: skip
+            region = suspicious_cells(model, rules(), every, chosen, share=0.1)
         assert region.kept.shape == (59, 4, 2)
         assert np.argwhere(region.kept)[:, 1:].tolist() == place[:59].tolist()
     told = region.summary()
@@ -241,6 +235,11 @@ def test_all_cells_are_the_whole_image_bit_by_bit(vit, plain):
         assert torch.equal(tensor, plain.model.state_dict()[name]), name
 
 
+def test_cells_are_told_apart_in_fp32_whatever_the_runs_precision(vit, by_cells):
+    half = cleaned(vit[0], image_share=0.2, precision="bf16", steps=1)
+    assert np.array_equal(half.region.gains, by_cells[0].region.gains)
+
+
 def test_the_picture_outlines_the_kept_cells(plain, by_cells, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.add_patch", lambda axis, patch: drawn.append(patch))
@@ -262,7 +261,7 @@ def test_what_is_no_share_is_refused_before_any_work(vit, share, monkeypatch):
     with pytest.raises(ValueError, match=rf"image_share must be in \(0, 1\], got {share}"):
         cleaned(vit[0], image_share=share)
     with pytest.raises(ValueError, match=r"image_share must be in \(0, 1\]"):
-        suspicious_cells(None, None, np.arange(3), patch=(8, 8), mean=MEAN, share=share)
+        suspicious_cells(vit[0].model, vit[1], None, np.arange(3), share=share)
 
 
 def test_a_tower_without_patches_is_refused_before_any_work(vit, monkeypatch):

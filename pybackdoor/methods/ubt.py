@@ -183,10 +183,9 @@ def ubt_clean(
     excess = EXCESS[ranked_by] if gate_excess is None else gate_excess
     check_gate(gate_sets, gate_p, excess)
     check_share(token_share)
-    patch = None
     if image_share is not None:
         check_share(image_share, "image_share")
-        patch = patch_size(model)
+        patch_size(model)  # refuses a tower without patches
     check_weights(alpha, beta, gamma, forget)
     if not ("steps" in options or "epochs" in options):
         options["steps"] = _STEPS
@@ -241,14 +240,14 @@ def ubt_clean(
         }  # fmt: skip
         return UbtResult(model, [], report, suspects, score, chosen, judged, None)
 
-    own_images = image[torch.from_numpy(chosen)]
-    found = localise(reader, suspects, chosen, share=token_share, image=own_images)
+    found = localise(
+        reader, suspects, chosen, share=token_share, image=image[torch.from_numpy(chosen)]
+    )
     region = None
-    if patch is not None:
+    if image_share is not None:
         region = suspicious_cells(
-            reader, suspects, chosen, patch=patch, mean=rules.mean, share=image_share,
-            image=own_images, progress=progress,
-        )  # fmt: skip
+            before, rules, suspects, chosen, share=image_share, progress=progress
+        )
     learnt, held_out = _split(k, seed)
     keep = retain_loader
     if keep is None:

@@ -68,8 +68,9 @@ def save_picture(
         axis.axis("off")
     for rank, (axis, row) in enumerate(zip(axes.flat, rows, strict=False)):
         axis.imshow(images[rank])
-        for corner in [] if region is None else corners(region, rank):
-            axis.add_patch(Rectangle(corner, *region.patch[::-1], fill=False, lw=1.5, ec=_MARK))
+        if region is not None:
+            for corner in corners(region, rank):
+                axis.add_patch(Rectangle(corner, *region.patch[::-1], fill=False, lw=1.5, ec=_MARK))
         axis.set_title(f"{rank + 1}: {scores[row]:.3f}", fontsize=8)
         words = marked(found, rank) if found else [(suspects.text(row) or "", False)]
         lines = [

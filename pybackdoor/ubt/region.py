@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..batches import InputRules
 from .localise import check_share, keep_top
 from .reading import Reader
 from .suspects import Suspects
@@ -78,36 +79,33 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
 
 
 def suspicious_cells(
-    reader: Reader,
+    model: nn.Module,
+    rules: InputRules,
     suspects: Suspects,
     chosen: np.ndarray,  # [k] rows, D_sus
     *,
-    patch: tuple[int, int],
-    mean: Sequence[float],
     share: float,
-    image: Tensor | None = None,  # [k, D] unit rows of the chosen images
     progress: bool | None = False,
 ) -> Region:
     """Keep the share of the cells of each chosen image that its caption rests on, at least one.
 
     g_c = cos(φ(x), ψ(t)) - cos(φ(x with cell c covered), ψ(t)). Costs the encoding of k images for
-    each cell.
+    each cell, in fp32: one cell of many changes no more than bf16 rounds. What is left of an image
+    at its lower and right edge belongs to the last cells.
 
     Args:
-        reader: of the model that was trained on the pairs.
-        patch: (height, width) of a cell; what is left at the lower and the right edge belongs to
-            the last cells.
-        mean: of the three channels, of pixels in [0, 1].
+        model: trained on the pairs.
         share: in (0, 1].
-        image: where they are known already.
+    Raises:
+        ValueError: share, or a tower without patches.
     """
     check_share(share, "image_share")
-    pixels = suspects.pixels(chosen)
-    rows, columns = (max(1, s // p) for s, p in zip(pixels.shape[1:3], patch, strict=True))
-    colour = tuple(min(255, max(0, round(255 * m))) for m in mean)
+    patch, reader, pixels = patch_size(model), Reader(model, rules), suspects.pixels(chosen)
     text = reader.tokens(suspects.tokens(chosen)).double()
-    image = reader.images(suspects, chosen) if image is None else image
-    whole = (image.double() * text).sum(-1)
+    whole = (reader.pixels(pixels).double() * text).sum(-1)
+    assert rules.mean is not None  # else pixels are not read
+    colour = tuple(min(255, max(0, round(255 * m))) for m in rules.mean)
+    rows, columns = (max(1, s // p) for s, p in zip(pixels.shape[1:3], patch, strict=True))
     one = torch.eye(rows * columns, dtype=torch.bool).view(-1, rows, columns)
     found = []
     with tqdm(
