@@ -3,15 +3,19 @@
     python benchmarks/bench_ubt.py --work DIR --json ubt.json --attacks badnet blended
     python benchmarks/bench_ubt.py --work DIR --json gate.json --attacks clean checkerboard \\
         --gate-only --seeds 20 --steps 1500
+    python benchmarks/bench_ubt.py --work DIR --json image.json --attacks badnet --arch vit \\
+        --image-share 0.25
 
-A cell is an attack ("clean": none) and a seed: the quality matrix's small ResNet is trained from
-scratch on its 35,000 CIFAR-10 pairs of the pack in $PYBACKDOOR_DATA, 1 % of them poisoned. Each
-ranking of the pairs (stage C's own, "dao" of pybackdoor.detect_samples, and "truth", an oracle:
-what the later stages give once detection is solved) gets precision@k = recall@k, k being the number
-of planted pairs, and the gate's figures. With each, ubt_clean then runs without any clean pairs;
-under "truth" also with random words of the same share. PAR on the matrix's 10,000 clean pairs
-stands beside it, for time and pairs. A clean model's cell has the gate alone. Models are kept in
---work, cells in --json as they come; what is there is not computed again.
+A cell is an attack ("clean": none) and a seed: the quality matrix's small ResNet or ViT is trained
+from scratch on its 35,000 CIFAR-10 pairs of the pack in $PYBACKDOOR_DATA, 1 % of them poisoned.
+Each ranking of the pairs (stage C's own, "dao" of pybackdoor.detect_samples, and "truth", an
+oracle: what the later stages give once detection is solved) gets precision@k = recall@k, k being
+the number of planted pairs, and the gate's figures. With each, ubt_clean then runs without any
+clean pairs; under "truth" also with random words of the same share, and, given --image-share, with
+the words forgotten on the suspicious patches alone: trigger_kept is the share of the trigger's
+pixels that lie in these. PAR on the matrix's 10,000 clean pairs stands beside it, for time and
+pairs. A clean model's cell has the gate alone. Models are kept in --work, cells in --json as they
+come; what is there is not computed again.
 
 Settings were chosen on the attacks marked tuning. An attack whose ASR is not above 90 % says so
 (status) and is not cleaned.
@@ -29,6 +33,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _common import machine
@@ -46,13 +51,16 @@ from _quality_cells import (
     train_model,
     trained,
 )
+from _quality_models import ARCHITECTURES
 from _quality_setting import ATTACKS, CLEAN, FULL, TINY, TRAIN, TUNING, Cell, Model, Setting
 from torch import nn
 
 import pybackdoor
 from pybackdoor.files import write_json
+from pybackdoor.methods.ubt import UbtResult
 from pybackdoor.ubt import WordReader, localise
 from pybackdoor.ubt.localise import portions
+from pybackdoor.ubt.region import cover
 
 RATE, STEPS = 0.01, 4000
 RANKINGS = ("fragility", "gain", "dao", "truth")
@@ -131,7 +139,20 @@ class Planted:
                 "pairs_seen": report["pairs_seen"],
                 "words": [w["text"] for w in report["words"] if w["enriched"]],
             }  # fmt: skip
+            if result.region is not None:
+                found |= {"region": report["region"], "trigger_kept": self._kept(result)}
         return found
+
+    def _kept(self, result: UbtResult) -> float:
+        """Of the pixels that the trigger changed in an image, the share in kept cells; a mean."""
+        places, region = np.flatnonzero(self.truth[result.chosen]), result.region
+        rows = result.chosen[places]
+        clean = self.case.parts.planted.images.take(rows)
+        put_on = (self.pairs.images.take(rows) != clean).any(-1)
+        cells = torch.from_numpy(region.kept[places])
+        kept = cover(torch.zeros(clean.shape, dtype=torch.uint8), cells, region.patch, (1, 1, 1))
+        inside = put_on & (kept[..., 0] == 1).numpy()
+        return float((inside.sum((1, 2)) / put_on.sum((1, 2))).mean())
 
     def par(self) -> dict[str, Any]:
         """PAR on clean pairs, with the matrix's settings."""
@@ -140,12 +161,12 @@ class Planted:
         return {**told, "after": measured(student, self.case, self.work).to_dict()}
 
 
-def compute(job: tuple[Model, Work, tuple[str, ...], bool]) -> dict[str, Any]:
+def compute(job: tuple[Model, Work, tuple[str, ...], bool, float | None]) -> dict[str, Any]:
     """A cell of the JSON file."""
-    model, work, rankings, gate_only = job
+    model, work, rankings, gate_only, image_share = job
     start_process()
     made = Planted(model, work)
-    names = ("attack", "seed", "rate", "half", "status", "ca", "asr_nontarget")
+    names = ("attack", "arch", "seed", "rate", "half", "status", "ca", "asr_nontarget")
     cell = {name: made.record.get(name) for name in names}
     cell |= {"steps": work.setting.train[model.data]["steps"], "k": made.k, "runs": {}}
     attacked = model.attack != CLEAN
@@ -157,6 +178,8 @@ def compute(job: tuple[Model, Work, tuple[str, ...], bool]) -> dict[str, Any]:
     if attacked and not gate_only:
         with mock.patch("pybackdoor.methods.ubt.localise", random_words):
             cell["runs"]["truth, random words"] = made.run("truth")
+        if image_share is not None:
+            cell["runs"]["truth, image side"] = made.run("truth", image_share=image_share)
         cell["par"] = made.par()
     return cell
 
@@ -168,6 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--json", type=Path, required=True, metavar="FILE")
     options.add_argument("--work", type=Path, required=True, metavar="DIR", help="of the models")
     options.add_argument("--attacks", nargs="+", default=[CLEAN, *TUNING], choices=ATTACKS)
+    options.add_argument("--arch", default="resnet", choices=ARCHITECTURES)
+    options.add_argument("--image-share", type=float, help="of the patches; with --arch vit")
     options.add_argument("--seeds", type=int, default=1, help="0 to this, of each attack")
     options.add_argument("--steps", type=int, default=STEPS, help=f"of training ({STEPS})")
     options.add_argument("--rankings", nargs="+", default=RANKINGS)
@@ -176,33 +201,44 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--device", default="cpu")
     options.add_argument("--tiny", action="store_true", help="a self-check that shows nothing")
     chosen = options.parse_args(arguments)
+    if chosen.image_share is not None and chosen.arch != "vit":
+        options.error(f"--image-share needs --arch vit, got {chosen.arch}")
     data, setting = setting_of(chosen.tiny, chosen.steps)
     work = Work(chosen.work, setting, chosen.device)
     cells = json.loads(chosen.json.read_text())["cells"] if chosen.json.exists() else []
-    done = {(cell["attack"], cell["seed"], cell["steps"]) for cell in cells}
+    done = {
+        (cell.get("arch", "resnet"), cell["attack"], cell["seed"], cell["steps"]) for cell in cells
+    }
     jobs = [
-        (Model(data, "resnet", attack, seed), work, tuple(chosen.rankings), chosen.gate_only)
+        (
+            Model(data, chosen.arch, attack, seed), work, tuple(chosen.rankings), chosen.gate_only,
+            chosen.image_share,
+        )
         for seed in range(chosen.seeds)
         for attack in chosen.attacks
-        if (attack, seed, setting.train[data]["steps"]) not in done
-    ]
+        if (chosen.arch, attack, seed, setting.train[data]["steps"]) not in done
+    ]  # fmt: skip
     with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
         for cell in pool.imap_unordered(compute, jobs):
             cells.append(cell)
             head = {"machine": machine(), "ubt": UBT, "rankings": list(chosen.rankings)}
+            head["image_share"] = chosen.image_share
             write_json(chosen.json, {**head, "cells": cells})
             print(told(cell), flush=True)
 
 
 def told(cell: dict[str, Any]) -> str:
     """One cell in some lines."""
-    lines = [f"{cell['attack']} seed {cell['seed']}: {cell['status']}, CA {percent(cell['ca'])}"]
+    name = f"{cell['attack']}, {cell['arch']}, seed {cell['seed']}"
+    lines = [f"{name}: {cell['status']}, CA {percent(cell['ca'])}"]
     if cell["asr_nontarget"]:
         lines[0] += f", ASR {percent(cell['asr_nontarget'])}"
     for name, run in cell["runs"].items():
         words = [f"gate {run['gate']['statistic']:.3f} {'fires' if run['gate']['fires'] else '-'}"]
         if "precision_at_k" in run:
             words.append(f"P@k {run['precision_at_k']:.3f}")
+        if "trigger_kept" in run:
+            words.append(f"{100 * run['trigger_kept']:.0f} % of the trigger kept")
         lines.append(f"  {name}: {', '.join([*words, *after(run)])}")
     if "par" in cell:
         lines.append(f"  PAR: {', '.join(after(cell['par']))}")

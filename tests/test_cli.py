@@ -107,18 +107,23 @@ def test_a_method_takes_its_own_options_alone(world, run, tmp_path):
 
 
 def test_clean_by_ubt_leaves_its_evidence(world, run, tmp_path):
-    ubt = ("--method", "ubt", "--k", 8, "--gate-excess", 1.9)
+    ubt = ("--method", "ubt", "--k", 8, "--gate-excess", 1.9, "--image-share", 0.25)
     code, out, err = run(*cleaning(world, tmp_path / "out", *ubt))
     assert code == 0, err
     assert "no backdoor found, the model is unchanged" in out and "UBT-style" in out
     report = json.loads((tmp_path / "out" / "cleaning.json").read_text())
     assert report["method"] == "ubt" and report["experimental"] and report["steps_done"] == 0
+    assert report["settings"]["image_share"] == 0.25
     old, new = (pybackdoor.load(f).model for f in (world / "model", tmp_path / "out"))
     assert torch.equal(old.visual.proj, new.visual.proj)
     assert len((tmp_path / "out" / "suspects.csv").read_text().splitlines()) == 9
     assert (tmp_path / "out" / "suspects.png").read_bytes().startswith(b"\x89PNG")
     code, _, err = run(*cleaning(world, tmp_path / "par"), "--retain", world / "pairs.csv")
     assert code == 2 and "--retain is for --method ubt alone" in err
+    code, _, err = run(*cleaning(world, tmp_path / "par"), "--image-share", 0.25)
+    assert code == 2 and "--image-share is an option of ubt, not of par" in err
+    code, _, err = run(*cleaning(world, tmp_path / "b", *ubt[:4]), "--image-share", 2)
+    assert code == 2 and "image_share must be in (0, 1], got 2" in err
 
 
 def test_poison_eval_clean_and_their_exit_codes(world, run, tmp_path):

@@ -265,7 +265,10 @@ def _cleaning_text(out: str, result: CleanResult) -> str:
         if not result.backdoor_found:
             return "\n".join([f"{out}: no backdoor found, the model is unchanged", *lines])
         words = ", ".join(t.text for t in result.found.tokens if t.enriched) or "none enriched"
-        lines.append(f"words forgotten: {words}; stopped: {result.report['stopped']}")
+        where = ""
+        if result.region is not None:
+            where = f" on {result.report['region']['cells_kept']} patches of each image"
+        lines.append(f"words forgotten{where}: {words}; stopped: {result.report['stopped']}")
     lines += [
         f"{out}: cleaned by {result.report['method']} in {result.report['steps_done']} steps, "
         f"{result.report['seconds']:.0f} s"

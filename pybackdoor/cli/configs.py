@@ -138,6 +138,9 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
         None,
         "ubt: how much more alike than random ones the images must be (default: by rank)",
     )
+    image_share: float | None = option(
+        None, "ubt: share of an image's patches that words are forgotten on (default: the image)"
+    )
     tail: str = option("low", "ubt: end of the cosines that --rank gain starts from", choices=TAILS)
     epochs: int | None = option(None, "passes over the pairs (default: the method's, 2)")
     steps: int | None = option(None, "optimiser steps, instead of --epochs (ubt: 500)")

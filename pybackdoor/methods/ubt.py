@@ -9,7 +9,8 @@ training pairs D.
     C  rank all pairs by their gain, or by how fragile their match is, without A and B (the
        default, since it found planted poison where the gain did not); D_sus = top k. Do its images
        belong together more than chance? If not: no backdoor found, the model is returned as it is
-    D  keep the most suspicious words of each caption of D_sus: t̂
+    D  keep the most suspicious words of each caption of D_sus: t̂; where asked (``image_share``),
+       the most suspicious patches of each image likewise: x̂, else the image as it is
     E  forget t̂ on D_sus, keep R = clean pairs, or D without what is suspicious:
        L = α L_tok(D_sus, t̂) + β L_CLIP(R) + γ (S_φ + S_ψ on R)
 """
@@ -45,6 +46,7 @@ from ..ubt.gate import Gate, check_gate, gate, top
 from ..ubt.localise import Localisation, check_share, localise
 from ..ubt.overfit import LOSSES, overfit
 from ..ubt.reading import Reader, pair_cosines
+from ..ubt.region import Region, patch_size, suspicious_cells
 from ..ubt.suspects import RowLoader, Suspects
 from ..ubt.unlearn import (
     LocalUnlearning,
@@ -76,6 +78,7 @@ class UbtResult(CleanResult):
         chosen: [k] rows of D_sus, the most suspicious first.
         gate: whether they belong together.
         found: their words; None where the gate stopped, and ``model`` is then the one given.
+        region: their cells; None where the gate stopped, and without ``image_share``.
     """
 
     suspects: Suspects
@@ -83,6 +86,7 @@ class UbtResult(CleanResult):
     chosen: np.ndarray
     gate: Gate
     found: Localisation | None
+    region: Region | None = None
 
     @property
     def backdoor_found(self) -> bool:
@@ -98,10 +102,10 @@ class UbtResult(CleanResult):
         return self.suspects.rows[_rest(self.scores, len(self.chosen))]
 
     def save_evidence(self, folder: Path) -> None:
-        """Write suspects.csv, and suspects.png with the words to be forgotten in red."""
+        """Write suspects.csv, and suspects.png with the words and cells to be forgotten in red."""
         about = (self.suspects, self.chosen, self.scores, self.found)
         save_table(folder / "suspects.csv", *about)
-        save_picture(folder / "suspects.png", *about, self.gate)
+        save_picture(folder / "suspects.png", *about, self.gate, self.region)
 
 
 def ubt_clean(
@@ -121,6 +125,7 @@ def ubt_clean(
     gate_p: float = 0.01,
     gate_excess: float | None = None,
     token_share: float = 0.3,
+    image_share: float | None = None,
     alpha: float = 1.0,
     beta: float = 1.0,
     gamma: float = 1.0,
@@ -157,6 +162,10 @@ def ubt_clean(
         token_share: of the words of a caption that are kept, at least one. Words are whole where
             the tokenizer marks them; the portions are encoded as captions of their own, so that no
             features of single tokens are needed.
+        image_share: of the patches of an image that are kept, at least one, for image towers that
+            see patches (``pybackdoor.ubt.region``): the words are forgotten on these alone, the
+            others covered with the mean colour. None: on whole images. The stopping rule looks at
+            whole ones all the same.
         alpha, beta, gamma: weights of the three terms.
         forget: "contrastive", or "hinge": mean max(0, cosine - kappa).
         forget_batch: pairs of D_sus a step.
@@ -170,10 +179,11 @@ def ubt_clean(
             rate that rises from 1e-7 to 1e-6 (``lr``) up to the middle, and no ``repair``:
             the third term keeps the embeddings where they were.
     Returns:
-        UbtResult. Its report holds the gate, the words and the looks of the stopping rule.
+        UbtResult. Its report holds the gate, the words, with ``image_share`` what the kept cells
+        gain, and the looks of the stopping rule.
     Raises:
         As ``par_clean``; ValueError: fewer than k pairs, captions all equal, too few pairs left
-        for R.
+        for R, ``image_share`` with an image tower without patches.
     """
     refuse_unknown("ubt", options)
     one_of("rank", rank, RANKINGS)
@@ -183,6 +193,9 @@ def ubt_clean(
     excess = EXCESS[ranked_by] if gate_excess is None else gate_excess
     check_gate(gate_sets, gate_p, excess)
     check_share(token_share)
+    if image_share is not None:
+        check_share(image_share, "image_share")
+        patch_size(model)  # refuses a tower without patches
     check_weights(alpha, beta, gamma, forget)
     if not ("steps" in options or "epochs" in options):
         options["steps"] = _STEPS
@@ -227,9 +240,10 @@ def ubt_clean(
     own = {
         "k": k, "ranked_by": ranked_by, "weak_share": weak_share,
         "tail": tail, "overfit_steps": overfit_steps, "overfit_lr": overfit_lr,
-        "overfit_loss": overfit_loss, "token_share": token_share, "alpha": alpha, "beta": beta,
-        "gamma": gamma, "forget": forget, "forget_batch": forget_batch, "train_text": train_text,
-        "check_every": check_every, "max_drop": max_drop,
+        "overfit_loss": overfit_loss, "token_share": token_share, "image_share": image_share,
+        "alpha": alpha, "beta": beta, "gamma": gamma, "forget": forget,
+        "forget_batch": forget_batch, "train_text": train_text, "check_every": check_every,
+        "max_drop": max_drop,
     }  # fmt: skip
     about = {"experimental": True, "gate": asdict(judged), "suspect_pairs": len(suspects)}
     if not judged.fires:
@@ -243,6 +257,11 @@ def ubt_clean(
     found = localise(
         reader, suspects, chosen, share=token_share, image=image[torch.from_numpy(chosen)]
     )
+    region = None
+    if image_share is not None:
+        region = suspicious_cells(
+            before, rules, suspects, chosen, share=image_share, progress=progress
+        )
     learnt, held_out = _split(k, seed)
     keep = retain_loader
     if keep is None:
@@ -258,9 +277,11 @@ def ubt_clean(
         precision=precision,
     )  # fmt: skip
     rows = chosen[learnt]
+    pixels = suspects.pixels(rows)
     portions = Portions(
-        suspects.pixels(rows), found.portions[learnt], torch.from_numpy(suspects.ids[rows])
-    )
+        pixels if region is None else region.only(pixels, learnt), found.portions[learnt],
+        torch.from_numpy(suspects.ids[rows]),
+    )  # fmt: skip
 
     def objective(student: nn.Module, settings: Settings) -> LocalUnlearning:
         if not train_text:
@@ -278,10 +299,13 @@ def ubt_clean(
         "verdict": "suspicious pairs found",
         "whole_words": found.whole,
         "words": [asdict(token) | {"enriched": token.enriched} for token in found.tokens],
+        "region": None if region is None else region.summary(),
         "kappa": rule.kappa, "stopped": rule.reason, "checks": rule.checks,
         "seconds_searching": round(searching, 3),
     }  # fmt: skip
-    return UbtResult(result.model, result.history, report, suspects, score, chosen, judged, found)
+    return UbtResult(
+        result.model, result.history, report, suspects, score, chosen, judged, found, region
+    )
 
 
 def _check_sizes(suspects: Suspects, k: int, retain: bool) -> None:

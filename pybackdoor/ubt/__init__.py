@@ -3,7 +3,8 @@
 suspects.py reads the pairs, reading.py encodes them; weak.py (A) pools the weakest, overfit.py (B)
 overfits on the pool, gate.py (C) asks whether the top pairs belong together (fragility.py
 ranks them without A and B), words.py and
-localise.py (D) find their words, unlearn.py (E) forgets them; evidence.py shows what was found.
+localise.py (D) find their words, region.py their patches, unlearn.py (E) forgets them; evidence.py
+shows what was found.
 `pybackdoor.ubt_clean` puts them together.
 """
 
@@ -13,6 +14,7 @@ from .gate import Gate, gate, top
 from .localise import Localisation, Token, localise
 from .overfit import overfit
 from .reading import Reader, pair_cosines
+from .region import Region, patch_size, suspicious_cells
 from .suspects import Suspects
 from .unlearn import LocalUnlearning, Portions, StoppingRule
 from .weak import weak_pool
@@ -24,6 +26,7 @@ __all__ = [
     "LocalUnlearning",
     "Portions",
     "Reader",
+    "Region",
     "StoppingRule",
     "Suspects",
     "Token",
@@ -33,8 +36,10 @@ __all__ = [
     "localise",
     "overfit",
     "pair_cosines",
+    "patch_size",
     "save_picture",
     "save_table",
+    "suspicious_cells",
     "top",
     "weak_pool",
 ]

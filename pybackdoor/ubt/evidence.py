@@ -15,6 +15,7 @@ from ..files import write_atomically
 from ..plots import pyplot
 from .gate import Gate
 from .localise import Localisation
+from .region import Region
 from .suspects import Suspects
 
 _SHOWN, _COLUMNS = 24, 6
@@ -50,9 +51,11 @@ def save_picture(
     scores: np.ndarray,  # [N]
     found: Localisation | None,
     gate: Gate,
+    region: Region | None = None,
 ) -> None:
-    """The top suspects with their captions, the words to be forgotten in red."""
+    """The top suspects with their captions; what is to be forgotten in red: words, and cells."""
     from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea, VPacker
+    from matplotlib.patches import Rectangle
 
     plt = pyplot()
     rows = chosen[:_SHOWN]
@@ -65,6 +68,9 @@ def save_picture(
         axis.axis("off")
     for rank, (axis, row) in enumerate(zip(axes.flat, rows, strict=False)):
         axis.imshow(images[rank])
+        if region is not None:
+            for corner in corners(region, rank):
+                axis.add_patch(Rectangle(corner, *region.patch[::-1], fill=False, lw=1.5, ec=_MARK))
         axis.set_title(f"{rank + 1}: {scores[row]:.3f}", fontsize=8)
         words = marked(found, rank) if found else [(suspects.text(row) or "", False)]
         lines = [
@@ -102,6 +108,12 @@ def marked(found: Localisation, rank: int) -> list[tuple[str, bool]]:
     """(word, kept) of one suspicious caption, in order."""
     kept = found.kept[rank]
     return [(w.text, bool(k)) for w, k in zip(found.words[rank], kept, strict=True)]
+
+
+def corners(region: Region, rank: int) -> list[tuple[float, float]]:
+    """(x, y) of the kept cells of one suspicious image, where the picture draws them."""
+    height, width = region.patch
+    return [(x * width - 0.5, y * height - 0.5) for y, x in np.argwhere(region.kept[rank])]
 
 
 def wrapped(words: Sequence[tuple[str, bool]]) -> list[list[tuple[str, bool]]]:

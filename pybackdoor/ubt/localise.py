@@ -100,11 +100,7 @@ def localise(
     spread_g, spread_l = (_spread(np.concatenate([*values, []])) for values in (gains, every))
     kept = []
     for g, log_odds in zip(gains, every, strict=True):
-        score = g / spread_g + np.array(log_odds) / spread_l
-        count = min(len(score), max(1, math.ceil(share * len(score) - 1e-9)))
-        keep = np.zeros(len(score), bool)
-        keep[np.argsort(-score, kind="stable")[:count]] = True
-        kept.append(keep)
+        kept.append(keep_top(g / spread_g + np.array(log_odds) / spread_l, share))
     tokens = _tokens(words, kept, gains, odds)
     found = {key for key, token in tokens.items() if token.enriched}
     return Localisation(
@@ -114,10 +110,18 @@ def localise(
     )  # fmt: skip
 
 
-def check_share(share: float) -> None:
-    """Refuse what is no share of a caption's words."""
+def check_share(share: float, name: str = "token_share") -> None:
+    """Refuse what is no share of a caption's words or an image's cells."""
     if not 0 < share <= 1:
-        raise ValueError(f"token_share must be in (0, 1], got {share}")
+        raise ValueError(f"{name} must be in (0, 1], got {share}")
+
+
+def keep_top(score: np.ndarray, share: float) -> np.ndarray:
+    """[n] bool: the share of [n] scores that is highest, rounded up; at least one where n > 0."""
+    count = max(1, math.ceil(share * len(score) - 1e-9))
+    keep = np.zeros(len(score), bool)
+    keep[np.argsort(-score, kind="stable")[:count]] = True
+    return keep
 
 
 class Mentions:

@@ -42,7 +42,7 @@ class Portions:
     """What is to be forgotten: k suspicious images and what their captions' kept words are.
 
     Attributes:
-        images: [k, H, W, 3] uint8.
+        images: [k, H, W, 3] uint8, whole or their kept cells alone, x̂.
         tokens: [k, L] int64, t̂.
         ids: [k] int64.
     """
