@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from pybackdoor import _backend, _build_info, _native
 from pybackdoor.ops import trigger_normalize
@@ -405,16 +406,15 @@ def test_the_built_module_holds_the_stated_architectures():
     assert set(re.findall(r"\.sm_(\d+)\.ptx", listed)) == {archs[-1]}
 
 
-def test_a_required_gpu_turns_skips_into_failures():
+def test_a_required_gpu_turns_skips_into_failures(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "empty_batch"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    target = str(ROOT / "tests" / "test_trigger_normalize.py")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    text = "import pytest\n\n\n@pytest.mark.gpu\ndef test_it():\n    pass\n"
+    (tmp_path / "test_it.py").write_text(text)
     for required, code in (("1", 1), ("0", 0)):
-        environment["PYBACKDOOR_REQUIRE_GPU"] = required
-        result = subprocess.run(
-            [*command, target], env=environment, cwd=ROOT / "tests", capture_output=True, text=True
-        )
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        result = warm.run(command, {"PYBACKDOOR_REQUIRE_GPU": required}, tmp_path)
         assert result.returncode == code, result.stdout
         assert ("but torch sees no CUDA device" in result.stdout) == (required == "1")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from clip_models import tiny_config
 from PIL import Image
 
@@ -258,18 +256,15 @@ def test_a_signal_keeps_the_last_state_and_resume_goes_on(world, run, tmp_path, 
     steps = 120
     arguments = [str(a) for a in cleaning(world, tmp_path / "out")]
     arguments[arguments.index("--steps") + 1] = str(steps)
-    env = os.environ | {
+    env = {
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pybackdoor", *arguments], env=env, cwd=tmp_path,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = warm.Popen(["-m", "pybackdoor", *arguments], env, tmp_path)
     history = tmp_path / "out" / "history.partial.jsonl"
     deadline = time.monotonic() + 120
     while not (history.exists() and history.read_text().count("\n") > 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert process.poll() is None and time.monotonic() < deadline, process.returncode
         time.sleep(0.1)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
