@@ -252,7 +252,7 @@ def test_nothing_is_written_beside_the_outputs(layout, kind, shift, isa, monkeyp
     plans = (None, Augment(noise_p=1.0), Augment(noise_p=0.0, erase_p=1.0))
     sizes = [(5, 7), (17, 33), (48, 32)]
     runs = list(itertools.product(sizes, DTYPES, plans, (True, False)))
-    if layout == "nchw":  # beyond 4 MiB: streamed stores
+    if layout == "nchw" and not isa.startswith("lanes"):  # beyond 4 MiB: streamed stores
         runs += [((512, 480), dtype, None, images) for dtype in DTYPES for images in (True, False)]
     for (height, width), dtype, augment, return_images in runs:
         guards.clear()
