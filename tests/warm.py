@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import IO
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = get_context("forkserver")
@@ -26,20 +27,31 @@ class Popen:
     """`python COMMAND`, of which COMMAND is `-c CODE`, `-m MODULE` or a script, and arguments.
 
     It has what the tests use of subprocess.Popen's methods. ``env`` is what differs from this
-    process's environment; torch takes its OMP_NUM_THREADS, here 1 unless it is given.
+    process's environment; torch takes its OMP_NUM_THREADS, here 1 unless it is given. Both streams
+    go to the file ``log``, if there is one.
     """
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path = HERE
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        cwd: Path = HERE,
+        log: IO | None = None,
     ) -> None:
         env = {"OMP_NUM_THREADS": "1"} | dict(os.environ) | dict(env or {})
-        read, write = os.pipe()
-        self.stdout, self._errors = open(read), tempfile.TemporaryFile("w+")
-        arguments = ([*command], env, str(cwd), _Shared(write), _Shared(self._errors.fileno()))
+        self._said = ("", "") if log else None
+        if log:
+            streams = log, log
+        else:
+            read, write = os.pipe()
+            self.stdout, self._errors = open(read), tempfile.TemporaryFile("w+")
+            streams = open(write, "w"), self._errors
+        arguments = ([*command], env, str(cwd), *map(_Shared, streams))
         self._process = CONTEXT.Process(target=_python, args=arguments)
         self._process.start()
-        os.close(write)
-        self.pid, self._said = self._process.pid, None
+        if not log:
+            streams[0].close()
+        self.pid = self._process.pid
 
     @property
     def returncode(self) -> int | None:
@@ -83,13 +95,13 @@ def run(
 
 
 class _Shared:
-    """A file descriptor on its way to the process."""
+    """A file on its way to the process, which gets its descriptor."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, file: IO) -> None:
+        self.file = file
 
     def __reduce__(self):
-        return _detach, (DupFd(self.fd),)
+        return _detach, (DupFd(self.file.fileno()),)
 
 
 def _detach(shared) -> int:
