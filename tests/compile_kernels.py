@@ -1,10 +1,11 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and tells what became of them.
 
-    python compile_kernels.py [--op OP] [--jobs N] [--table]
+    python compile_kernels.py [--op OP] [--once] [--jobs N] [--table]
 
 Every variant of every module under pybackdoor.kernels is compiled for each of its architectures,
-in the forms that a launch can specialise it to, and the machine code is read back. It prints the
-Triton version on the first line, then one JSON object for each compilation; --table is for people.
+in the forms that a launch can specialise it to, and what became of it is read back. --once compiles
+each variant in one form for one architecture, of neighbours another one. It prints the Triton
+version on the first line, then one JSON object for each compilation; --table is for people.
 Run it with TRITON_CACHE_DIR set and without TRITON_INTERPRET.
 """
 
@@ -29,8 +30,7 @@ from triton.compiler import ASTSource
 
 import pybackdoor.kernels
 
-LOCAL = re.compile(r"\b(?:LDL|STL)\b")
-PRODUCT = re.compile(r"\b(HGMMA|HMMA)\b")
+PRODUCT = re.compile(r"\b(wgmma\.mma_async|mma)\.sync\b")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -91,26 +91,27 @@ def source(variant: Any, form: str) -> ASTSource:
     return ASTSource(fn=variant.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
 
 
-def inspect(cubin: bytes, matmul: bool) -> dict[str, Any]:
-    """Registers, stack, shared and local memory; of a product, what its machine code shows too.
+def inspect(asm: dict[str, Any]) -> dict[str, Any]:
+    """Registers, stack, shared and local memory of the machine code; the products of its PTX.
 
-    Disassembling takes longer than compiling: whatever spills has a stack, which is known without.
+    Disassembling would take longer than compiling, and show no more: a product of the PTX has one
+    instruction each, and whatever spills has a stack or local memory.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(asm["cubin"])
         file.flush()
-        command = [tool("cuobjdump"), "-res-usage", *(["-sass"] if matmul else []), file.name]
+        command = [tool("cuobjdump"), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = USAGE.search(text)
-    if usage is None or (matmul and "EXIT" not in text):
-        raise RuntimeError(f"cuobjdump printed neither code nor its resources: {text[:500]}")
+    if usage is None:
+        raise RuntimeError(f"cuobjdump did not print the code's resources: {text[:500]}")
     registers, stack, shared, local = map(int, usage.groups())
     return {
         "registers": registers,
         "stack": stack,
         "static_shared": shared,
-        "local": local + len(LOCAL.findall(text)),
-        "products": sorted(set(PRODUCT.findall(text))),
+        "local": local,
+        "products": sorted(set(PRODUCT.findall(asm["ptx"]))),
     }
 
 
@@ -129,31 +130,39 @@ def compile_one(job: tuple[str, int, int, str]) -> dict[str, Any]:
                 "enable_fp_fusion": variant.fp_fusion,
             },
         )
-        return (
-            row
-            | {"shared": compiled.metadata.shared}
-            | inspect(compiled.asm["cubin"], variant.matmul)
-        )
+        return row | {"shared": compiled.metadata.shared} | inspect(compiled.asm)
     except Exception as error:  # what a kernel can fail with is the compiler's own affair
         return row | {"error": f"{type(error).__name__}: {error}"[-1500:]}
+
+
+def jobs(op: str, once: bool) -> list[tuple[str, int, int, str]]:
+    found = []
+    for index, variant in enumerate(variants(op)):
+        archs, kinds = variant.archs, forms(op, variant)
+        if once:
+            archs, kinds = (archs[index % len(archs)],), kinds[:1]
+        # What a constant does to the code's types it does on either architecture.
+        found += [
+            (op, index, arch, form)
+            for arch in archs
+            for form in kinds
+            if form != "ones" or arch == archs[0]
+        ]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", help="only this op")
+    parser.add_argument("--once", action="store_true", help="each variant a single time")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    jobs = [
-        (op, index, arch, form)
-        for op in ([options.op] if options.op else ops())
-        for index, variant in enumerate(variants(op))
-        for arch in variant.archs
-        for form in forms(op, variant)
-    ]
+    wanted = [options.op] if options.op else ops()
+    todo = [job for op in wanted for job in jobs(op, options.once)]
     print(triton.__version__)
     with ProcessPoolExecutor(options.jobs) as pool:
-        for row in pool.map(compile_one, jobs):
+        for row in pool.map(compile_one, todo):
             if options.table:
                 rest = ("registers", "stack", "local", "shared", "products", "error")
                 values = " ".join(f"{k}={row[k]}" for k in rest if row.get(k))

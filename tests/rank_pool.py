@@ -7,14 +7,24 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-_CONTEXT = get_context("forkserver")
-_WARM = ["torch.distributed.fsdp", "torch.distributed.tensor", "pybackdoor", "open_clip"]
-_CONTEXT.set_forkserver_preload(_WARM)
+from warm import CONTEXT
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def announced(rank: int, count: int, port: int) -> dict[str, str]:
+    """The environment by which a launcher announces the others to a rank."""
+    about = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank}
+    about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in about.items()} if count > 1 else {}
 
 
 def on_ranks(count: int, function: Callable[..., Any], *given: Any, limit: float = 120) -> list:
@@ -23,13 +33,11 @@ def on_ranks(count: int, function: Callable[..., Any], *given: Any, limit: float
     Raises:
         AssertionError: with the tracebacks of the ranks that failed or took longer than the limit.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with TemporaryDirectory() as folder:
         paths = [Path(folder) / str(rank) for rank in range(count)]
         processes = [
-            _CONTEXT.Process(target=_work, args=(rank, count, port, str(path), function, given))
+            CONTEXT.Process(target=_work, args=(rank, count, port, str(path), function, given))
             for rank, path in enumerate(paths)
         ]
         for process in processes:
@@ -58,9 +66,7 @@ def _work(
     torch.set_num_threads(1)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
-    if count > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= announced(rank, count, port)
     try:
         found = (function(*given),)
     except BaseException:

@@ -1,11 +1,6 @@
-"""adamw_ema on a GPU, as far as it is tested without one: by CUDA's compiler, in the interpreter.
-
-The Triton kernels' machine code is looked at where that of all ops is.
-"""
+"""adamw_ema's Triton kernels in the interpreter; machine code is looked at where all ops' is."""
 
 import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.mark.parametrize("arch", ["80", "90"])
-def test_cuda_code_compiles_without_spills(arch, tmp_path):
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc")
-    command = [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-c"]
-    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", str(tmp_path / "op.o")]
-    source = ROOT / "csrc/ops/adamw_ema_cuda.cu"
-    result = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "warning" not in result.stderr
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", result.stderr)
-    assert len(frames) == 7 and set(frames) == {("0", "0", "0")}, result.stderr
-    registers = [int(r) for r in re.findall(r"Used (\d+) registers", result.stderr)]
-    assert len(registers) == 7 and max(registers) <= 64  # four blocks of 256 threads a core
 
 
 INTERPRETED = """

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from pybackdoor import _backend, _build_info, _native
 from pybackdoor.ops import trigger_normalize
@@ -325,30 +326,62 @@ def test_an_nvcc_that_cannot_compile_leaves_the_cpu(monkeypatch, tmp_path):
     assert rule.choose_cuda(tmp_path) == ([], "nvcc cannot compile: exit status 3")
 
 
-CUDA_OPS = [p.name.removesuffix("_cuda.cu") for p in sorted(ROOT.glob("csrc/ops/*_cuda.cu"))]
-
-
-@pytest.mark.parametrize("arch", ["80", "90"])
-@pytest.mark.parametrize("op", CUDA_OPS)
-def test_cuda_code_compiles_without_spills(op, arch, monkeypatch, tmp_path):
+def test_cuda_code_compiles_without_warnings(monkeypatch, tmp_path):
+    """Unoptimised: what optimising makes of it is read in the built module."""
     monkeypatch.setenv("PYBACKDOOR_CUDA", "auto")
     nvcc = load_setup(monkeypatch).find_nvcc()
     if nvcc is None:
         pytest.skip("needs nvcc")
-    command = [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-c"]
-    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", str(tmp_path / "op.o")]
-    command.append(str(ROOT / f"csrc/ops/{op}_cuda.cu"))
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [nvcc, "-std=c++17", f"-I{ROOT / 'csrc'}", "-c", "--threads", "0", "-arch=sm_80"]
+    command += ["-Xcicc", "-O0", "-Xptxas", "-O0", *map(str, ROOT.glob("csrc/**/*.cu"))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "warning" not in result.stderr
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", result.stderr)
-    assert frames and set(frames) == {("0", "0", "0")}, result.stderr
-    used = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", result.stderr, re.DOTALL)
-    assert len(used) == len(frames)
-    # Three blocks of 256 threads on a multiprocessor; trigger_normalize's float kernels take two.
-    if op in ("contrastive_par", "trigger_normalize"):
-        counts = [int(n) for name, n in used if op == "contrastive_par" or "ELb1E" in name]
-        assert counts and max(counts) <= 80, result.stderr
+    assert "warning" not in result.stderr + result.stdout, result.stderr + result.stdout
+
+
+def cuobjdump(*arguments):
+    """What the tool of the toolkit, or of Triton, prints of the built module."""
+    if not _native._C.built_with_cuda:
+        pytest.skip("built without CUDA")
+    triton = importlib.util.find_spec("triton")
+    ours = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    places = ("cuobjdump", "/usr/local/cuda/bin/cuobjdump", ours)
+    tool = next(filter(None, (p and shutil.which(p) for p in places)), None)
+    if tool is None:
+        pytest.skip("needs cuobjdump")
+    command = [tool, *arguments, _native._C.__file__]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+KERNEL = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+) ")
+# Of 256 threads each, four blocks fit on a multiprocessor, three, or two; trigger_normalize's float
+# kernels are left out, and take two.
+REGISTERS = {
+    "adamw_ema": 64,
+    "contrastive_par": 80,
+    "trigger_normalize": 80,
+    "trigger_normalize_backward": 128,
+}
+
+
+def test_the_built_kernels_do_not_spill():
+    sources = [p.name.removesuffix("_cuda.cu") for p in ROOT.glob("csrc/ops/*_cuda.cu")]
+    assert sorted(sources) == sorted(REGISTERS)
+    by_arch = {}
+    for part in cuobjdump("-res-usage").split("Fatbin elf code:")[1:]:
+        arch = re.search(r"arch = sm_(\d+)", part)[1]
+        by_arch.setdefault(arch, []).extend(KERNEL.findall(part))
+        assert part.count("Function ") == len(KERNEL.findall(part)), part
+    assert set(by_arch) == set(_native._C.cuda_archs.removesuffix("+PTX").split(";"))
+    for kernels in by_arch.values():
+        assert len(kernels) == len(next(iter(by_arch.values())))
+        assert [k for k in kernels if k[2:] != ("0", "0")] == []
+        for op, limit in REGISTERS.items():
+            own = [(name, int(used)) for name, used, _, _ in kernels if f"_{op}_cuda_cu_" in name]
+            assert own, f"no kernel of {op}"
+            if op == "trigger_normalize":
+                own = [(name, used) for name, used in own if "ELb1E" in name]
+            assert own and max(used for _, used in own) <= limit, own
 
 
 def test_a_cpu_only_build_works_and_says_so(tmp_path):
@@ -373,32 +406,21 @@ def test_a_cpu_only_build_works_and_says_so(tmp_path):
 
 
 def test_the_built_module_holds_the_stated_architectures():
-    if not _native._C.built_with_cuda:
-        pytest.skip("built without CUDA")
-    tool = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
-    if tool is None:
-        pytest.skip("needs cuobjdump")
-    listed = subprocess.run(
-        [tool, "--list-elf", "--list-ptx", _native._C.__file__],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    ).stdout
+    listed = cuobjdump("--list-elf", "--list-ptx")
     archs = _native._C.cuda_archs.removesuffix("+PTX").split(";")
     assert set(re.findall(r"\.sm_(\d+)\.cubin", listed)) == set(archs)
     assert set(re.findall(r"\.sm_(\d+)\.ptx", listed)) == {archs[-1]}
 
 
-def test_a_required_gpu_turns_skips_into_failures():
+def test_a_required_gpu_turns_skips_into_failures(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "empty_batch"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    target = str(ROOT / "tests" / "test_trigger_normalize.py")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    text = "import pytest\n\n\n@pytest.mark.gpu\ndef test_it():\n    pass\n"
+    (tmp_path / "test_it.py").write_text(text)
     for required, code in (("1", 1), ("0", 0)):
-        environment["PYBACKDOOR_REQUIRE_GPU"] = required
-        result = subprocess.run(
-            [*command, target], env=environment, cwd=ROOT / "tests", capture_output=True, text=True
-        )
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        result = warm.run(command, {"PYBACKDOOR_REQUIRE_GPU": required}, tmp_path)
         assert result.returncode == code, result.stdout
         assert ("but torch sees no CUDA device" in result.stdout) == (required == "1")

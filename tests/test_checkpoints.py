@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from training_child import clean, failing, loader
 
 import pybackdoor
@@ -183,6 +183,7 @@ def test_a_file_that_may_not_grow_costs_a_checkpoint(whole, tmp_path):
 def test_a_worker_of_a_killed_run_holds_no_lock(tmp_path):
     script = f"""
 import os, time
+os.setsid()
 from pathlib import Path
 from pybackdoor.files import hold
 lock = hold(Path({str(tmp_path)!r}))
@@ -191,13 +192,7 @@ if os.fork() == 0:
 print("READY", flush=True)
 time.sleep(30)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = warm.Popen(["-c", script], cwd=tmp_path)
     try:
         assert process.stdout.readline() == "READY\n"
         process.kill()
@@ -206,8 +201,7 @@ time.sleep(30)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.stdout.close()
-        process.wait()
+        process.communicate()
 
 
 def test_a_run_starts_at_the_beginning_wherever_the_loader_is(whole):
@@ -280,13 +274,8 @@ def test_a_signal_keeps_the_state(whole, tmp_path, number):
 
 
 def child(folder, *options):
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "training_child.py"), str(folder), *options],
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # as sums depend on
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as sums depend on
+    return warm.Popen([str(HERE / "training_child.py"), str(folder), *options], threads)
 
 
 def test_kills_at_random_points(tmp_path):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from clip_models import tiny_config
 from PIL import Image
 
@@ -257,25 +255,33 @@ def test_info_says_what_was_built(run):
     assert json.loads(out)["version"] == pybackdoor.__version__
 
 
+LONG = ("--steps", 60)  # enough that the signal comes before the end
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory) -> bytes:
+    """The weights after an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main([str(a) for a in cleaning(world, out, *LONG, "--cache-dir", out / "cache")]) == 0
+    return (out / "open_clip_model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_the_last_state_and_resume_goes_on(world, run, tmp_path, number, code):
+def test_a_signal_keeps_the_last_state_and_resume_goes_on(
+    world, run, tmp_path, whole, number, code
+):
     """A real signal to a real process: the state reached is saved apart, and as a checkpoint."""
-    steps = 120
-    arguments = [str(a) for a in cleaning(world, tmp_path / "out")]
-    arguments[arguments.index("--steps") + 1] = str(steps)
-    env = os.environ | {
+    arguments = [str(a) for a in cleaning(world, tmp_path / "out", *LONG)]
+    env = {
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pybackdoor", *arguments], env=env, cwd=tmp_path,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = warm.Popen(["-m", "pybackdoor", *arguments], env, tmp_path)
     history = tmp_path / "out" / "history.partial.jsonl"
     deadline = time.monotonic() + 120
     while not (history.exists() and history.read_text().count("\n") > 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.1)
+        assert process.poll() is None and time.monotonic() < deadline, process.returncode
+        time.sleep(0.02)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and "steps is kept in" in err and "--resume latest" in err
@@ -288,12 +294,7 @@ def test_a_signal_keeps_the_last_state_and_resume_goes_on(world, run, tmp_path, 
     again, _, err = run(*arguments, "--resume", "latest", "--tau", "2")
     assert again == 2 and "other settings (tau: was 2.15, is 2.0)" in err
     again, out, _ = run(*arguments, "--resume", "latest")
-    assert again == 0 and f"in {steps} steps" in out
-    assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == steps
+    assert again == 0 and f"in {LONG[1]} steps" in out
+    assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == LONG[1]
     assert not (tmp_path / "out" / "checkpoints").exists()
-    whole = [a if a != str(tmp_path / "out") else str(tmp_path / "whole") for a in arguments]
-    assert run(*whole)[0] == 0
-    weights = [
-        (tmp_path / n / "open_clip_model.safetensors").read_bytes() for n in ("out", "whole")
-    ]
-    assert weights[0] == weights[1]
+    assert (tmp_path / "out" / "open_clip_model.safetensors").read_bytes() == whole

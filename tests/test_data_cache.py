@@ -5,14 +5,13 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from data_files import cut, image_table, noise, write_image
 
 from pybackdoor.data import default_cache_dir, labelled_from_csv, ondemand, pairs_from_csv, rows
@@ -198,10 +197,8 @@ except OSError as error:
 
 def test_disk_that_fills_up_while_writing(tmp_path):
     table = image_table(tmp_path, 4)
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(table), str(tmp_path / "cache")],
-        capture_output=True, text=True, check=True, cwd=tmp_path,
-    )  # fmt: skip
+    done = warm.run(["-c", FULL, str(table), str(tmp_path / "cache")], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "could not be built: File too large. Choose another folder" in done.stdout
     assert len(read(table, tmp_path / "cache", image_size=64)) == 4
 
@@ -236,14 +233,12 @@ def test_second_process_waits_and_decodes_nothing(tmp_path, decoded):
     table = image_table(tmp_path, 20)
     (tmp_path / "cache").mkdir()
     build = "from test_data_cache import read; import sys; read(sys.argv[1], sys.argv[2])"
-    other = subprocess.Popen(
-        [sys.executable, "-c", build, str(table), str(tmp_path / "cache")],
-        cwd=Path(__file__).parent,
-    )
+    other = warm.Popen(["-c", build, str(table), str(tmp_path / "cache")])
     while not list((tmp_path / "cache").glob("*.px.lock")) and other.poll() is None:
         time.sleep(0.001)  # until it decodes, with the lock held
     read(table, tmp_path / "cache")
-    assert other.wait() == 0 and decoded == []
+    _, errors = other.communicate()
+    assert other.returncode == 0 and decoded == [], errors
 
 
 def test_interrupt_while_decoding_keeps_what_is_done(tmp_path, monkeypatch):

@@ -7,16 +7,14 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from data_files import noise
 from PIL import Image
 from shard_files import image_bytes, samples, write_shard
@@ -154,12 +152,8 @@ def test_kills_leave_no_false_row(tmp_path, decoded):
     states = []
     wanted = np.stack([Preprocessing(64)(Image.fromarray(noise(20, 24, i))) for i in range(count)])
     for _ in range(2):  # tests/stress/kills.py does more
-        process = subprocess.Popen(
-            [sys.executable, "-c", FILL, str(tmp_path), str(Path(__file__).parent)],
-            stdout=subprocess.PIPE,
-            cwd=tmp_path,
-        )
-        assert process.stdout.readline() == b"go\n"
+        process = warm.Popen(["-c", FILL, str(tmp_path), str(warm.HERE)], cwd=tmp_path)
+        assert process.stdout.readline() == "go\n"
         time.sleep(rng.uniform(0, 0.02))
         process.kill()
         process.communicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,6 +14,14 @@ import pybackdoor
 from pybackdoor.cli import main
 from pybackdoor.demo.config import DemoConfig
 from pybackdoor.demo.data import CLASSES, Pictures, fashion_mnist
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unpacked_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pybackdoor.demo.data.fashion_mnist", cache(fashion_mnist))
+        yield
+
 
 QUICK = ("--train-steps", "6", "--clean-steps", "4", "--batch-size", "32", "--no-progress")
 

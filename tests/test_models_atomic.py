@@ -6,11 +6,10 @@ import errno
 import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 from clip_models import assert_same_model, snapshot, tiny
 
 from pybackdoor.models import load, save
@@ -102,9 +101,7 @@ save(loaded, sys.argv[1], extra_files={"results.json": 1})
 
 def test_a_kill_after_the_commit_is_finished_by_whoever_comes_next(tmp_path, loaded):
     folder = save(loaded, tmp_path / "m", extra_files={"old.json": 1})
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(folder), "2"], cwd=Path(__file__).parent
-    )
+    done = warm.run(["-c", KILLED, str(folder), "2"])
     assert done.returncode == -signal.SIGKILL and (folder / COMMIT).is_dir()
     assert_same_model(load(folder), tiny(11))
     assert sorted(snapshot(folder)) == [CONFIG, WEIGHTS, RECORD, "results.json"]

@@ -2,13 +2,11 @@
 
 import json
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from clip_models import tiny_config
 from dual_encoder import MEAN, STD, DualEncoder
 from test_poison import STRIPES, pairs_of, pictures, tokenizer
@@ -47,8 +45,6 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-import torch
-torch.set_num_threads(int(sys.argv[3]))
 from test_poison_resume import plant
 
 def die(k, record, model):
@@ -60,9 +56,9 @@ plant(Path(sys.argv[1]), save_minutes=0, on_step=die)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
-    here, folder = str(Path(__file__).parent), tmp_path / "run"
-    command = [sys.executable, "-c", KILLED, str(folder), here, str(torch.get_num_threads())]
-    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+    folder = tmp_path / "run"
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = warm.run(["-c", KILLED, str(folder), str(warm.HERE)], threads, tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [p.name for p in folder.glob("step_*.json")]
     seen = []

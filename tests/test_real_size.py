@@ -45,34 +45,32 @@ def photographs(count: int) -> list[bytes]:
 def pairs_csv(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("jpegs")
     rows = ["image,caption"]
-    for i, jpeg in enumerate(photographs(24)):
+    for i, jpeg in enumerate(photographs(12)):
         (folder / f"{i}.jpg").write_bytes(jpeg)
         rows.append(f"{i}.jpg,picture number {i}")
     (folder / "pairs.csv").write_text("\n".join(rows))
     return folder / "pairs.csv"
 
 
-def test_three_steps_of_a_vit_b_32_from_a_local_folder(pairs_csv, tmp_path, capsys):
+def test_two_steps_of_a_vit_b_32_from_a_local_folder(pairs_csv, tmp_path, capsys):
     torch.manual_seed(0)
     pybackdoor.save(pybackdoor.load("ViT-B-32"), tmp_path / "suspect")
     code = main(
         ["clean", "--model", f"local-dir:{tmp_path / 'suspect'}", "--pairs", str(pairs_csv),
-         "--steps", "3", "--batch-size", "8", "--precision", "fp32", "--out", str(tmp_path / "out"),
+         "--steps", "2", "--batch-size", "6", "--precision", "fp32", "--out", str(tmp_path / "out"),
          "--cache-dir", str(tmp_path / "cache"), "--json"]
     )  # fmt: skip
     report = json.loads(capsys.readouterr().out)
-    assert code == 0 and report["steps_done"] == 3 and report["pairs_seen"] == 24
-    before, once, again = (pybackdoor.load(tmp_path / name) for name in ("suspect", "out", "out"))
-    assert once.preprocess.size == 224 and once.tokenizer(["a cat"]).shape == (1, 77)
+    assert code == 0 and report["steps_done"] == 2 and report["pairs_seen"] == 12
+    assert report["repair"]["done"]
+    before, after = (pybackdoor.load(tmp_path / name) for name in ("suspect", "out"))
+    assert after.preprocess.size == 224 and after.tokenizer(["a cat"]).shape == (1, 77)
     moved = 0
-    for name, tensor in once.model.state_dict().items():
-        assert torch.equal(tensor, again.model.state_dict()[name]), name
+    for name, tensor in after.model.state_dict().items():
+        assert tensor.isfinite().all(), name
         moved += not torch.equal(tensor, before.model.state_dict()[name])
     assert moved > 250  # both towers were trained
-    assert torch.equal(once.model.logit_scale, before.model.logit_scale)
-    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert torch.equal(once.model.encode_image(x), again.model.encode_image(x))
+    assert torch.equal(after.model.logit_scale, before.model.logit_scale)
 
 
 def test_a_hugging_face_model_is_cleaned_and_saved_in_its_own_form(tmp_path):

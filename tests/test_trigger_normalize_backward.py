@@ -1,5 +1,6 @@
 """The gradients of trigger_normalize against fp64 autograd through the chain a user writes."""
 
+import functools
 import itertools
 
 import pytest
@@ -121,11 +122,30 @@ def relative(got, want):
     return ((got.double().cpu() - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
 
 
-def check_gradients(images, case, device="cpu", p=None, augment=None, **options):
+def wanted(images, case, p=None, dtype=torch.float32, squares=None):
+    """In fp64: the output, a gradient of it in that dtype, and the leaves' gradients."""
+    table = case["triggers"]
+    doubles = [
+        t.detach().double().requires_grad_() for t in (table.pattern, table.mask) if t is not None
+    ]
+    want = user_chain(images, case, *(doubles if len(doubles) == 2 else (*doubles, None)), squares)
+    want = want if p is None else patchify(want, p)
+    g = torch.Generator().manual_seed(9)
+    upstream = torch.randn(want.shape, generator=g).to(dtype)
+    return want.detach(), upstream, torch.autograd.grad(want, doubles, upstream.double())
+
+
+@functools.lru_cache(maxsize=30)  # of a test's settings, for the next instruction set
+def made(kind, height, width, whole, p, dtype):
+    """Images, a case, and what is wanted of them."""
+    images, case = random_images(7, height, width), make_case(kind, 7, height, width, whole)
+    return images, case, wanted(images, case, p, dtype)
+
+
+def check_gradients(images, case, device="cpu", p=None, augment=None, want=None, **options):
     """Output and gradients of the op against fp64; returns the gradients. images: NHWC, on CPU."""
     table = case["triggers"]
     leaves = [t for t in (table.pattern, table.mask) if t is not None]
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
     squares = None
     if augment is not None:
         ids = torch.arange(len(images)) * 3
@@ -133,12 +153,8 @@ def check_gradients(images, case, device="cpu", p=None, augment=None, **options)
         size = images.shape[1:3]
         squares = reference.augment_decisions(augment, 7, 2, ids, size)[1]
         assert (squares[:, 2] > 0).any()
-    want = user_chain(images, case, *(doubles if len(doubles) == 2 else (*doubles, None)), squares)
-    want = want if p is None else patchify(want, p)
-    g = torch.Generator().manual_seed(9)
     dtype = options.get("dtype", torch.float32)
-    upstream = torch.randn(want.shape, generator=g).to(dtype)
-    want_grads = torch.autograd.grad(want, doubles, upstream.double())
+    want, upstream, want_grads = want or wanted(images, case, p, dtype, squares)
 
     placed = [t.detach().to(device).requires_grad_() for t in leaves]
     moved = {k: v.to(device) for k, v in case.items() if k != "triggers"}
@@ -156,7 +172,7 @@ def check_gradients(images, case, device="cpu", p=None, augment=None, **options)
         if not quantize:
             # One rounding to the dtype, at the scale of the output.
             rounding = TOLERANCE + {torch.float32: 0, torch.float16: 5e-4}.get(dtype, 4e-3)
-            assert got.dtype == dtype and relative(got, want.detach()) <= rounding
+            assert got.dtype == dtype and relative(got, want) <= rounding
     for a, b, w in zip(*results, want_grads, strict=True):
         assert a.dtype == torch.float32 and a.is_contiguous() and a.device.type == device
         assert torch.equal(a, b)  # straight through the quantisation
@@ -164,19 +180,20 @@ def check_gradients(images, case, device="cpu", p=None, augment=None, **options)
     return results[0]
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_and_layout(kind, whole, device, isa, ran):  # noqa: F811
     for height, width in SIZES:
-        images = random_images(7, height, width)
-        case = make_case(kind, 7, height, width, whole)
         p = 8 if height % 8 == 0 and width % 8 == 0 else 1
         layouts = [{}, {"layout": "channels_last"}, {"p": p}]
         for k, (layout, input_layout) in enumerate(itertools.product(layouts, ("nhwc", "nchw"))):
             # Each dtype meets each layout at some size, kind and window.
             dtype = DTYPES[(k + height + KINDS.index(kind)) % 3]
-            check_gradients(images, case, device, input_layout=input_layout, dtype=dtype, **layout)
+            images, case, want = made(kind, height, width, whole, layout.get("p"), dtype)
+            options = {"input_layout": input_layout, "dtype": dtype, **layout}
+            check_gradients(images, case, device, want=want, **options)
     names = {isa, isa} if device == "cpu" else {"cuda"}
     assert set(ran) == names and len(ran) == len(SIZES) * 6 * 4
 

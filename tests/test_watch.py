@@ -1,14 +1,12 @@
 """A rank in trouble: the others end with it, go on with it, or wait for it, and say so."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm
+from rank_pool import announced, free_port
 
 SCRIPT = Path(__file__).with_name("lost_rank.py")
 LIMIT = 2.0
@@ -16,21 +14,9 @@ LIMIT = 2.0
 
 def start(fate, folder):
     """Two processes as a cluster's launcher starts them: none watches the other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    about |= {"OMP_NUM_THREADS": "1", "PYBACKDOOR_RANK_TIMEOUT": str(LIMIT)}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), fate, str(folder)],
-            env=os.environ | about | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    port, limit = free_port(), {"PYBACKDOOR_RANK_TIMEOUT": str(LIMIT)}
+    command = [str(SCRIPT), fate, str(folder)]
+    return [warm.Popen(command, announced(rank, 2, port) | limit) for rank in range(2)]
 
 
 @pytest.mark.parametrize("fate", ["dies", "stops", "hangs", "raises"])

@@ -105,7 +105,8 @@ class TriggerTable:
         need(
             isinstance(value, Tensor),
             TypeError,
-            f"TriggerTable: {name} must be a tensor {shape} in mode {self.mode}, got {value!r}",
+            f"TriggerTable: {name} must be a tensor {shape} in mode {self.mode}, "
+            f"got {describe(value)}",  # not all its numbers, each time
         )
         need(
             value.dtype == torch.float32,
