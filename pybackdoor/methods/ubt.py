@@ -194,7 +194,7 @@ def ubt_clean(
     image = reader.images(suspects)
 
     if ranked_by == "fragility":
-        score, sought = fragility(reader, image, suspects, k, progress)
+        score, sought, _ = fragility(reader, image, suspects, k, progress)
     elif score is None:
         captions = reader.captions(suspects)
         cosines = pair_cosines(image, captions, suspects)

@@ -42,8 +42,8 @@ def fragility(
     suspects: Suspects,
     k: int | None = None,
     progress: bool | None = False,
-) -> tuple[np.ndarray, int]:
-    """Suspicion of each pair, and how many are suspicious.
+) -> tuple[np.ndarray, int, str]:
+    """Suspicion of each pair, how many are suspicious, and the word that they have in common.
 
     Costs a pass over the images for each of 15 views.
 
@@ -53,11 +53,11 @@ def fragility(
             not found.
     Returns:
         [N]: the discriminant of the most suspicious word's pairs, in standard deviations of the
-        rest of them; others rank below. And k.
+        rest of them; others rank below, all alike. k. The word as people read it.
     Raises:
         ValueError: no word is in the captions of 2 k pairs.
     """
-    classes, _ = caption_classes(suspects, whole=False)
+    classes, names = caption_classes(suspects, whole=False)
     sought = SOUGHT if k is None else k
     large = np.flatnonzero(np.bincount(classes) >= 2 * sought)
     if not len(large):
@@ -66,7 +66,8 @@ def fragility(
             f"{np.bincount(classes).max()} at most: lower k, or rank by 'gain'"
         )
     lost = losses(reader, image, suspects, progress)
-    return crowd(image, lost, classes, large, sought, grow=k is None)
+    scores, found, number = crowd(image, lost, classes, large, sought, grow=k is None)
+    return scores, found, names[number]
 
 
 def losses(
@@ -94,11 +95,13 @@ def crowd(
     k: int,
     *,
     grow: bool,
-) -> tuple[np.ndarray, int]:
-    """Suspicion of the class whose k highest pairs are the most cohesive, others below it; and k.
+) -> tuple[np.ndarray, int, int]:
+    """Suspicion of the class whose k highest pairs are the most cohesive, others below it.
 
     Args:
         grow: look for the number of suspicious pairs from k on.
+    Returns:
+        [N], the number of suspicious pairs, and the class.
     """
     lost = _standard(lost)
     starts = [*lost[:, :_WHOLE].T, lost[:, _WHOLE:].max(1)]
@@ -112,13 +115,13 @@ def crowd(
             height = _settled(seen, start[members], k)
             tight = cohesion(_apart(image[torch.from_numpy(members)], top(height, k)))
             if tight > best[0]:
-                best = tight, members, seen, height
-    _, members, seen, height = best
+                best = tight, number, members, seen, height
+    _, number, members, seen, height = best
     if grow:
         height, k = _grown(seen, height, k)
     scores = np.full(len(image), height.min() - 1)
     scores[members] = height
-    return scores, k
+    return scores, k, int(number)
 
 
 def _grown(x: np.ndarray, height: np.ndarray, k: int) -> tuple[np.ndarray, int]:
