@@ -153,7 +153,8 @@ def test_gain_takes_a_second_model(world, run, tmp_path):
     assert len(table(tmp_path / "out" / "scores.csv")) == N + 1
 
 
-def test_fragility_leaves_out_as_many_as_it_finds(world, run, tmp_path):
+def test_fragility_leaves_out_as_many_as_it_finds(world, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pybackdoor.cli.detect.outputs.suspects_picture", lambda *_: None)  # slow
     base = ("--pairs", world / "pairs.csv", "--method", "fragility")
     code, out, _ = run(*base, "--k", 6)
     assert (
@@ -167,7 +168,8 @@ def test_fragility_leaves_out_as_many_as_it_finds(world, run, tmp_path):
     assert len(table(tmp_path / "out" / "kept.csv")) == 1 + N - 9
 
 
-def test_a_parquet_table_is_retrained_on_without_the_suspects(world, run, tmp_path):
+def test_a_parquet_table_is_retrained_on_without_the_suspects(world, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pybackdoor.cli.detect.outputs.suspects_picture", lambda *_: None)  # slow
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [(world / "images" / f"{i}.png", f"picture {i}") for i in range(30)]
     images = [path.read_bytes() for path, _ in rows]
