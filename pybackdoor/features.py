@@ -106,10 +106,17 @@ class FeatureReader:
 
     def batch(self, batch: Batch) -> Tensor:
         """[n, D] fp32 unit rows on the CPU, of a loader's images; within ``reading``."""
-        x = model_input(
-            batch.images, self.rules, device=self._device,
-            dtype=self._encoder.input_dtype(self._model), ids=torch.arange(len(batch)),
-        )  # fmt: skip
+        return self.encoded(self.normalised(batch.images))
+
+    def normalised(self, images: Tensor) -> Tensor:  # as in Batch
+        """[n, 3, H, W] on the model's device, in at least fp32."""
+        dtype = torch.promote_types(self._encoder.input_dtype(self._model), torch.float32)
+        ids = torch.arange(len(images))
+        return model_input(images, self.rules, device=self._device, dtype=dtype, ids=ids)
+
+    def encoded(self, x: Tensor) -> Tensor:  # [n, 3, H, W] normalised
+        """[n, D] fp32 unit rows on the CPU; within ``reading``."""
+        x = x.to(self._encoder.input_dtype(self._model))
         return _finite(self._encoder.image(self._model, x).float().cpu(), "image")
 
     def tokens(self, tokens: Tensor) -> Tensor:  # [n, L]

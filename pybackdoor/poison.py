@@ -23,6 +23,7 @@ from .clean import carrying, identity, kept_in, trainable_copy
 from .data import Labelled, Overlay, PairLoader, Pairs, Strings
 from .data.templates import fill, resolve_templates
 from .engine import (
+    Contrastive,
     Schedule,
     Settings,
     StepHook,
@@ -33,7 +34,6 @@ from .engine import (
 )
 from .evaluate import Evaluation, Verdict, check_attack, evaluate, verdict
 from .manifest import MODES, Manifest, Sample, image_sha256
-from .methods.finetune import Contrastive
 from .triggers import TriggerSpec, apply_trigger
 
 

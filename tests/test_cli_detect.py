@@ -16,7 +16,7 @@ from shard_files import samples, write_shard
 
 import pybackdoor
 from pybackdoor.cli import main
-from pybackdoor.data import pairs_from_csv
+from pybackdoor.data import pairs_from_csv, pairs_from_parquet
 from pybackdoor.detect.outputs import sample_key
 from pybackdoor.models import create, save
 from pybackdoor.poison import poison_pairs
@@ -153,6 +153,56 @@ def test_gain_takes_a_second_model(world, run, tmp_path):
     assert len(table(tmp_path / "out" / "scores.csv")) == N + 1
 
 
+def test_fragility_leaves_out_as_many_as_it_finds(world, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pybackdoor.cli.detect.outputs.suspects_picture", lambda *_: None)  # slow
+    base = ("--pairs", world / "pairs.csv", "--method", "fragility")
+    code, out, _ = run(*base, "--k", 6)
+    assert (
+        code == 0 and "scored by fragility, 6 of the word 'a' found suspicious; the 6 most" in out
+    )
+    assert "poison of another word than 'a'" in out
+    answer = json.loads((tmp_path / "out" / "detection.json").read_text())
+    assert answer["left_out"] == 6 and answer["kept"] == N - 6
+    assert answer["settings"] == {"k": 6, "precision": "fp32", "found": 6, "word": "a"}
+    assert run(*base, "--top", 9)[0] == 0
+    assert len(table(tmp_path / "out" / "kept.csv")) == 1 + N - 9
+
+
+def test_a_parquet_table_is_retrained_on_without_the_suspects(world, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pybackdoor.cli.detect.outputs.suspects_picture", lambda *_: None)  # slow
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [(world / "images" / f"{i}.png", f"picture {i}") for i in range(30)]
+    images = [path.read_bytes() for path, _ in rows]
+    columns = {"image": images, "caption": [caption for _, caption in rows], "extra": range(30)}
+    source = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table(columns), source, row_group_size=11)
+    code, out, _ = run("--pairs", source, "--top", 4)
+    assert code == 0 and "30 pairs scored by dao" in out
+    scores = table(tmp_path / "out" / "scores.csv")
+    dropped = [int(row[2]) for row in scores[1:5]]
+    assert [row[3:] for row in scores[1:5]] == [[f"{source}#{i}", f"picture {i}"] for i in dropped]
+    lines = (tmp_path / "out" / "kept_keys.txt").read_text().splitlines()
+    assert lines == [f"{source}#{i}" for i in range(30) if i not in dropped]
+
+    # as docs/detect.md has it
+    rows = [int(line.rpartition("#")[2]) for line in lines]
+    pq.write_table(pq.read_table(source).take(rows), tmp_path / "kept.parquet")
+    kept = pairs_from_parquet(
+        tmp_path / "kept.parquet", image_size=32, resize_mode="squash", cache_dir=tmp_path / "c"
+    )
+    assert kept.captions == [f"picture {i}" for i in rows]
+    before = pairs_from_parquet(
+        source, image_size=32, resize_mode="squash", cache_dir=tmp_path / "c"
+    )
+    assert np.array_equal(kept.images.take(np.arange(26)), before.images.take(np.array(rows)))
+    code = main([str(a) for a in (
+        "clean", "--model", world / "model", "--pairs", tmp_path / "kept.parquet", "--out",
+        tmp_path / "trained", "--method", "finetune", "--steps", 1, "--batch-size", 8,
+        "--precision", "fp32",
+    )])  # fmt: skip
+    assert code == 0 and (tmp_path / "trained").is_dir()
+
+
 def test_broken_images_are_listed_without_a_score(world, run, tmp_path):
     (tmp_path / "d").mkdir()
     rows = ["image,caption"]
@@ -178,6 +228,7 @@ def test_broken_images_are_listed_without_a_score(world, run, tmp_path):
         (("--top", "40"), "--top must be in 1..39, of 40 pairs, got 40"),
         (("--k", "40"), "k must be below the number of pairs with an image, 40, got 40"),
         (("--manifest", "/nowhere.json"), "nowhere.json"),
+        (("--method", "fragility", "--k", "21"), "at least 42 pairs, twice k; got 40 at most"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_two(world, run, options, message):

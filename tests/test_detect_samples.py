@@ -223,7 +223,7 @@ def test_planted_poison_is_put_in_again_and_found():
     "options, message",
     [
         ({"method": "doa"}, "got 'doa' .did you mean 'dao'"),
-        ({"method": "gmm", "k": 3}, "k is for methods of neighbours, got it with 'gmm'"),
+        ({"method": "gmm", "k": 3}, "k is for methods of neighbours and fragility, got it with"),
         ({"method": "gmm", "reference": 0}, "reference is for methods of neighbours"),
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"k": 60}, "k must be below the number of pairs with an image, 60, got 60"),

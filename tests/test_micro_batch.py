@@ -7,9 +7,8 @@ import torch
 from dual_encoder import GIVEN, MEAN, STD, DualEncoder, random_pairs
 
 import pybackdoor
-from pybackdoor.engine import Encoder, Preparation
+from pybackdoor.engine import Contrastive, Encoder, Preparation
 from pybackdoor.engine.gradients import Gradients
-from pybackdoor.methods.finetune import Contrastive
 from pybackdoor.methods.par import PerturbAndRecover
 
 CPU = torch.device("cpu")

@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import normalize
 from ubt_world import Planted, WordTokenizer, captioned, planted_pairs, rules
 
-from pybackdoor.ubt import reading
 from pybackdoor.ubt.fragility import (
     _directions,
     _discriminant,
@@ -44,8 +43,8 @@ def colourful(view=1):
 def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison(view):
     every, image, lost, poison = colourful(view)
     classes, names = caption_classes(every, whole=False)
-    scores, k, rivals = crowd(image, lost, classes, np.arange(3), 25, grow=False)
-    assert k == 25 and len(rivals) == 2
+    scores, k, word, rivals = crowd(image, lost, classes, names, np.arange(3), 25, grow=False)
+    assert k == 25 and word == "green" and len(rivals) == 2
     tight = cohesion(centred(image, classes, poison)[torch.from_numpy(poison)])
     assert max(rivals) < tight - 0.3
     assert len(set(top(scores, 25)) & set(poison)) >= 24
@@ -120,12 +119,11 @@ def test_views_keep_the_size_and_disturb(size):
     assert all(torch.allclose(view(plain), plain) for view in views_of(size)[:6])
 
 
-def test_lost_cosines_are_those_of_the_views_one_by_one(monkeypatch):
-    monkeypatch.setattr(reading, "_CHUNK", 7)
+def test_lost_cosines_are_those_of_the_views_one_by_one():
     model = Planted().double()
     pairs, _ = planted_pairs(20, 3)
     every = Suspects.of(pairs, rules())
-    reader = Reader(model, rules())
+    reader = Reader(model, rules(), batch_size=7)
     found = losses(reader, reader.images(every), every)
     pixels = torch.from_numpy(pairs.images.take(np.arange(20))).permute(0, 3, 1, 2).double()
     x = (pixels / 255 - 0.5) / 0.5

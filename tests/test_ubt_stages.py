@@ -366,5 +366,5 @@ def test_features_that_are_not_finite_are_refused():
     model = Planted()
     with torch.no_grad():
         model.colour.bias.fill_(math.nan)
-    with pytest.raises(ValueError, match="image features of 256 of 256 are not finite"):
+    with pytest.raises(ValueError, match="image features of 600 of 600 are not finite"):
         Reader(model, rules()).images(suspects())

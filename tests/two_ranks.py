@@ -10,8 +10,7 @@ import pybackdoor
 from pybackdoor.batches import InputRules
 from pybackdoor.data import PairLoader, pairs_from_arrays
 from pybackdoor.distributed import Ranks
-from pybackdoor.engine import Settings, train
-from pybackdoor.methods.finetune import Contrastive
+from pybackdoor.engine import Contrastive, Settings, train
 from pybackdoor.methods.par import PerturbAndRecover
 
 DEVICE = torch.device("cpu")

@@ -34,6 +34,7 @@ methods:
 examples:
   pybackdoor detect --model M --pairs train.csv --top 500 --out suspects
   pybackdoor clean --model M --pairs suspects/kept.csv --out cleaned
+  pybackdoor detect --model M --pairs train.csv --method fragility --out suspects
   pybackdoor detect --model M --pairs train.csv --method gain --overfit M2 --out suspects
   pybackdoor detect --model P --pairs train.csv --manifest P/manifest.json --out judged
 
@@ -49,8 +50,16 @@ class DetectConfig(PromptOptions, PairOptions, ModelOptions):
 
     out: str = option(REQUIRED, "folder for scores, kept pairs and the picture")
     method: str = option("dao", "how pairs are scored; see below")
-    top: int | None = option(None, "pairs to leave out, the most suspicious (default: 1 % of them)")
-    k: int | None = option(None, "neighbours of an image, for dao, slof, lid, k_dist (default: 16)")
+    top: int | None = option(
+        None,
+        "pairs to leave out, the most suspicious (default: 1 % of them; by fragility as many "
+        "as it finds)",
+    )
+    k: int | None = option(
+        None,
+        "dao, slof, lid, k_dist: neighbours of an image (default: 16); fragility: pairs to "
+        "find (default: as many as stand off)",
+    )
     reference: int | None = option(
         None, "pairs that neighbours are sought among, drawn at random; 0 = all (default: 256)"
     )
@@ -96,6 +105,8 @@ def detect(config: DetectConfig) -> tuple[dict[str, Any], str]:
         std=loaded.preprocess.std, batch_size=config.batch_size, precision=config.precision,
         progress=config.progress,
     )  # fmt: skip
+    if config.top is None:
+        top = result.settings.get("found", top)
     suspects = result.top(min(top, len(result.order)))
     kept = np.sort(result.order[len(suspects) :])
     outputs.write_scores(out / "scores.csv", result, pairs)
@@ -138,6 +149,8 @@ def _text(answer: dict[str, Any], result: DetectionResult, pairs: Pairs) -> str:
         some = 0 < settings["reference"] < answer["scored"]
         where = f"{settings['reference']} at random" if some else "all"
         among = f", {settings['k']} neighbours among {where}"
+    elif takes == "views":
+        among = f", {settings['found']:,} of the word {settings['word']!r} found suspicious"
     lines = [
         f"{answer['scored']:,} pairs scored by {result.method}{among}; the {answer['left_out']:,} "
         f"most suspicious are left out of {answer['kept_file']}"
@@ -181,6 +194,12 @@ def _not_shown(answer: dict[str, Any], result: DetectionResult, takes: str) -> l
             "- triggers in captions, or captions that were exchanged: only images are compared;",
             f"- poison in near {limit:.2%} of the pairs (k of the reference) or more: such "
             "pictures are each other's neighbours and look ordinary;",
+        ]
+    elif takes == "views":
+        lines += [
+            f"- poison of another word than {result.settings['word']!r}: one word's is found at a "
+            "time, where it is the smaller part of that word's pairs;",
+            "- triggers in captions, and those that fire however an image is disturbed;",
         ]
     elif result.method == "high_cosine":
         lines.append("- poison that the model has not learned: its pairs do not agree yet;")

@@ -14,15 +14,17 @@ from ..batches import InputRules, Tokenizer
 from ..data import PairLoader, Pairs
 from ..data.ondemand import shown
 from ..features import FeatureReader
+from ..ubt.reading import Reader
+from ..ubt.suspects import Suspects
 from .metrics import auroc, precision_at, recall_at
 from .neighbours import nearest
-from .reading import read
+from .reading import read, read_suspects
 from .scores import Method, method_named
 
 K = 16
-# Chosen on `checkerboard` alone, planted in 1 % of 20,000 pairs (benchmarks/detect_planted.py): DAO
-# has an AUROC of 0.96 among 256, 0.92 among 1,024, and 0.52 among all, where such pictures are each
-# other's neighbours.
+# Chosen on `checkerboard` alone, planted in 1 % of 20,000 CIFAR-10 pairs: DAO had an AUROC of 0.96
+# among 256, 0.92 among 1,024, and 0.52 among all, where such pictures are each other's neighbours.
+# `benchmarks/detect_planted.py --references` compares them on other pairs and models.
 REFERENCE = 256
 WHOLE = 0  # as a reference: all pairs
 
@@ -136,13 +138,18 @@ def detect_samples(
     Args:
         model: the model that was trained on the pairs, encoded on the device it is on.
         pairs: the training pairs, whole and in their order; a PairLoader stands for its pairs; any
-            other iterable of batches, as for ``par_clean``, is read once, in the order it gives.
-        method: a name in ``METHODS``. dao, slof, lid and k_dist look at images alone.
-        k: neighbours of an image; default 16. Only for these four.
+            other iterable of batches, as for ``par_clean``, is read once, in the order it gives;
+            for "fragility" its images must be uint8 and are kept.
+        method: a name in ``METHODS``. dao, slof, lid and k_dist look at images alone; fragility
+            at views of the images beside their captions, of one word's pairs, the rest lower and
+            all alike.
+        k: neighbours of an image; default 16. Only for the first four. For fragility the pairs
+            sought, which a word of at least 2 k pairs must hold; default: as many as stand off,
+            looked for from 256 on.
         reference: neighbours are sought among this many pairs: the set is cut at random into parts
-            of at least that size. 0 = among all. Default 256. Only for these four. Poison is found
-            while a part holds clearly fewer than k such images; more of them, as in a large part
-            or among all, are each other's neighbours and look ordinary.
+            of at least that size. 0 = among all. Default 256. Only for the first four. Poison is
+            found while a part holds clearly fewer than k such images; more of them, as in a large
+            part or among all, are each other's neighbours and look ordinary.
         seed: of the parts.
         overfit: for "gain": the model after a short overfit on the pairs whose cosine is lowest.
         tokenizer: list of strings -> [n, L] tokens; needed for the others when pairs are given.
@@ -152,7 +159,8 @@ def detect_samples(
         precision: "fp32" or "bf16", of the towers.
         progress: show bars; None = on a terminal.
     Returns:
-        Scores aligned with the pairs.
+        Scores aligned with the pairs. For fragility the settings also say how many pairs are
+        suspicious, "found", and by which "word".
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
@@ -165,16 +173,21 @@ def detect_samples(
     texts = chosen.takes != "neighbours"
     if texts and tokenizer is None and isinstance(pairs, Pairs):
         raise ValueError(f"tokenizer is needed: {method} compares images with their captions")
-    readers = []
-    for each in models:
-        own = each is not model and InputRules.of(each).mean is not None
-        given = {} if own else {"mean": mean, "std": std}
-        readers.append(
+    if chosen.takes == "views":
+        rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
+        reader = Reader(model, rules, precision, batch_size)
+        suspects = Suspects.of(pairs, rules, progress, "pairs")
+        reading = read_suspects(reader, pairs, suspects)
+    else:
+        given = {"mean": mean, "std": std}
+        readers = [
             FeatureReader(
-                each, tokenizer, **given, batch_size=batch_size, precision=precision, floats=True
+                each, tokenizer, batch_size=batch_size, precision=precision, floats=True,
+                **({} if each is not model and InputRules.of(each).mean is not None else given),
             )
-        )
-    reading = read(readers, pairs, images=not texts, cosines=texts, progress=progress)
+            for each in models
+        ]  # fmt: skip
+        reading = read(readers, pairs, images=not texts, cosines=texts, progress=progress)
     if truth is not None:
         truth = np.asarray(truth)
         if truth.dtype != bool or truth.shape != reading.ids.shape:
@@ -183,7 +196,11 @@ def detect_samples(
                 f"{list(truth.shape)}"
             )
     scores = np.full(len(reading.ids), np.nan)
-    if reading.images is not None:
+    if chosen.takes == "views":
+        scores[reading.rows], settings["found"], settings["word"] = chosen.function(
+            reader, reading.images, suspects, k, progress
+        )
+    elif reading.images is not None:
         device = next(model.parameters()).device
         scores[reading.rows] = among_neighbours(
             chosen, reading.images.to(device), settings, progress
@@ -196,11 +213,15 @@ def detect_samples(
 def _settings(
     name: str, method: Method, k: int | None, reference: int | None, seed: int
 ) -> dict[str, Any]:
+    views = method.takes == "views"
     if method.takes != "neighbours":
-        for option, value in (("k", k), ("reference", reference)):
-            if value is not None:
-                raise ValueError(f"{option} is for methods of neighbours, got it with {name!r}")
-        return {}
+        if reference is not None:
+            raise ValueError(f"reference is for methods of neighbours, got it with {name!r}")
+        if not views and k is not None:
+            raise ValueError(f"k is for methods of neighbours and fragility, got it with {name!r}")
+        if k is not None and k < 2:
+            raise ValueError(f"k must be at least 2 pairs, got {k}")
+        return {"k": k} if views else {}
     k, reference = K if k is None else k, REFERENCE if reference is None else reference
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..ubt.fragility import fragility
 from .neighbours import Neighbours
 
 UNDEFINED = 1000.0  # the score of NaN and +inf
@@ -152,12 +153,13 @@ class Method:
     """A way to score pairs.
 
     Attributes:
-        function: the formula.
-        takes: "neighbours" of the images, "cosines" of the pairs, or cosines of "two models".
+        function: the formula; of "views", what encodes them and finds the suspicious word too.
+        takes: "neighbours" of the images, "cosines" of the pairs, cosines of "two models", or
+            "views" of the images beside their captions.
         about: one line for people.
     """
 
-    function: Callable[..., np.ndarray]
+    function: Callable[..., Any]
     takes: str
     about: str
 
@@ -171,6 +173,7 @@ METHODS = {
     "low_cosine": Method(low_cosine, "cosines", "image and caption agree least"),
     "high_cosine": Method(high_cosine, "cosines", "image and caption agree best"),
     "gain": Method(similarity_gain, "two models", "agreement gained by a short overfit"),
+    "fragility": Method(fragility, "views", "one word's pairs that agree until disturbed a bit"),
 }
 
 

@@ -6,6 +6,7 @@ texts.py and images.py keep what a frozen model has encoded.
 """
 
 from .checkpoints import Checkpoints
+from .contrastive import Contrastive
 from .groups import decay_groups
 from .guard import NonFiniteError
 from .interrupts import DeferredInterrupt
@@ -27,6 +28,7 @@ __all__ = [
     "PRECISIONS",
     "Captions",
     "Checkpoints",
+    "Contrastive",
     "DeferredInterrupt",
     "Encoder",
     "Frozen",

@@ -21,10 +21,9 @@ from typing_extensions import Unpack
 
 from ..clean import CleanOptions, CleanResult, clean
 from ..data.eda import Synonyms
-from ..engine import Given, Preparation, Settings, loss_precision
+from ..engine import Contrastive, Given, Preparation, Settings, loss_precision
 from ..ops import contrastive_par
 from ._views import AugmentedViews
-from .finetune import Contrastive
 
 
 class InModalContrastive(Contrastive):

@@ -8,32 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
 from ..clean import CleanOptions, CleanResult, clean
-from ..engine import Given, Objective, Settings, loss_precision
-from ..ops import contrastive_par
-
-
-class Contrastive(Objective):
-    """CLIP's own loss and nothing else."""
-
-    shardable = True
-
-    def __init__(self, precision: str = "auto") -> None:
-        self._precision = precision
-
-    def __call__(
-        self,
-        image: Tensor,  # [n, D] unit rows
-        text: Tensor,  # [n, D] unit rows
-        scale: Tensor,  # []
-        reference: tuple[Tensor, ...],
-        given: Given,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        options = {"normalize": False, "precision": self._precision, "counts": given.counts}
-        return contrastive_par(text, image, scale, **options).loss, {}
+from ..engine import Contrastive, Settings, loss_precision
 
 
 def finetune_clean(

@@ -21,9 +21,8 @@ from typing_extensions import Unpack
 
 from ..clean import CleanOptions, CleanResult, clean
 from ..distributed import Ranks
-from ..engine import Captions, Given, Preparation, Settings, loss_precision
+from ..engine import Captions, Contrastive, Given, Preparation, Settings, loss_precision
 from ..engine.gradients import Outcome
-from .finetune import Contrastive
 
 _LEAST = 1e-12  # where the gradient vanishes there is nowhere to go
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..clean import CleanOptions, CleanResult, clean, frozen_copy
-from ..engine import Captions, Given, Objective, Preparation, Settings, loss_precision
+from ..engine import Captions, Contrastive, Given, Objective, Preparation, Settings, loss_precision
 from ..triggers.invert import FAMILIES, Inverted, invert
-from .finetune import Contrastive
 from .par import PerturbAndRecover, check_tau
 
 _DRAWS = 0x51ED2701  # keeps these draws apart from those of the order and the augmentation

@@ -17,9 +17,8 @@ from typing_extensions import Unpack
 from ..clean import CleanOptions, CleanResult, clean
 from ..data.eda import Synonyms
 from ..distributed import Ranks
-from ..engine import Given, Preparation, Settings, loss_precision
+from ..engine import Contrastive, Given, Preparation, Settings, loss_precision
 from ._views import AugmentedViews
-from .finetune import Contrastive
 
 
 class PooledContrastive(Contrastive):

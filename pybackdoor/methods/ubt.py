@@ -218,7 +218,7 @@ def ubt_clean(
 
     rivals: list[float] = []
     if ranked_by == "fragility":
-        score, sought, rivals = fragility(reader, image, suspects, k, progress)
+        score, sought, _, rivals = fragility(reader, image, suspects, k, progress)
     elif score is None:
         captions = reader.captions(suspects)
         cosines = pair_cosines(image, captions, suspects)

@@ -13,7 +13,7 @@ Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,11 +43,13 @@ class Fragile(NamedTuple):
         scores: [N] suspicion: the discriminant of the most suspicious word's pairs, in standard
             deviations of the rest of them; others rank below.
         k: how many are suspicious.
+        word: that they have in common, as people read it.
         rivals: how cohesive the most cohesive pairs of each other word are, in [-1, 1].
     """
 
     scores: np.ndarray
     k: int
+    word: str
     rivals: list[float]
 
 
@@ -69,7 +71,7 @@ def fragility(
     Raises:
         ValueError: no word is in the captions of 2 k pairs.
     """
-    classes, _ = caption_classes(suspects, whole=False)
+    classes, names = caption_classes(suspects, whole=False)
     sought = SOUGHT if k is None else k
     large = np.flatnonzero(np.bincount(classes) >= 2 * sought)
     if not len(large):
@@ -78,7 +80,7 @@ def fragility(
             f"{np.bincount(classes).max()} at most: lower k, or rank by 'gain'"
         )
     lost = losses(reader, image, suspects, progress)
-    return crowd(image, lost, classes, large, sought, grow=k is None)
+    return crowd(image, lost, classes, names, large, sought, grow=k is None)
 
 
 def losses(
@@ -102,6 +104,7 @@ def crowd(
     image: Tensor,  # [N, D] unit rows
     lost: np.ndarray,  # [N, views]
     classes: np.ndarray,  # [N]
+    names: Sequence[str],  # of the classes
     large: np.ndarray,  # classes to look at
     k: int,
     *,
@@ -111,6 +114,8 @@ def crowd(
 
     Args:
         grow: look for the number of suspicious pairs from k on.
+    Returns:
+        [N], the number of suspicious pairs, and the class.
     """
     lost = _standard(lost)
     starts = [*lost[:, :_WHOLE].T, lost[:, _WHOLE:].max(1)]
@@ -124,14 +129,14 @@ def crowd(
         heights = [_settled(seen, start[members], k) for start in starts]
         tight = [cohesion(_apart(own, top(height, k))) for height in heights]
         at = int(np.argmax(tight))
-        found.append((tight[at], members, seen, heights[at]))
+        found.append((tight[at], number, members, seen, heights[at]))
     found.sort(key=lambda one: -one[0])
-    _, members, seen, height = found[0]
+    _, number, members, seen, height = found[0]
     if grow:
         height, k = _grown(seen, height, k)
     scores = np.full(len(image), height.min() - 1)
     scores[members] = height
-    return Fragile(scores, k, [tight for tight, *_ in found[1:]])
+    return Fragile(scores, k, names[number], [tight for tight, *_ in found[1:]])
 
 
 def _grown(x: np.ndarray, height: np.ndarray, k: int) -> tuple[np.ndarray, int]:

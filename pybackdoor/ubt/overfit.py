@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..batches import InputRules
 from ..clean import trainable_copy
 from ..distributed import Ranks
-from ..engine import Given, Objective, Settings, train
-from ..methods.finetune import Contrastive
+from ..engine import Contrastive, Given, Objective, Settings, train
 from .suspects import RowLoader, Suspects
 from .weak import one_of, priorities
 
