@@ -50,7 +50,7 @@ def overfitted(made: Planted) -> nn.Module:
     cosines = -detected(made, method="low_cosine").scores
     rules = InputRules.of(made.model, tokenizer=made.case.loaded.tokenizer)
     return overfit(
-        made.model, Suspects.of(made.pairs, rules, False), weak_pool(cosines, tail=UBT["tail"]),
+        made.model, Suspects.of(made.pairs, rules, False), weak_pool(cosines),
         rules=rules, device=next(made.model.parameters()).device, steps=UBT["overfit_steps"],
         lr=UBT["overfit_lr"], batch_size=TRAIN["batch_size"], seed=made.case.model.seed,
         progress=False,

@@ -197,9 +197,9 @@ def detect_samples(
             )
     scores = np.full(len(reading.ids), np.nan)
     if chosen.takes == "views":
-        scores[reading.rows], settings["found"], settings["word"] = chosen.function(
-            reader, reading.images, suspects, k, progress
-        )
+        found = chosen.function(reader, reading.images, suspects, k, progress)
+        scores[reading.rows] = found.scores
+        settings |= {"found": found.k, "word": found.word}
     elif reading.images is not None:
         device = next(model.parameters()).device
         scores[reading.rows] = among_neighbours(

@@ -60,7 +60,7 @@ from ..ubt.weak import RANKINGS, check_pool, one_of, weak_pool
 
 # Excess of cohesion that the gate wants of each ranking: above what clean models show, of which few
 # were looked at (benchmarks/bench_ubt.py --gate-only calibrates).
-EXCESS = {"gain": 0.1, "cosine": 0.3, "fragility": 0.3, "scores": 0.1}
+EXCESS = {"gain": 0.1, "cosine": 0.3, "fragility": 0.2, "scores": 0.1}
 LEFT_OUT = 2  # times k: how many of the most suspicious pairs R does without
 _HELD_OUT = 0.2  # share of D_sus that only judges
 _PROXY = 512  # pairs of R that only judge
