@@ -18,7 +18,7 @@ class Variant(NamedTuple):
         constexprs: argument name -> value.
         num_warps, num_stages: as launched.
         archs: compute capabilities it is launched on, of 80 and 90.
-        matmul: contains a tensor-core product; tested to compile to HMMA or HGMMA.
+        matmul: contains a tensor-core product; tested to compile to mma or wgmma.
         fp_fusion: False where products and sums must be rounded separately.
         forms: what its arguments can be at run time, see tests/compile_kernels.py: "aligned",
             pointers and specialised sizes are multiples of 16; "plain", none is.

@@ -53,7 +53,7 @@ CASES = {
     "odd": Case(3, 5, 31, mixed=False, refs=False),  # features that are read one by one
     "ranks": Case(20, 9, 48, 23, 7),  # other ranks' images on both sides; padded E
     "tiles": Case(70, 67, 64, mixed=True, scale=100.0),  # two tiles each way, tails in both
-    "raster": Case(200, 130, 16, mixed=False),  # several slices of sums, segments of several rows
+    "raster": Case(140, 130, 16, mixed=False),  # several slices of sums, segments of several rows
     "given": Case(20, 9, 48, normalize=False),
     "fixed_rows": Case(40, 21, 32, scale=100.0, opposed=13),  # some lines underflow
     "fixed_all": Case(35, 37, 31, 41, 2, scale=100.0, opposed=-1, mixed=False),  # and columns

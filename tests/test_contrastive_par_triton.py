@@ -28,23 +28,39 @@ MODULES = (contrastive_par, contrastive_par_rows, contrastive_par_factors, contr
 HATS = {"bf16": torch.bfloat16, "tf32": torch.float32}
 
 
-def interpreted(script: str) -> str:
-    """What a script prints; Triton reads TRITON_INTERPRET when a kernel is defined."""
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """Starts both scripts side by side; gives the function that waits for what one prints.
+
+    Triton reads TRITON_INTERPRET when a kernel is defined.
+    """
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, "-W", "error", str(HERE / script)]
-    result = subprocess.run(
-        command, env=environment, cwd="/", capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    environment["OMP_NUM_THREADS"] = "1"
+    started = {
+        script: subprocess.Popen(
+            [sys.executable, "-W", "error", str(HERE / script)],
+            env=environment, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for script in ("contrastive_par_triton_cases.py", "contrastive_par_driven.py")
+    }  # fmt: skip
+
+    def printed(script: str) -> str:
+        out, err = started[script].communicate(timeout=600)
+        assert started[script].returncode == 0, err[-3000:]
+        return out
+
+    yield printed
+    for process in started.values():
+        process.kill()
+        process.communicate()
 
 
-def test_the_stages_in_the_interpreter():
+def test_the_stages_in_the_interpreter(interpreted):
     """In fp32 against fp64."""
     assert interpreted("contrastive_par_triton_cases.py").split() == list(CASES)
 
 
-def test_the_whole_op_in_the_interpreter():
+def test_the_whole_op_in_the_interpreter(interpreted):
     assert interpreted("contrastive_par_driven.py").split() == ["right"]
 
 

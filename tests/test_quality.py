@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import warm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -79,7 +80,8 @@ def test_a_second_run_computes_nothing_and_a_lost_cell_comes_back_the_same(tiny,
     assert quality.main(again) == 0 and len(computed) == 1
 
 
-def test_processes_give_the_same_rows(tiny, tmp_path):
+def test_processes_give_the_same_rows(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality.multiprocessing, "get_context", lambda kind: warm.CONTEXT)
     work, _ = tiny
     shutil.copytree(work.folder / "models", tmp_path / "models")
     cells = [Cell(BADNET, "none"), Cell(BADNET, "par")]
