@@ -149,7 +149,7 @@ def attack_options(case: Case, setting: Setting) -> dict[str, Any]:
     """Of ``poison``. A clean model goes the same way: one pair gets nothing put on it."""
     if case.spec is None:
         return {"trigger": NO_TRIGGER, "count": 1, "mode": "label_consistent"}
-    return {"trigger": case.spec, "rate": setting.rate(case.model.data, case.model.attack)}
+    return {"trigger": case.spec, "rate": setting.rate(case.model)}
 
 
 def compute_cell(cell: Cell, work: Work) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def identity(case: Case, work: Work) -> dict[str, Any]:
     model, clean = case.model, case.spec is None
     return {
         **asdict(model),
-        "rate": None if clean else work.setting.rate(model.data, model.attack),
+        "rate": None if clean else work.setting.rate(model),
         "target": None if clean else case.target,
         "half": {True: "tuning", False: "untouched"}[model.attack in TUNING],
         "date": datetime.date.today().isoformat(),
