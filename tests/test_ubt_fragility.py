@@ -42,9 +42,9 @@ def colourful(view=1):
 @pytest.mark.parametrize("view", [1, 7])
 def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison(view):
     every, image, lost, poison = colourful(view)
-    classes, names = caption_classes(every, whole=False)
+    classes, _ = caption_classes(every, whole=False)
     scores, k, number = crowd(image, lost, classes, np.arange(3), 25, grow=False)
-    assert k == 25 and names[number] == "green"
+    assert k == 25 and number == classes[poison[0]]
     assert len(set(top(scores, 25)) & set(poison)) >= 24
     green = classes == classes[poison[0]]
     assert scores[green].min() > scores[~green].max()
