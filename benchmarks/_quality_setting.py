@@ -74,8 +74,8 @@ class Setting:
 TRAIN = {"batch_size": 128, "lr": 3e-3, "warmup": 50, "weight_decay": 0.05, "precision": "bf16"}
 # Pretrained towers learn from fewer pairs, and lose what they know at the common learning rates.
 # fp32: on CPUs depthwise convolutions take twice as long backwards in bf16.
-# With the first layers frozen an attack takes more poisoned pairs: at 5 % BadNet is not planted. The
-# options of cleaning are first guesses, not measured yet.
+# With the first layers frozen an attack takes more poisoned pairs: at 5 % BadNet is not planted.
+# The options of cleaning are first guesses, not measured yet.
 PRETRAINED = {
     "rate": 0.3,
     "train": {"steps": 160, "batch_size": 64, "lr": 1e-3, "warmup": 20, "precision": "fp32"},
