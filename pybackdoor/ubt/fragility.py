@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .gate import caption_classes, centred, cohesion, top
 from .reading import Reader
@@ -87,6 +86,8 @@ def losses(
     reader: Reader, image: Tensor, suspects: Suspects, progress: bool | None = False
 ) -> np.ndarray:
     """[N, views] how much cosine with its caption each pair loses in each view."""
+    from tqdm.auto import tqdm
+
     captions = reader.captions(suspects)
     found = []
     with tqdm(
