@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..batches import InputRules
 from .localise import check_share, keep_top
@@ -99,6 +98,8 @@ def suspicious_cells(
     Raises:
         ValueError: share, or a tower without patches.
     """
+    from tqdm.auto import tqdm
+
     check_share(share, "image_share")
     patch, reader, pixels = patch_size(model), Reader(model, rules), suspects.pixels(chosen)
     text = reader.tokens(suspects.tokens(chosen)).double()
