@@ -23,6 +23,7 @@ from pybackdoor.batches import Batch, InputRules
 from pybackdoor.data import PairLoader, pairs_from_arrays
 from pybackdoor.engine import Given
 from pybackdoor.ubt.evidence import save_picture, wrapped
+from pybackdoor.ubt.fragility import Fragile
 from pybackdoor.ubt.reading import Reader
 from pybackdoor.ubt.suspects import Suspects
 from pybackdoor.ubt.unlearn import (
@@ -254,6 +255,14 @@ def test_overfitting_ranks_where_no_scores_are_given():
         )  # fmt: skip
         assert result.report["settings"]["ranked_by"] == rank and len(result.scores) == 600
         assert np.isfinite(result.scores).all()
+
+
+def test_so_many_suspects_that_nothing_is_left_to_keep(monkeypatch):
+    found = Fragile(SCORES, 300, "blue", [])
+    monkeypatch.setattr(sys.modules["pybackdoor.methods.ubt"], "fragility", lambda *_: found)
+    open_gate = {"k": None, "gate_excess": -2.0, "gate_p": 0.99}
+    with pytest.raises(ValueError, match="must hold at least 610 pairs, the 300 of D_sus"):
+        pybackdoor.ubt_clean(Planted(), PAIRS, batch_size=64, **OPTIONS | open_gate)
 
 
 def test_a_clean_model_is_returned_as_it_is():

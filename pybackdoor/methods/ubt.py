@@ -254,6 +254,7 @@ def ubt_clean(
         }  # fmt: skip
         return UbtResult(model, [], report, suspects, score, chosen, judged, None)
 
+    _check_sizes(suspects, k, retain_loader is None)  # more may have been found than sought
     found = localise(
         reader, suspects, chosen, share=token_share, image=image[torch.from_numpy(chosen)]
     )

@@ -115,8 +115,6 @@ def crowd(
 
     Args:
         grow: look for the number of suspicious pairs from k on.
-    Returns:
-        [N], the number of suspicious pairs, and the class.
     """
     lost = _standard(lost)
     starts = [*lost[:, :_WHOLE].T, lost[:, _WHOLE:].max(1)]
