@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from _quality_data import TEMPLATES, DataSet, Split, read, split
-from _quality_defences import DEFENCES, NONE
+from _quality_defences import DEFENCES, NONE, Defence
 from _quality_drift import probe, repaired
 from _quality_models import ARCHITECTURES
 from _quality_setting import BADCLIP, TUNING, Cell, Model, Setting
@@ -23,6 +23,7 @@ from torch import nn
 
 import pybackdoor
 from pybackdoor import (
+    CleanResult,
     Evaluation,
     badclip_patch,
     evaluate,
@@ -181,20 +182,29 @@ def cleaned(
     defence = DEFENCES[cell.defence]
     if defence.method is None:
         return model, {"pairs": 0, "pairs_seen": 0, "steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
-    options = {**cell.model.options("clean", work.setting), **defence.options}
-    pairs = PAIRS[defence.pairs](case, work.setting)
-    given = loader(pairs, case, options.pop("batch_size"))
-    seed, test, tokenizer = cell.model.seed, case.parts.test, case.loaded.tokenizer
-    clock = Clock()
-    result = defence.method(
-        model, given, seed=seed, device=work.device, progress=False, repair=False, **options
-    )
-    told: dict[str, Any] = clock.read()
-    report = result.report
-    told |= {"pairs": len(pairs), "pairs_seen": report["pairs_seen"], "steps": report["steps_done"]}
+    result, given, told = defended(model, defence, case, work)
+    test, tokenizer = case.parts.test, case.loaded.tokenizer
     student, told["repair"] = repaired(result.model, model, given, test, tokenizer, work.device)
     told["probe"] = probe(model, student, test, tokenizer)
     return student, told
+
+
+def defended(
+    model: nn.Module, defence: Defence, case: Case, work: Work
+) -> tuple[CleanResult, PairLoader, dict[str, Any]]:
+    """What a defence makes of the model, the pairs it was given, and what it took."""
+    options = {**case.model.options("clean", work.setting), **defence.options}
+    pairs = PAIRS[defence.pairs](case, work.setting)
+    given = loader(pairs, case, options.pop("batch_size"))
+    clock = Clock()
+    result = defence.method(
+        model, given, seed=case.model.seed, device=work.device, progress=False, repair=False,
+        **options,
+    )  # fmt: skip
+    told: dict[str, Any] = clock.read()
+    report = result.report
+    told |= {"pairs": len(pairs), "pairs_seen": report["pairs_seen"], "steps": report["steps_done"]}
+    return result, given, told
 
 
 def _suspect(case: Case, setting: Setting) -> Pairs:

@@ -23,22 +23,18 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
-import multiprocessing
-import os
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _quality_cells import NOT_INSTALLED, Work, compute_cell, start_process, train_model
+from _quality_cells import Work, compute_cell, train_model
 from _quality_data import pack_path
 from _quality_defences import DEFENCES
 from _quality_models import ARCHITECTURES, ON_REQUEST
 from _quality_report import write_report
+from _quality_run import run, summary
 from _quality_setting import ATTACKS, BADCLIP, FULL, TINY, Cell, Model, Setting
 
 from pybackdoor.engine import pick_device
@@ -153,83 +149,6 @@ def waves(models: Iterable[Model]) -> list[list[Model]]:
 def trained_for(cell: Cell, work: Work) -> bool:
     """Whether the models that a cell needs are there: its own, and the clean one for the floor."""
     return all(work.model_file(m).exists() for m in (cell.model, cell.model.clean))
-
-
-def run(
-    kind: str, compute: Callable[[Any, Work], dict], tasks: list[Any], work: Work, jobs: int
-) -> int:
-    """Compute all tasks, saying after each what it gave and how long the rest will take.
-
-    Returns:
-        How many failed; their errors are printed and the others go on.
-    """
-    failed, began = 0, time.monotonic()
-    for done, (task, outcome) in enumerate(outcomes(compute, tasks, work, jobs), 1):
-        if isinstance(outcome, Exception):
-            failed += 1
-            what = "".join(traceback.format_exception(outcome)).strip()
-        else:
-            what = summary(outcome)
-        left = (time.monotonic() - began) / done * (len(tasks) - done)
-        print(
-            f"{time.strftime('%H:%M')} {kind} {done}/{len(tasks)}, {spoken(left)} left: "
-            f"{task.name(work.setting)}: {what}",
-            flush=True,
-        )
-    return failed
-
-
-def outcomes(
-    compute: Callable[[Any, Work], dict], tasks: list[Any], work: Work, jobs: int
-) -> Iterator[tuple[Any, dict | Exception]]:
-    """Each task and its record, or the error it ended with, as they come."""
-    if jobs == 1:
-        start_process()
-        for task in tasks:
-            try:
-                yield task, compute(task, work)
-            except Exception as error:  # whatever it is, the other tasks go on
-                yield task, error
-        return
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_process) as pool:
-        futures = {pool.submit(until_stopped, compute, task, work): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                error = future.exception()
-                if isinstance(error, Exception) or error is None:
-                    yield futures[future], error or future.result()
-                else:
-                    raise error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def until_stopped(compute: Callable[[Any, Work], dict], task: Any, work: Work) -> dict:
-    """In a process of the pool: Ctrl-C or SIGTERM ends it, else it would take the next task."""
-    try:
-        return compute(task, work)
-    except KeyboardInterrupt:
-        os._exit(130)
-
-
-def summary(record: dict[str, Any]) -> str:
-    """One record in a line."""
-    words = [f"CA {100 * record['ca']['value']:.1f}"] if "ca" in record else []
-    if "asr_nontarget" in record:
-        words.append(f"ASR {100 * record['asr_nontarget']['value']:.1f}")
-    if "rebound" in record:
-        words.append(f"rebound {100 * record['rebound']['highest']:.1f}")
-    if record["status"] == NOT_INSTALLED:
-        words.append(NOT_INSTALLED)
-    if "cpu_seconds" in record:
-        words.append(f"{record['cpu_seconds']:.0f} s of a core")
-    return ", ".join(words)
-
-
-def spoken(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def show(cells: list[Cell], work: Work) -> None:

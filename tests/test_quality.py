@@ -19,6 +19,7 @@ import _quality_cells as cells_module  # noqa: E402
 import _quality_data  # noqa: E402
 import _quality_defences  # noqa: E402
 import _quality_report as report  # noqa: E402
+import _quality_run  # noqa: E402
 import quality  # noqa: E402
 from _quality_cells import NOT_INSTALLED, Work, case_of, compute_cell, train_model  # noqa: E402
 from _quality_defences import DEFENCES, Defence  # noqa: E402
@@ -81,12 +82,12 @@ def test_a_second_run_computes_nothing_and_a_lost_cell_comes_back_the_same(tiny,
 
 
 def test_processes_give_the_same_rows(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(quality.multiprocessing, "get_context", lambda kind: warm.CONTEXT)
+    monkeypatch.setattr(_quality_run.multiprocessing, "get_context", lambda kind: warm.CONTEXT)
     work, _ = tiny
     shutil.copytree(work.folder / "models", tmp_path / "models")
     cells = [Cell(BADNET, "none"), Cell(BADNET, "par")]
     there = Work(tmp_path, TINY, "cpu")
-    found = dict(quality.outcomes(compute_cell, cells, there, jobs=2))
+    found = dict(_quality_run.outcomes(compute_cell, cells, there, jobs=2))
     for cell in cells:
         row = json.loads(work.cell_file(cell).read_text())
         assert without_times(found[cell]) == without_times(row)
@@ -150,7 +151,7 @@ def test_an_attack_that_does_not_install_is_said_and_not_cleaned(tmp_path):
     assert row["status"] == NOT_INSTALLED and "ca" not in row and "pairs" not in row
     none = compute_cell(Cell(BADNET, "none"), work)
     assert "ca" in none and "rebound" not in none
-    assert "attack did not install" in quality.summary(row)
+    assert "attack did not install" in _quality_run.summary(row)
     page = "\n".join(
         p.read_text() for p in report.write_report(work, tmp_path) if p.suffix == ".md"
     )

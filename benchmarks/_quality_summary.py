@@ -1,0 +1,187 @@
+"""What the quality matrix says of each defence: a table, and sentences that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from _quality_cells import INSTALLED
+from _quality_defences import DEFENCES, NONE
+from _quality_setting import CLEAN, TUNING
+from _tables import table
+
+GONE = 0.1  # an ASR up to this is called removed
+CHEAP = 0.03  # so is a loss of CA up to this: three points
+HAVE = {
+    "held_out": "clean pairs",
+    "suspect": "the suspect training pairs alone",
+    "procedural": "no pairs at all (procedural ones)",
+}
+INTRODUCTION = """Over the attacks that no setting was chosen on: means over attacks and seeds, the
+attack that each defence does worst on, how many attacks it brings to an ASR of at most {gone:.0%},
+and what it costs in points of CA on poisoned models and on the clean one (control)."""
+
+
+class Standing(NamedTuple):
+    """One defence over the untouched attacks of one data set and architecture.
+
+    Attributes:
+        asr: mean over attacks of the seeds' means, as ca_loss and rebound, in [0, 1].
+        worst: the attack that is left with the highest ASR, worst_asr.
+        gone: attacks whose ASR is at most GONE, of ``attacks``.
+        control: loss of CA on the clean model, or None.
+        seconds: of one core, a mean over all.
+    """
+
+    defence: str
+    asr: float
+    worst: str
+    worst_asr: float
+    gone: int
+    attacks: int
+    ca_loss: float
+    control: float | None
+    rebound: float
+    seconds: float
+
+
+def standings(groups: dict[tuple[str, str], list[dict]]) -> list[Standing]:
+    """Of the defences that met every untouched attack that any of them met; None's own is first.
+
+    Args:
+        groups: the rows of one data set and architecture by attack and defence.
+    """
+    rows = {
+        key: found
+        for key, all_ in groups.items()
+        if key[0] not in (CLEAN, *TUNING) and (found := installed(all_))
+    }
+    before = {
+        (attack, row["seed"]): row["ca"]["value"]
+        for (attack, defence), found in rows.items()
+        if defence == NONE
+        for row in found
+    }
+    attacks = [attack for attack, defence in rows if defence == NONE]
+    complete = [
+        defence for defence in DEFENCES
+        if attacks and all((attack, defence) in rows for attack in attacks)
+    ]  # fmt: skip
+    return [_standing(defence, attacks, rows, before) for defence in complete]
+
+
+def installed(rows: Iterable[dict]) -> list[dict]:
+    """Of seeds whose attack was there to be removed."""
+    return [row for row in rows if row["status"] == INSTALLED]
+
+
+def _standing(
+    defence: str,
+    attacks: list[str],
+    rows: dict[tuple[str, str], list[dict]],
+    before: dict[tuple[str, int], float],
+) -> Standing:
+    own = {attack: rows[attack, defence] for attack in attacks}
+    asr = {a: mean(row["asr_nontarget"]["value"] for row in found) for a, found in own.items()}
+    worst = max(asr, key=asr.__getitem__)
+    flat = [(attack, row) for attack, found in own.items() for row in found]
+    controls = [row["control_ca_loss"] for _, row in flat if row["control_ca_loss"] is not None]
+    return Standing(
+        defence=defence,
+        asr=mean(asr.values()),
+        worst=worst,
+        worst_asr=asr[worst],
+        gone=sum(value <= GONE for value in asr.values()),
+        attacks=len(attacks),
+        ca_loss=mean(before[attack, row["seed"]] - row["ca"]["value"] for attack, row in flat),
+        control=mean(controls) if controls else None,
+        rebound=mean(row["rebound"]["highest"] for _, row in flat),
+        seconds=mean(row["cpu_seconds"] for _, row in flat),
+    )
+
+
+def mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def summary(groups: dict[tuple[str, str], list[dict]]) -> str | None:
+    """The table and what follows from it; None where fewer than two defences are complete."""
+    found = standings(groups)
+    if len(found) < 2:
+        return None
+    header = ["defence", "ASR", "worst", f"ASR <= {100 * GONE:.0f}", "CA loss", "control"]
+    parts = [
+        INTRODUCTION.format(gone=GONE).replace("\n", " "),
+        table([*header, "rebound", "seconds"], map(_line, found)),
+        *_advice([one for one in found if one.defence != NONE]),
+    ]
+    left = _left(groups, [one.defence for one in found])
+    return "\n\n".join([*parts, *left])
+
+
+def _line(one: Standing) -> list[str]:
+    return [
+        one.defence,
+        f"{100 * one.asr:.1f}",
+        f"{one.worst} {100 * one.worst_asr:.1f}",
+        f"{one.gone} of {one.attacks}",
+        f"{100 * one.ca_loss:.1f}",
+        "-" if one.control is None else f"{100 * one.control:.1f}",
+        f"{100 * one.rebound:.1f}",
+        f"{one.seconds:.0f}",
+    ]
+
+
+def _advice(found: list[Standing]) -> list[str]:
+    """Which to take with what one has: the lowest mean ASR, and the lowest that is cheap."""
+    lines = []
+    for pairs, words in HAVE.items():
+        own = [one for one in found if DEFENCES[one.defence].pairs == pairs]
+        if not own:
+            continue
+        best = min(own, key=lambda one: one.asr)
+        line = f"- With {words}: **{best.defence}** leaves the lowest mean ASR, {_cost(best)}"
+        cheap = [one for one in own if one.ca_loss <= CHEAP]
+        if best not in cheap and cheap:
+            other = min(cheap, key=lambda one: one.asr)
+            line += (
+                f"; of those that cost at most {100 * CHEAP:.0f} points of CA it is"
+                f" **{other.defence}**, {_cost(other)}"
+            )
+        lines.append(f"{line}.")
+    return ["\n".join(lines)] if lines else []
+
+
+def _cost(one: Standing) -> str:
+    return f"{100 * one.asr:.1f} %, at {100 * one.ca_loss:.1f} points of CA"
+
+
+def _left(groups: dict[tuple[str, str], list[dict]], defences: list[str]) -> list[str]:
+    """The attacks that no defence removes, with the best of each: weaknesses are not hidden."""
+    words = []
+    for attack in dict.fromkeys(attack for attack, _ in groups if attack != CLEAN):
+        asr = {
+            defence: mean(row["asr_nontarget"]["value"] for row in judged)
+            for defence in defences
+            if (judged := installed(groups.get((attack, defence), ())))
+        }
+        if asr and min(asr.values()) > GONE:
+            best = min(asr, key=asr.__getitem__)
+            words.append(f"{attack} (lowest: {100 * asr[best]:.1f} % by {best})")
+    if not words:
+        return []
+    return [f"No defence brings these attacks to {100 * GONE:.0f} %: {', '.join(words)}."]
+
+
+def chosen_settings(tuning: dict[str, Any]) -> str:
+    """The candidates that settings were chosen from, as tune_quality.py left them."""
+    header = ["defence", "candidate", "CA loss", "ASR", "seconds", "chosen"]
+    return table(header, map(candidate, tuning["candidates"]))
+
+
+def candidate(one: dict[str, Any]) -> list[str]:
+    options = ", ".join(f"{name} {value:.2g}" for name, value in one["options"].items())
+    figures = [f"{100 * one[name]:.1f}" for name in ("ca_loss", "asr")]
+    taken = "chosen" if one["chosen"] else ""
+    return [one["defence"], options, *figures, f"{one['cpu_seconds']:.0f}", taken]

@@ -1,0 +1,172 @@
+"""Chooses the defences' settings of the quality matrix, on its tuning half alone.
+
+    python benchmarks/tune_quality.py --work DIR --jobs 2      # of quality.py; goes on where it was
+    python benchmarks/tune_quality.py --work DIR --only invert
+
+Each candidate of a method cleans the matrix's CIFAR-10 ResNets that carry the attacks of the tuning
+half (seed 0). The rule, fixed before any of it was run: of the candidates that cost at most
+MOST points of CA, a mean over these attacks, the one with the lowest mean ASR; where none is that
+cheap, the cheapest. The rows, and which candidate won, go to
+benchmarks/results/quality_tuning.json; the winners are written into _quality_defences.py by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _common import machine
+from _quality_cells import (
+    INSTALLED,
+    Work,
+    case_of,
+    defended,
+    identity,
+    measured,
+    train_model,
+    trained,
+)
+from _quality_defences import DEFENCES, Defence
+from _quality_run import run
+from _quality_setting import FULL, TUNING, Model, Setting, short_hash
+from _quality_summary import chosen_settings, mean
+
+from pybackdoor.files import write_json
+
+MOST = 3.0  # points of CA
+OUT = Path(__file__).parent / "results" / "quality_tuning.json"
+RATES = (2e-4, 7e-4, 1.4e-3, 3e-3)  # the last is that of training
+
+
+def rates(*starts: float) -> list[dict[str, Any]]:
+    """Learning rates that fall to a fourteenth, as the demo's do."""
+    return [{"lr_start": start, "lr": start / 14} for start in starts]
+
+
+CANDIDATES: dict[str, list[dict[str, Any]]] = {
+    "finetune": rates(*RATES),
+    "par": rates(*RATES),
+    "cleanclip": rates(*RATES),
+    "roclip": rates(*RATES),
+    "ft_sam": rates(1e-5, 2e-5, 5e-5),
+    "invert": [
+        {**rate, **more}
+        for rate, more in itertools.product(
+            rates(7e-4, 1.4e-3), ({}, {"share": 0.25}, {"every": 100, "inversion_steps": 300})
+        )
+    ],
+    "invert_par": rates(7e-4, 1.4e-3),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate of a defence on one model."""
+
+    defence: str
+    candidate: int
+    model: Model
+
+    def trying(self) -> Defence:
+        defence = DEFENCES[self.defence]
+        options = {**defence.options, **CANDIDATES[self.defence][self.candidate]}
+        return dataclasses.replace(defence, options=options)
+
+    def settings(self, setting: Setting) -> dict[str, Any]:
+        options = self.trying().settings(self.model.options("clean", setting))
+        return {"model": self.model.settings(setting), "defence": self.defence, **options}
+
+    def name(self, setting: Setting) -> str:
+        """Of its file."""
+        return f"{self.defence}-{self.model.attack}-{short_hash(self.settings(setting))}"
+
+    def file(self, work: Work) -> Path:
+        return work.folder / "tuning" / f"{self.name(work.setting)}.json"
+
+
+def compute(trial: Trial, work: Work) -> dict[str, Any]:
+    """One row."""
+    case, before = case_of(trial.model, work), train_model(trial.model, work)
+    if before["status"] != INSTALLED:
+        raise RuntimeError(f"{trial.model.attack}: {before['status']}")
+    model = trained(trial.model, work)
+    result, _, told = defended(model, trial.trying(), case, work)
+    found = measured(result.model, case, work)
+    row = {**identity(case, work), "defence": trial.defence, "status": before["status"], **told}
+    row |= {"options": CANDIDATES[trial.defence][trial.candidate]}
+    row |= {"ca_before": before["ca"]["value"], "asr_before": before["asr_nontarget"]["value"]}
+    row |= {"ca": found.ca.to_dict(), "asr_nontarget": found.asr_nontarget.to_dict()}
+    trial.file(work).parent.mkdir(exist_ok=True)
+    write_json(trial.file(work), row)
+    return row
+
+
+def judged(trials: list[Trial], work: Work) -> list[dict[str, Any]]:
+    """Each candidate's means over the attacks, and whether the rule takes it."""
+    found = []
+    for (defence, candidate), group in itertools.groupby(
+        trials, key=lambda t: (t.defence, t.candidate)
+    ):
+        rows = [json.loads(t.file(work).read_text()) for t in group if t.file(work).exists()]
+        if len(rows) == len(TUNING):
+            found.append({
+                "defence": defence,
+                "options": CANDIDATES[defence][candidate],
+                "ca_loss": mean(row["ca_before"] - row["ca"]["value"] for row in rows),
+                "asr": mean(row["asr_nontarget"]["value"] for row in rows),
+                "cpu_seconds": mean(row["cpu_seconds"] for row in rows),
+                "rows": rows,
+            })  # fmt: skip
+    for defence in dict.fromkeys(t.defence for t in trials):
+        own = [one for one in found if one["defence"] == defence]
+        for one in own:
+            one["chosen"] = one is winner(own)
+    return found
+
+
+def winner(candidates: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one defence, by the rule."""
+    cheap = [one for one in candidates if 100 * one["ca_loss"] <= MOST]
+    if cheap:
+        return min(cheap, key=lambda one: one["asr"])
+    return min(candidates, key=lambda one: one["ca_loss"])
+
+
+def main(arguments: list[str] | None = None, setting: Setting = FULL) -> int:
+    """Exit status: 1 when a trial failed."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--only", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
+    options.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    options.add_argument("--work", type=Path, required=True, metavar="DIR", help="of quality.py")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--json", type=Path, default=OUT, metavar="FILE")
+    chosen = options.parse_args(arguments)
+    work = Work(chosen.work, setting, chosen.device)
+    data = next(iter(setting.data))
+    trials = [
+        Trial(defence, number, Model(data, "resnet", attack, 0))
+        for defence, candidates in CANDIDATES.items()
+        for number in range(len(candidates))
+        for attack in TUNING
+    ]
+    models = dict.fromkeys(t.model for t in trials)
+    failed = run("model", train_model, list(models), work, chosen.jobs)
+    missing = [t for t in trials if t.defence in chosen.only and not t.file(work).exists()]
+    failed += run("trial", compute, missing, work, chosen.jobs)
+    found = judged(trials, work)
+    write_json(chosen.json, {"machine": machine(), "most_ca_loss": MOST, "candidates": found})
+    print(chosen_settings({"candidates": found}))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The quality matrix's summary follows from its rows; settings are chosen by the stated rule."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import _quality_summary as summary  # noqa: E402
+import tune_quality  # noqa: E402
+from _quality_cells import INSTALLED, NO_ATTACK, NOT_INSTALLED  # noqa: E402
+from _quality_setting import TINY  # noqa: E402
+
+
+def row(ca, asr=None, status=INSTALLED, seed=0, rebound=0.5, control=0.01):
+    found = {"ca": {"value": ca}, "status": status, "seed": seed, "cpu_seconds": 10.0 * (seed + 1)}
+    if asr is not None:
+        found |= {"asr_nontarget": {"value": asr}, "rebound": {"highest": rebound}}
+    return found | {"control_ca_loss": control}
+
+
+GROUPS = {
+    ("clean", "none"): [row(0.8, status=NO_ATTACK)],
+    ("badnet", "none"): [row(0.7, 1.0), row(0.6, 1.0, seed=1)],
+    ("badnet", "par"): [row(0.65, 0.1), row(0.55, 0.06, seed=1)],
+    ("badnet", "finetune"): [row(0.69, 0.5)],
+    ("badnet", "ubt"): [row(0.7, 0.0)],
+    ("blended", "none"): [row(0.7, 1.0)],
+    ("blended", "par"): [row(0.66, 0.3)],
+    ("blended", "finetune"): [row(0.69, 0.2)],
+    ("text", "none"): [row(0.7, 0.2, status=NOT_INSTALLED)],
+    ("text", "par"): [{"status": NOT_INSTALLED, "seed": 0}],
+    ("sig", "none"): [row(0.7, 1.0)],
+    ("sig", "par"): [row(0.7, 0.9)],
+    ("sig", "finetune"): [row(0.1, 0.95)],
+}
+
+
+def test_a_standing_is_a_mean_over_the_untouched_attacks_that_installed():
+    none, finetune, par = sorted(summary.standings(GROUPS), key=lambda s: s.defence != "none")[:3]
+    assert [s.defence for s in (none, finetune, par)] == ["none", "finetune", "par"]
+    assert par.asr == pytest.approx((0.08 + 0.3) / 2) and par.worst == "blended"
+    assert par.worst_asr == 0.3 and (par.gone, par.attacks) == (1, 2)
+    assert par.ca_loss == pytest.approx((0.05 + 0.05 + 0.04) / 3)
+    assert par.control == pytest.approx(0.01) and par.rebound == 0.5
+    assert par.seconds == pytest.approx(40 / 3)
+    assert none.ca_loss == 0 and none.gone == 0
+
+
+def test_the_summary_names_the_best_the_cheapest_and_what_is_left():
+    text = summary.summary(GROUPS)
+    assert "| par | 19.0 | blended 30.0 | 1 of 2 | 4.7 | 1.0 | 50.0 | 13 |" in text
+    assert "| ubt |" not in text  # it did not meet every attack
+    assert "With clean pairs: **par** leaves the lowest mean ASR, 19.0 %, at 4.7 points" in text
+    assert "at most 3 points of CA it is **finetune**, 35.0 %, at 1.0 points of CA." in text
+    assert "blended (lowest: 20.0 % by finetune), sig (lowest: 90.0 % by par)." in text
+    assert "text (" not in text and "badnet (" not in text
+
+
+def test_no_summary_without_something_to_compare():
+    assert summary.summary({("badnet", "none"): [row(0.7, 1.0)]}) is None
+    assert summary.summary({("clean", "none"): [row(0.7, status=NO_ATTACK)]}) is None
+
+
+def test_nothing_left_is_not_told():
+    groups = {("badnet", "none"): [row(0.7, 1.0)], ("badnet", "par"): [row(0.7, 0.1)]}
+    text = summary.summary(groups)
+    assert "No defence brings" not in text and "of those that cost" not in text
+
+
+@pytest.mark.parametrize(
+    ("candidates", "taken"),
+    [([(0.02, 0.5), (0.03, 0.2), (0.04, 0.1)], 1), ([(0.06, 0.1), (0.04, 0.3)], 1)],
+)
+def test_the_rule_takes_the_lowest_asr_that_is_cheap_and_else_the_cheapest(candidates, taken):
+    found = [{"ca_loss": loss, "asr": asr} for loss, asr in candidates]
+    assert tune_quality.winner(found) is found[taken]
+
+
+def test_tuning_runs_each_candidate_on_the_tuning_half_once(tmp_path, monkeypatch, capsys):
+    candidates = {"finetune": [{"lr": 1e-3}, {"lr": 1e-5}], "par": [{"tau": 1.0}]}
+    monkeypatch.setattr(tune_quality, "CANDIDATES", candidates)
+    out = tmp_path / "tuning.json"
+    arguments = ["--work", str(tmp_path), "--json", str(out), "--only", "finetune"]
+    assert tune_quality.main(arguments, TINY) == 0
+    found = json.loads(out.read_text())["candidates"]
+    assert [(one["defence"], one["options"]) for one in found] == [
+        ("finetune", {"lr": 1e-3}), ("finetune", {"lr": 1e-5}),
+    ]  # fmt: skip
+    assert sum(one["chosen"] for one in found) == 1
+    assert {r["attack"] for r in found[0]["rows"]} == {"checkerboard", "sig"}
+    assert all(r["half"] == "tuning" and r["steps"] == 2 for r in found[0]["rows"])
+    printed = capsys.readouterr().out
+    assert "trial 4/4" in printed and "| finetune | lr 1e-05 |" in printed
+    monkeypatch.setattr(tune_quality, "compute", None)
+    assert tune_quality.main(arguments, TINY) == 0
+    assert "trial" not in capsys.readouterr().out.replace("candidate", "")
+
+
+def test_an_attack_that_did_not_install_is_not_tuned_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune_quality, "CANDIDATES", {"finetune": [{}]})
+    setting = dataclasses.replace(TINY, installed=1.0)
+    arguments = ["--work", str(tmp_path), "--json", str(tmp_path / "t.json")]
+    assert tune_quality.main(arguments, setting) == 1
+    assert "attack did not install" in capsys.readouterr().out
