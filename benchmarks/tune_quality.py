@@ -42,7 +42,7 @@ from pybackdoor.files import write_json
 
 MOST = 3.0  # points of CA
 OUT = Path(__file__).parent / "results" / "quality_tuning.json"
-RATES = (2e-4, 7e-4, 1.4e-3, 3e-3)  # the last is that of training
+RATES = (2e-4, 7e-4, 1.4e-3, 2e-3, 3e-3)  # the last is that of training
 
 
 def rates(*starts: float) -> list[dict[str, Any]]:
@@ -52,17 +52,20 @@ def rates(*starts: float) -> list[dict[str, Any]]:
 
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "finetune": rates(*RATES),
-    "par": rates(*RATES),
-    "cleanclip": rates(*RATES),
-    "roclip": rates(*RATES),
+    "par": [
+        *rates(*RATES),
+        *({**rate, "tau": tau} for tau in (1.0, 1.5) for rate in rates(1.4e-3, 2e-3)),
+    ],
+    "cleanclip": rates(7e-4, 1.4e-3, 2e-3),
+    "roclip": rates(7e-4, 1.4e-3, 2e-3),
     "ft_sam": rates(1e-5, 2e-5, 5e-5),
     "invert": [
         {**rate, **more}
         for rate, more in itertools.product(
-            rates(7e-4, 1.4e-3), ({}, {"share": 0.25}, {"every": 100, "inversion_steps": 300})
+            rates(1.4e-3, 2e-3), ({}, {"share": 0.25}, {"every": 100, "inversion_steps": 300})
         )
     ],
-    "invert_par": rates(7e-4, 1.4e-3),
+    "invert_par": rates(1.4e-3, 2e-3),
 }
 
 

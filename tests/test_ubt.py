@@ -220,6 +220,54 @@ def test_the_run_ends_with_the_look_that_finds_enough_forgotten(cleaned, monkeyp
     assert early.report["steps_done"] == looks[0] + 1 < 60
 
 
+@pytest.mark.parametrize("at", [24, 31])
+def test_an_interrupted_run_goes_on_with_what_the_looks_left(cleaned, tmp_path, at):
+    def clean(**more):
+        loader = PairLoader(PAIRS, WordTokenizer(), batch_size=64)
+        return pybackdoor.ubt_clean(
+            Planted(), loader, scores=SCORES, folder=tmp_path, **OPTIONS, **FORGET, **more
+        )
+
+    first = clean(on_step=lambda k, r, m: k == at)
+    assert first.report["steps_done"] == at + 1
+    rest = clean(resume=True)
+    assert rest.history == cleaned.history and rest.report["checks"] == cleaned.report["checks"]
+    for name, tensor in cleaned.model.state_dict().items():
+        assert torch.equal(rest.model.state_dict()[name], tensor), name
+
+
+def test_a_run_that_had_ended_takes_no_further_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("pybackdoor.ubt.unlearn.mismatched_cosine", lambda *features: 0.5)
+    ends = [
+        pybackdoor.ubt_clean(
+            Planted(), PairLoader(PAIRS, WordTokenizer(), batch_size=64), scores=SCORES,
+            folder=tmp_path, resume=resume, **OPTIONS, **FORGET,
+        )
+        for resume in (False, True)
+    ]  # fmt: skip
+    assert [end.report["stopped"] for end in ends] == ["forgotten"] * 2
+    assert ends[0].report["checks"] == ends[1].report["checks"]
+    assert ends[0].history == ends[1].history and len(ends[0].history) < 60
+    for name, tensor in ends[0].model.state_dict().items():
+        assert torch.equal(ends[1].model.state_dict()[name], tensor), name
+
+
+def test_the_weights_to_go_back_to_outlive_a_stop():
+    rule, broken = stopping(every=1), Planted()
+    with torch.no_grad():
+        broken.colour.weight.neg_()
+    assert [rule(k, m) for k, m in enumerate([Planted(), broken, broken])] == [False] * 3
+    again = stopping(every=1)
+    again.load({name: tensor.clone() for name, tensor in rule.state().items()})
+    assert again.checks == rule.checks and not again(2, broken)  # that look was taken
+    assert again(3, broken) and again.reason == "accuracy"
+    again.settle(broken)
+    assert torch.equal(broken.colour.weight, Planted().colour.weight)
+    fresh = stopping(every=1)
+    fresh.load(stopping(every=1).state())
+    assert fresh.good is None and fresh.reason == "steps"
+
+
 def test_same_seed_same_bits_and_the_model_given_stays(cleaned):
     model = Planted()
     again = pybackdoor.ubt_clean(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -16,14 +17,16 @@ from pybackdoor.ubt.fragility import (
     _grown,
     _settled,
     _standard,
-    crowd,
     fragility,
     losses,
+    picked,
     views_of,
 )
 from pybackdoor.ubt.gate import caption_classes, centred, cohesion, gate, top
 from pybackdoor.ubt.reading import Reader
 from pybackdoor.ubt.suspects import Suspects
+
+module = sys.modules[fragility.__module__]  # the function has the module's name
 
 
 def colourful(view=1):
@@ -42,18 +45,46 @@ def colourful(view=1):
 @pytest.mark.parametrize("view", [1, 7])
 def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison(view):
     every, image, lost, poison = colourful(view)
-    classes, names = caption_classes(every, whole=False)
-    scores, k, word, rivals = crowd(image, lost, classes, names, np.arange(3), 25, grow=False)
-    assert k == 25 and word == names[classes[poison[0]]] and len(rivals) == 2
+    classes, _ = caption_classes(every, whole=False)
+    green = np.flatnonzero(classes == classes[poison[0]])
+    found = picked(image[torch.from_numpy(green)], lost[green], 25)
     tight = cohesion(centred(image, classes, poison)[torch.from_numpy(poison)])
-    assert max(rivals) < tight - 0.3
-    assert len(set(top(scores, 25)) & set(poison)) >= 24
-    green = classes == classes[poison[0]]
-    assert scores[green].min() > scores[~green].max()
-    rest = scores[green & ~np.isin(np.arange(300), top(scores, 25))]
+    assert found.tight == pytest.approx(tight, abs=0.1)
+    for other in set(classes) - {classes[poison[0]]}:
+        rows = np.flatnonzero(classes == other)
+        assert picked(image[torch.from_numpy(rows)], lost[rows], 25).tight < tight - 0.3
+    best = green[top(found.height, 25)]
+    assert len(set(best) & set(poison)) >= 24
+    rest = found.height[~np.isin(green, best)]
     assert abs(rest.mean()) < 1e-9 and abs(rest.std() - 1) < 1e-9  # in their own spread
-    seed = np.flatnonzero(green)[top(lost[green, view], 25)]
+    seed = green[top(lost[green, view], 25)]
     assert 0 < len(set(seed) - set(poison)) < 10  # the views alone are not enough
+
+
+@pytest.mark.parametrize("k", [25, None])
+@pytest.mark.parametrize("sample", [40, 512])
+def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k):
+    every, image, lost, poison = colourful()
+    monkeypatch.setattr(module, "_SAMPLE", sample)
+    monkeypatch.setattr(module, "_FEW", 8)
+    monkeypatch.setattr(module, "SOUGHT", 20)
+    looked = []
+
+    def seen(reader, image, suspects, rows, progress):
+        looked.append(rows)
+        return np.pad(lost, ((0, 0), (0, 7)))[rows]
+
+    monkeypatch.setattr(module, "losses", seen)
+    scores, found, word, rivals = fragility(None, image, every, k)
+    classes, names = caption_classes(every, whole=False)
+    green = classes == classes[poison[0]]
+    assert word == names[classes[poison[0]]] and len(rivals) == 2 and max(rivals) < 0.3
+    assert found == k if k else abs(found - 25) <= 5
+    assert len(set(top(scores, found)) & set(poison)) >= 20
+    assert scores[green].min() > scores[~green].max()
+    assert len(looked[0]) == 3 * min(sample, 100)
+    assert set(looked[0]) | set(looked[1]) >= set(np.flatnonzero(green))
+    assert not set(looked[0]) & set(looked[1]) and len(looked[1]) == 100 - min(sample, 100)
 
 
 @pytest.mark.parametrize("sought", [30, 60, 200])
@@ -124,7 +155,7 @@ def test_lost_cosines_are_those_of_the_views_one_by_one():
     pairs, _ = planted_pairs(20, 3)
     every = Suspects.of(pairs, rules())
     reader = Reader(model, rules(), batch_size=7)
-    found = losses(reader, reader.images(every), every)
+    found = losses(reader, reader.images(every), every, np.arange(20))
     pixels = torch.from_numpy(pairs.images.take(np.arange(20))).permute(0, 3, 1, 2).double()
     x = (pixels / 255 - 0.5) / 0.5
     text = normalize(model.encode_text(WordTokenizer()(list(pairs.captions))), dim=-1)
@@ -132,6 +163,9 @@ def test_lost_cosines_are_those_of_the_views_one_by_one():
     for i, view in enumerate(views_of((16, 16))):
         there = (normalize(model.encode_image(view(x)), dim=-1) * text).sum(-1)
         np.testing.assert_allclose(found[:, i], (own - there).detach().numpy(), atol=1e-6)
+    few = np.array([17, 3, 4])
+    np.testing.assert_allclose(losses(reader, reader.images(every), every, few), found[few])
+    assert losses(reader, reader.images(every), every, few[:0]).shape == (0, 15)
 
 
 def test_the_gate_wants_more_than_other_words_show():

@@ -234,6 +234,9 @@ class _Run:
     def _run(self, interrupt: DeferredInterrupt, kept: bool) -> None:
         self._prepare()
         done, leader = len(self.log.steps), self.ranks.rank == 0
+        over = done > 0 and self.objective.enough(done - 1)
+        if any(flag for (flag,) in self.ranks.agree([over], self.device)):
+            return  # of a run that had ended by itself
         with Progress(self.feed.steps, self.settings.progress, leader, done, self.device) as bar:
             self._when_to_save()
             while True:

@@ -5,7 +5,8 @@ no longer fires (turned by some degrees, stretched, a ninth of it covered) is no
 while an image of what its caption says stays one in every view. Hard clean images are fragile too.
 But the poison is of one word and of one kind: within each word's pairs, the k that lose most in one
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
-the next seed, and so on; of all words and views the most cohesive k pairs win. How many pairs are
+the next seed, and so on; of all words and views the most cohesive k pairs win. A sample of a word's
+pairs is enough to compare words; of the most suspicious one all pairs are looked at. How many are
 poisoned shows in how far the k highest stand off from the rest: farthest where k is their number.
 Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.06531).
 """
@@ -13,7 +14,7 @@ Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gate import caption_classes, centred, cohesion, top
+from .gate import caption_classes, cohesion, top
 from .reading import Reader
 from .suspects import Suspects
 
@@ -30,6 +31,9 @@ View = Callable[[Tensor], Tensor]  # [n, 3, H, W] normalised pixels -> as many
 _ANGLE = math.radians(15)
 _ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
 _WHOLE = 6  # views of the whole image; the others each cover a part of it
+_SAMPLE, _FEW = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
+_LEAST = 5  # pairs whose cohesion says something
+_STREAM = 0x66726167
 _ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
 _DIMS = 64  # principal directions of a class's image features that are looked at
 _RIDGE = 0.05  # of the discriminant, on directions of unit variance
@@ -61,7 +65,7 @@ def fragility(
 ) -> Fragile:
     """Rank the pairs of the most suspicious word.
 
-    Costs a pass over the images for each of 15 views.
+    Costs 15 views of a sample of each word's pairs, and of all pairs of the most suspicious one.
 
     Args:
         k: pairs sought; None: 256, then as many as stand off farthest. Words that fewer than 2 k
@@ -72,75 +76,99 @@ def fragility(
     """
     classes, names = caption_classes(suspects, whole=False)
     sought = SOUGHT if k is None else k
-    large = np.flatnonzero(np.bincount(classes) >= 2 * sought)
+    sizes = np.bincount(classes)
+    large = np.flatnonzero(sizes >= 2 * sought)
     if not len(large):
         raise ValueError(
             f"fragility needs a word in the captions of at least {2 * sought} pairs, twice k; got "
-            f"{np.bincount(classes).max()} at most: lower k, or rank by 'gain'"
+            f"{sizes.max()} at most: lower k, or rank by 'gain'"
         )
-    lost = losses(reader, image, suspects, progress)
-    return crowd(image, lost, classes, names, large, sought, grow=k is None)
+    rng = np.random.default_rng(_STREAM)
+    words = []
+    for number in large:
+        drawn = rng.permutation(np.flatnonzero(classes == number))
+        words.append(np.split(drawn, [_enough(len(drawn), sought)]))
+    some = np.concatenate([sample for sample, _ in words])
+    lost = losses(reader, image, suspects, some, progress)
+    parts = np.split(lost, np.cumsum([len(sample) for sample, _ in words])[:-1])
+    tight = []
+    for (sample, rest), part in zip(words, parts, strict=True):
+        share = len(sample) / (len(sample) + len(rest))
+        few = max(_LEAST, round(sought * share))
+        tight.append(picked(image[torch.from_numpy(sample)], part, few).tight)
+    at = int(np.argmax(tight))
+    own = np.concatenate(words[at])
+    lost = np.concatenate([parts[at], losses(reader, image, suspects, words[at][1], progress)])
+    _, seen, height = picked(image[torch.from_numpy(own)], lost, sought)
+    if k is None:
+        height, sought = _grown(seen, height, sought)
+    scores = np.full(len(image), height.min() - 1)
+    scores[own] = height
+    return Fragile(scores, sought, names[large[at]], tight[:at] + tight[at + 1 :])
+
+
+def _enough(size: int, k: int) -> int:
+    """Pairs of a word that show whether k of all its ``size`` are poisoned."""
+    return max(_SAMPLE, math.ceil(_FEW * size / k))
 
 
 def losses(
-    reader: Reader, image: Tensor, suspects: Suspects, progress: bool | None = False
+    reader: Reader,
+    image: Tensor,  # [N, D]
+    suspects: Suspects,
+    rows: np.ndarray,  # [n]
+    progress: bool | None = False,
 ) -> np.ndarray:
-    """[N, views] how much cosine with its caption each pair loses in each view."""
+    """[n, views] how much cosine with its caption the pair at each row loses in each view."""
     from tqdm.auto import tqdm
 
+    if not len(rows):
+        return np.empty((0, len(views_of(suspects.images.image_size))))
     captions = reader.captions(suspects)
     found = []
     with tqdm(
-        total=len(suspects), desc="views of suspects", unit=" pairs",
+        total=len(rows), desc="views of suspects", unit=" pairs",
         disable=None if progress is None else not progress, leave=False,
     ) as bar:  # fmt: skip
-        for rows, views in reader.viewed(suspects, views_of(suspects.images.image_size)):
-            own = captions[torch.from_numpy(suspects.caption[rows])]
-            found.append(((image[rows] - views) * own).sum(-1).T)
-            bar.update(rows.stop - rows.start)
+        for some, views in reader.viewed(suspects, rows, views_of(suspects.images.image_size)):
+            own = captions[torch.from_numpy(suspects.caption[some])]
+            found.append(((image[torch.from_numpy(some)] - views) * own).sum(-1).T)
+            bar.update(len(some))
     return torch.cat(found).double().numpy()
 
 
-def crowd(
-    image: Tensor,  # [N, D] unit rows
-    lost: np.ndarray,  # [N, views]
-    classes: np.ndarray,  # [N]
-    names: Sequence[str],  # of the classes
-    large: np.ndarray,  # classes to look at
-    k: int,
-    *,
-    grow: bool,
-) -> Fragile:
-    """The class whose k highest pairs are the most cohesive, from the start that makes them so.
+class Picked(NamedTuple):
+    """The k highest of one word's pairs, from the start that makes them the most cohesive.
 
-    Args:
-        grow: look for the number of suspicious pairs from k on.
+    Attributes:
+        tight: how cohesive they are, in [-1, 1].
+        seen: [n, d] what the discriminant sees of the pairs.
+        height: [n].
     """
-    lost = _standard(lost)
-    starts = [*lost[:, :_WHOLE].T, lost[:, _WHOLE:].max(1)]
-    rows = centred(image, classes, np.empty(0, np.int64))
-    found = []
-    for number in large:
-        members = np.flatnonzero(classes == number)
-        features = _directions(rows[torch.from_numpy(members)].double().numpy())
-        seen = _standard(np.concatenate([features, lost[members]], 1))
-        own = image[torch.from_numpy(members)]
-        heights = [_settled(seen, start[members], k) for start in starts]
-        tight = [cohesion(_apart(own, top(height, k))) for height in heights]
-        at = int(np.argmax(tight))
-        found.append((tight[at], number, members, seen, heights[at]))
-    found.sort(key=lambda one: -one[0])
-    _, number, members, seen, height = found[0]
-    if grow:
-        height, k = _grown(seen, height, k)
-    scores = np.full(len(image), height.min() - 1)
-    scores[members] = height
-    return Fragile(scores, k, names[number], [tight for tight, *_ in found[1:]])
+
+    tight: float
+    seen: np.ndarray
+    height: np.ndarray
+
+
+def picked(
+    image: Tensor,  # [n, D] unit rows of one word's pairs
+    lost: np.ndarray,  # [n, views]
+    k: int,
+) -> Picked:
+    """Look at the pairs of one word."""
+    fall = _standard(lost)
+    features = _directions(F.normalize(image - image.mean(0), dim=-1).double().numpy())
+    seen = _standard(np.concatenate([features, fall], 1))
+    heights = [_settled(seen, start, k) for start in (*fall[:, :_WHOLE].T, fall[:, _WHOLE:].max(1))]
+    tight = [cohesion(_apart(image, top(height, k))) for height in heights]
+    at = int(np.argmax(tight))
+    return Picked(tight[at], seen, heights[at])
 
 
 def _grown(x: np.ndarray, height: np.ndarray, k: int) -> tuple[np.ndarray, int]:
     """(heights, k) where the k highest stand off farthest, of k from a quarter to half of all."""
-    least = max(5, k // 4)
+    least = max(_LEAST, k // 4)
     steps = int(2 * math.log2(len(x) / 2 / least))
     found = []
     for count in (round(least * 2 ** (i / 2)) for i in range(steps + 1)):

@@ -48,20 +48,20 @@ class Reader:
         return torch.cat(parts)
 
     def viewed(
-        self, suspects: Suspects, views: Sequence[Callable[[Tensor], Tensor]]
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Chunk after chunk: the rows, and [views, n, D] unit rows of what each view shows.
+        self, suspects: Suspects, rows: np.ndarray, views: Sequence[Callable[[Tensor], Tensor]]
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Chunk after chunk: some of the [N] rows, and [views, n, D] unit rows of what views show.
 
         Args:
             views: normalised [n, 3, H, W] -> the same shape.
         """
         read = self._features
-        for start in range(0, len(suspects), self._chunk):
-            rows = slice(start, min(start + self._chunk, len(suspects)))
+        for start in range(0, len(rows), self._chunk):
+            some = rows[start : start + self._chunk]
             with read.reading():
-                x = read.normalised(suspects.pixels(np.arange(rows.start, rows.stop)))
+                x = read.normalised(suspects.pixels(some))
                 found = torch.stack([read.encoded(view(x)) for view in views])
-            yield rows, found
+            yield some, found
 
     def captions(self, suspects: Suspects) -> Tensor:
         """[U, D] fp32 unit rows on the CPU, of the different captions."""

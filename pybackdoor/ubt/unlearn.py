@@ -13,7 +13,7 @@ penalty.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ from .weak import one_of
 
 FORGETS = ("contrastive", "hinge")
 _PATIENCE = 3  # looks in a row with too little accuracy before the run ends
+_LOOK = ("step", "suspect_cosine", "suspect_recall", "proxy_accuracy")
+_REASONS = ("steps", "forgotten", "accuracy")
 _RECALL = 0.05
 _SAME_CAPTION = 0.9  # cosine of text features from which captions mean the same to the model
 _STREAM = 0x666F7267
@@ -180,6 +182,13 @@ class LocalUnlearning(Objective):
     def enough(self, step: int) -> bool:
         return self._stop is not None and self._stop(step, self._model)
 
+    def state(self) -> dict[str, Tensor]:
+        return {} if self._stop is None else self._stop.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        if self._stop is not None:
+            self._stop.load(state)
+
 
 def check_weights(alpha: float, beta: float, gamma: float, forget: str) -> None:
     """Refuse weights of terms that are none, and unknown forms of the forget term."""
@@ -246,8 +255,8 @@ class StoppingRule:
         self._look(-1, model, image, text)
 
     def __call__(self, step: int, model: nn.Module) -> bool:
-        if (step + 1) % self._every:
-            return False
+        if (step + 1) % self._every or step <= self.checks[-1]["step"]:
+            return self.reason != "steps"
         found = self._look(step, model, *self._features(model))
         if self.checks[0]["proxy_accuracy"] - found["proxy_accuracy"] > self._max_drop:
             self._bad += 1
@@ -260,6 +269,24 @@ class StoppingRule:
                 self.reason = "forgotten"
         return self.reason != "steps"
 
+    def state(self) -> dict[str, Tensor]:
+        """All that the looks have left, for a run that goes on from here."""
+        looks = [[float(look[name]) for name in _LOOK] for look in self.checks]
+        good = {} if self.good is None else {f"good/{n}": t for n, t in self.good.items()}
+        return {
+            "looks": torch.tensor(looks, dtype=torch.float64),
+            "bad": torch.tensor(self._bad),
+            "reason": torch.tensor(_REASONS.index(self.reason)),
+            **good,
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        looks = [dict(zip(_LOOK, look, strict=True)) for look in state["looks"].tolist()]
+        self.checks = [{**look, "step": int(look["step"])} for look in looks]
+        self._bad, self.reason = int(state["bad"]), _REASONS[int(state["reason"])]
+        good = {n.removeprefix("good/"): t for n, t in state.items() if n.startswith("good/")}
+        self.good = good or None
+
     def settle(self, model: nn.Module) -> None:
         """At the end of a run: back to the last good look, where the later ones were none."""
         if self._bad and self.good is not None:
@@ -269,12 +296,11 @@ class StoppingRule:
         reader = Reader(model, self._rules, self._precision)
         suspect = reader.images(self._suspects, self._rows)
         captions = reader.tokens(self._suspects.tokens(self._rows))
-        found = {
-            "step": step,
-            "suspect_cosine": float((suspect * captions).sum(-1).double().mean()),
-            "suspect_recall": same_meaning(suspect, captions, text),
-            "proxy_accuracy": same_meaning(image, text, text),
-        }
+        figures = (
+            step, float((suspect * captions).sum(-1).double().mean()),
+            same_meaning(suspect, captions, text), same_meaning(image, text, text),
+        )  # fmt: skip
+        found = dict(zip(_LOOK, figures, strict=True))
         self.checks.append(found)
         return found
 
