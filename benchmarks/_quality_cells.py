@@ -193,7 +193,7 @@ def defended(
     model: nn.Module, defence: Defence, case: Case, work: Work
 ) -> tuple[CleanResult, PairLoader, dict[str, Any]]:
     """What a defence makes of the model, the pairs it was given, and what it took."""
-    options = {**case.model.options("clean", work.setting), **defence.options}
+    options = defence.all_options(case.model.options("clean", work.setting))
     pairs = PAIRS[defence.pairs](case, work.setting)
     given = loader(pairs, case, options.pop("batch_size"))
     clock = Clock()

@@ -19,7 +19,7 @@ from pybackdoor import (
 from pybackdoor.data import PairLoader
 
 NONE = "none"  # the model as it is
-TAUS = (0.6, 1.0, 1.5)  # of the CA/ASR curves, beside the default
+TAUS = (0.6, 1.5, 2.15)  # of the CA/ASR curves, beside the chosen one
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Defence:
     Attributes:
         method: called as ``method(model, loader, **options)``; None leaves the model as it is.
         options: its own, over those that all defences share.
+        rate: times the learning rates that all share.
         pairs: what the loader holds: "held_out" (clean pairs of the data set), "procedural" (as
             many synthetic ones) or "suspect" (the pairs that the model was trained on).
     """
@@ -36,42 +37,50 @@ class Defence:
     method: Callable[..., CleanResult] | None
     options: Mapping[str, Any] = field(default_factory=dict)
     pairs: str = "held_out"
+    rate: float = 1.0
+
+    def all_options(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """What it is called with."""
+        rates = {name: self.rate * shared[name] for name in ("lr_start", "lr") if name in shared}
+        return {**shared, **rates, **self.options}
 
     def settings(self, shared: Mapping[str, Any]) -> dict[str, Any]:
         """What its result depends on; JSON-ready."""
         if self.method is None:
             return {}
-        options = {**shared, **self.options}
-        return {"method": self.method.__name__, "pairs": self.pairs, **options}
+        named = {"method": self.method.__name__, "pairs": self.pairs}
+        return {**named, **self.all_options(shared)}
 
 
 # Models of a million weights from scratch want rates some hundred times those for a trained CLIP.
 UBT = {"lr_start": 3e-4, "lr": 3e-4, "beta": 2.0, "check_every": 10, "augment": False}
 
 
-def ubt_par_clean(model: Any, loader: PairLoader, **options: Any) -> CleanResult:
+def ubt_par_clean(model: Any, loader: PairLoader, *, tau: float, **options: Any) -> CleanResult:
     """UBT-style unlearning, then PAR on the suspect pairs without those that it suspects."""
     first = ubt_clean(model, loader, **{**options, **UBT})
     pairs = loader.pairs.subset(first.keep())
     rest = PairLoader(pairs, loader.tokenizer, batch_size=loader.batch_size, seed=options["seed"])
-    second = par_clean(first.model, rest, **options)
+    second = par_clean(first.model, rest, tau=tau, **options)
     both = {n: first.report[n] + second.report[n] for n in ("pairs_seen", "steps_done")}
     return CleanResult(second.model, second.history, {**second.report, **both})
 
 
+PAR = {"tau": 1.0}
+INVERT = {"share": 0.25, "opacity": 0.3}
+# Chosen by tune_quality.py, but UBT's, which bench_ubt.py chose.
 DEFENCES: dict[str, Defence] = {
     NONE: Defence(None),
     "finetune": Defence(finetune_clean),
-    "par": Defence(par_clean),
+    "par": Defence(par_clean, PAR),
     "cleanclip": Defence(cleanclip_clean),
     # 2 % of the pairs, as the default is of the publication's.
-    "roclip": Defence(roclip_clean, {"pool_size": 200}),
-    # Its step uphill goes with the learning rate: 0.05 at 7e-4 collapses to equal embeddings.
-    "ft_sam": Defence(ft_sam_clean, {"lr_start": 5e-5, "lr": 5e-6}),
-    "invert": Defence(invert_clean),
-    "invert_par": Defence(invert_clean, {"perturb": True}),
+    "roclip": Defence(roclip_clean, {"pool_size": 200}, rate=10 / 7),
+    "ft_sam": Defence(ft_sam_clean, {"rho": 0.01}),
+    "invert": Defence(invert_clean, INVERT, rate=0.5),
+    "invert_par": Defence(invert_clean, {**INVERT, **PAR, "perturb": True}, rate=0.5),
     "ubt": Defence(ubt_clean, UBT, pairs="suspect"),
-    "ubt_par": Defence(ubt_par_clean, pairs="suspect"),
-    "par_procedural": Defence(par_clean, pairs="procedural"),
+    "ubt_par": Defence(ubt_par_clean, PAR, pairs="suspect"),
+    "par_procedural": Defence(par_clean, PAR, pairs="procedural"),
     **{f"par_tau_{tau}": Defence(par_clean, {"tau": tau}) for tau in TAUS},
 }

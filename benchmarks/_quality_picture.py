@@ -15,16 +15,15 @@ from pybackdoor.plots import pyplot
 
 COLUMNS = 3
 _COLOURS = 48  # of the picture's palette: an eighth of the bytes
-_PAR_TAU = 2.15  # par_clean's default
 _MARKERS = "so^vDP*Xd<>h"
 
 
 def taus() -> dict[str, float]:
     """The defences that are PAR on held-out pairs, by rising tau."""
     found = {
-        name: d.options.get("tau", _PAR_TAU)
+        name: d.options["tau"]
         for name, d in DEFENCES.items()
-        if d.method is par_clean and d.pairs == "held_out" and not set(d.options) - {"tau"}
+        if d.method is par_clean and d.pairs == "held_out" and set(d.options) == {"tau"}
     }
     return dict(sorted(found.items(), key=lambda item: item[1]))
 

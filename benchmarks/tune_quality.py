@@ -13,7 +13,6 @@ benchmarks/results/quality_tuning.json; the winners are written into _quality_de
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import sys
@@ -51,21 +50,29 @@ def rates(*starts: float) -> list[dict[str, Any]]:
 
 
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
-    "finetune": rates(*RATES),
+    "finetune": [*rates(*RATES), *({**rate, "augment": False} for rate in rates(1.4e-3))],
     "par": [
         *rates(*RATES),
         *({**rate, "tau": tau} for tau in (1.0, 1.5) for rate in rates(1.4e-3, 2e-3)),
+        *(
+            {**rate, **more, "augment": False}
+            for more in ({}, {"tau": 1.0})
+            for rate in rates(1.4e-3)
+        ),
     ],
     "cleanclip": rates(7e-4, 1.4e-3, 2e-3),
-    "roclip": rates(7e-4, 1.4e-3, 2e-3),
-    "ft_sam": rates(1e-5, 2e-5, 5e-5),
-    "invert": [
-        {**rate, **more}
-        for rate, more in itertools.product(
-            rates(1.4e-3, 2e-3), ({}, {"share": 0.25}, {"every": 100, "inversion_steps": 300})
-        )
+    "roclip": [{**rate, "pool_size": 200} for rate in rates(7e-4, 1.4e-3, 2e-3)],
+    "ft_sam": [
+        *rates(1e-5, 2e-5, 5e-5),
+        *({**rate, "rho": rho} for rho in (0.002, 0.01) for rate in rates(1.4e-3)),
     ],
-    "invert_par": rates(1.4e-3, 2e-3),
+    "invert": [
+        *({**rate, "opacity": 0.3} for rate in rates(7e-4, 1.4e-3)),
+        *({**rate, "opacity": 0.3, "share": 0.25} for rate in rates(7e-4)),
+        *rates(7e-4, 1.4e-3),
+        *({**rate, "share": 0.25} for rate in rates(1.4e-3)),
+        *({**rate, "every": 100, "inversion_steps": 300} for rate in rates(1.4e-3)),
+    ],
 }
 
 
@@ -78,9 +85,8 @@ class Trial:
     model: Model
 
     def trying(self) -> Defence:
-        defence = DEFENCES[self.defence]
-        options = {**defence.options, **CANDIDATES[self.defence][self.candidate]}
-        return dataclasses.replace(defence, options=options)
+        method = DEFENCES[self.defence].method
+        return Defence(method, CANDIDATES[self.defence][self.candidate])
 
     def settings(self, setting: Setting) -> dict[str, Any]:
         options = self.trying().settings(self.model.options("clean", setting))

@@ -100,6 +100,7 @@ def test_a_row_holds_what_evaluate_finds_and_what_was_used(tiny):
     before = cells_module.trained(BADNET, work)
     options = {k: v for k, v in TINY.clean.items() if k != "batch_size"}
     loader = cells_module.loader(case.parts.held_out, case, TINY.clean["batch_size"])
+    options |= DEFENCES["par"].options
     after = par_clean(before, loader, seed=0, device="cpu", progress=False, **options).model
     found = evaluate(
         after, case.parts.test, tokenizer=case.loaded.tokenizer, trigger=BADNET.spec(TINY),
@@ -252,8 +253,8 @@ def test_ubt_then_par_cleans_on_what_is_not_suspicious(tiny, monkeypatch):
     monkeypatch.setattr(_quality_defences, "ubt_clean", ubt)
     monkeypatch.setattr(_quality_defences, "par_clean", par)
     loader = cells_module.loader(pairs, case, 16)
-    found = _quality_defences.ubt_par_clean(None, loader, seed=3, lr=0.5)
+    found = _quality_defences.ubt_par_clean(None, loader, tau=1.0, seed=3, lr=0.5)
     assert found.model == "clean" and found.report == {"pairs_seen": 12, "steps_done": 5}
     assert seen["ubt"] == {"seed": 3, **_quality_defences.UBT}
     ids = pairs.ids[np.arange(0, 60, 2)].tolist()
-    assert seen["par"] == ("forgotten", ids, 16, {"seed": 3, "lr": 0.5})
+    assert seen["par"] == ("forgotten", ids, 16, {"tau": 1.0, "seed": 3, "lr": 0.5})

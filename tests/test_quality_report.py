@@ -127,7 +127,7 @@ ROWS = [
     row("sig", "none", 1, 0.7, 0.9),
     row("sig", "par", 0, 0.7, 0.2),
     row("sig", "par", 1, 0.6, 0.4),
-    row("sig", "par_tau_1.0", 0, 0.65, 0.3),
+    row("sig", "par_tau_2.15", 0, 0.65, 0.3),
     row("wanet", "none", 0, 0.8, 0.4, NOT_INSTALLED),
     {k: v for k, v in row("wanet", "par", 0, 0.0, status=NOT_INSTALLED).items() if k != "ca"},
 ]
@@ -176,7 +176,7 @@ def test_the_report_means_over_seeds_and_leaves_out_what_is_stale(work, tmp_path
 
 def test_the_curve_is_par_by_rising_tau():
     assert list(taus().items()) == [
-        ("par_tau_0.6", 0.6), ("par_tau_1.0", 1.0), ("par_tau_1.5", 1.5), ("par", 2.15)
+        ("par_tau_0.6", 0.6), ("par", 1.0), ("par_tau_1.5", 1.5), ("par_tau_2.15", 2.15)
     ]  # fmt: skip
 
 
