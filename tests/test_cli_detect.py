@@ -16,6 +16,7 @@ from shard_files import samples, write_shard
 
 import pybackdoor
 from pybackdoor.cli import main
+from pybackdoor.cli.detect import _fall
 from pybackdoor.data import pairs_from_csv, pairs_from_parquet
 from pybackdoor.detect.outputs import sample_key
 from pybackdoor.models import create, save
@@ -161,8 +162,11 @@ def test_fragility_leaves_out_as_many_as_it_finds(world, run, tmp_path, monkeypa
         code == 0 and "scored by fragility, 6 of the word 'a' found suspicious; the 6 most" in out
     )
     assert "poison of another word than 'a'" in out
+    assert "lose 0% of their match, beyond others of that word: too little to speak" in out
+    assert "lose 50% of their match, beyond others of that word, as poison does" in _fall(0.5)
     answer = json.loads((tmp_path / "out" / "detection.json").read_text())
     assert answer["left_out"] == 6 and answer["kept"] == N - 6
+    assert answer["settings"].pop("fall") == 0  # their captions do not match
     assert answer["settings"] == {"k": 6, "precision": "fp32", "found": 6, "word": "a"}
     assert run(*base, "--top", 9)[0] == 0
     assert len(table(tmp_path / "out" / "kept.csv")) == 1 + N - 9

@@ -306,7 +306,7 @@ def test_overfitting_ranks_where_no_scores_are_given():
 
 
 def test_so_many_suspects_that_nothing_is_left_to_keep(monkeypatch):
-    found = Fragile(SCORES, 300, "blue", [])
+    found = Fragile(SCORES, 300, "blue", 1.0)
     monkeypatch.setattr(sys.modules["pybackdoor.methods.ubt"], "fragility", lambda *_: found)
     open_gate = {"k": None, "gate_excess": -2.0, "gate_p": 0.99}
     with pytest.raises(ValueError, match="must hold at least 610 pairs, the 300 of D_sus"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,16 +76,23 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
         return np.pad(lost, ((0, 0), (0, 7)))[rows]
 
     monkeypatch.setattr(module, "losses", seen)
-    scores, found, word, rivals = fragility(None, image, every, k)
+    reader = SimpleNamespace(captions=lambda s: image[:1].expand(len(s.different), -1))
+    scores, found, word, share = fragility(reader, image, every, k)
     classes, names = caption_classes(every, whole=False)
     green = classes == classes[poison[0]]
-    assert word == names[classes[poison[0]]] and len(rivals) == 2 and max(rivals) < 0.3
+    assert word == names[classes[poison[0]]]
+    own, best = np.flatnonzero(green), top(scores, found)
+    inside = np.isin(own, best)
+    more = (lost[own[inside]].mean(0) - lost[own[~inside]].mean(0)).max()
+    cosine = (image @ image[0]).numpy()[best].mean()
+    assert share == pytest.approx(more / cosine, abs=1e-6) and share > 0.8
     assert found == k if k else abs(found - 25) <= 5
     assert len(set(top(scores, found)) & set(poison)) >= 20
     assert scores[green].min() > scores[~green].max()
     assert len(looked[0]) == 3 * min(sample, 100)
-    assert set(looked[0]) | set(looked[1]) >= set(np.flatnonzero(green))
-    assert not set(looked[0]) & set(looked[1]) and len(looked[1]) == 100 - min(sample, 100)
+    assert set(np.concatenate(looked)) >= set(np.flatnonzero(green))
+    for more in looked[1:]:
+        assert not set(looked[0]) & set(more) and len(more) == 100 - min(sample, 100)
 
 
 @pytest.mark.parametrize("sought", [30, 60, 200])
@@ -168,15 +176,33 @@ def test_lost_cosines_are_those_of_the_views_one_by_one():
     assert losses(reader, reader.images(every), every, few[:0]).shape == (0, 15)
 
 
-def test_the_gate_wants_more_than_other_words_show():
-    every, image, lost, poison = colourful()
+def test_the_gate_wants_the_match_to_be_lost():
+    every, image, _, poison = colourful()
     alone = gate(image, every, poison, sets=99, excess=0.3)
-    assert alone.fires and alone.rivals is None and "other words" not in alone.describe()
-    low, high = (
-        gate(image, every, poison, sets=99, excess=0.3, rivals=r) for r in ([0.1, 0.3], [0.9])
-    )
-    assert low.fires and low.rivals == pytest.approx(0.2) and not high.fires
-    assert "picks of other words 0.900" in high.describe()
+    assert alone.fires and alone.fall is None and "loss" not in alone.describe()
+    low, high = (gate(image, every, poison, sets=99, excess=0.3, fall=f) for f in (0.3, 0.35))
+    assert not low.fires and high.fires and high.fall == 0.35
+    assert "loss of match once disturbed 35%" in high.describe()
+    assert "an excess of at least 0.3, a loss of 33%)" in high.describe()
+    loose = gate(image, every, poison, sets=99, excess=0.3, fall=0.3, least_fall=0.2)
+    assert loose.fires
+
+
+@pytest.mark.parametrize(("stands_out", "looks"), [(-2.0, 1), (2.0, 3)])
+def test_no_more_words_are_looked_at_whole_once_one_stands_out(monkeypatch, stands_out, looks):
+    every, image, lost, _ = colourful()
+    for name, value in (("_SAMPLE", 40), ("_FEW", 8), ("_STANDS_OUT", stands_out)):
+        monkeypatch.setattr(module, name, value)
+    looked = []
+
+    def seen(reader, image, suspects, rows, progress):
+        looked.append(len(rows))
+        return np.pad(lost, ((0, 0), (0, 7)))[rows]
+
+    monkeypatch.setattr(module, "losses", seen)
+    reader = SimpleNamespace(captions=lambda s: image[:1].expand(len(s.different), -1))
+    fragility(reader, image, every, 25)
+    assert looked == [120] + [60] * looks
 
 
 def test_fragility_wants_a_word_of_twice_k_pairs():

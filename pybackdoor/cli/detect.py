@@ -17,6 +17,7 @@ from ..files import writable_folder, write_json
 from ..manifest import Manifest
 from ..models import load
 from ..options import REQUIRED, UsageError, option
+from ..ubt.gate import LEAST_FALL
 from . import inputs
 from .configs import ModelOptions, PairOptions, PromptOptions
 
@@ -158,11 +159,20 @@ def _text(answer: dict[str, Any], result: DetectionResult, pairs: Pairs) -> str:
     if result.broken:
         where = "" if pairs.ledger is None else f": see {pairs.ledger.path}"
         lines.append(f"{len(result.broken):,} pairs have no usable image, so no score{where}")
+    if takes == "views":
+        lines.append(_fall(settings["fall"]))
     if "measures" in answer:
         lines.append(_judged(answer))
     lines += ["", "Look at suspects.png: what do these pictures share that their captions do not?"]
     lines += _not_shown(answer, result, takes)
     return "\n".join(lines)
+
+
+def _fall(fall: float) -> str:
+    told = f"Once disturbed they lose {fall:.0%} of their match, beyond others of that word"
+    if fall < LEAST_FALL:
+        return f"{told}: too little to speak for poison, which loses {LEAST_FALL:.0%} or more."
+    return f"{told}, as poison does."
 
 
 def _judged(answer: dict[str, Any]) -> str:

@@ -161,7 +161,8 @@ def detect_samples(
         progress: show bars; None = on a terminal.
     Returns:
         Scores aligned with the pairs. For fragility the settings also say how many pairs are
-        suspicious, "found", and by which "word".
+        suspicious, "found", by which "word", and the "fall", the share of their match that they
+        lose once disturbed, beyond others of the word: below a third nothing speaks for poison.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
@@ -200,7 +201,7 @@ def detect_samples(
     if chosen.takes == "views":
         found = chosen.function(reader, reading.images, suspects, k, progress)
         scores[reading.rows] = found.scores
-        settings |= {"found": found.k, "word": found.word}
+        settings |= {"found": found.k, "word": found.word, "fall": found.fall}
     elif reading.images is not None:
         device = next(model.parameters()).device
         scores[reading.rows] = among_neighbours(

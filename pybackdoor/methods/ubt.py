@@ -60,7 +60,7 @@ from ..ubt.weak import RANKINGS, check_pool, one_of, weak_pool
 
 # Excess of cohesion that the gate wants of each ranking: above what clean models show, of which few
 # were looked at (benchmarks/bench_ubt.py --gate-only calibrates).
-EXCESS = {"gain": 0.1, "cosine": 0.3, "fragility": 0.2, "scores": 0.1}
+EXCESS = {"gain": 0.1, "cosine": 0.3, "fragility": 0.1, "scores": 0.1}
 LEFT_OUT = 2  # times k: how many of the most suspicious pairs R does without
 _HELD_OUT = 0.2  # share of D_sus that only judges
 _PROXY = 512  # pairs of R that only judge
@@ -216,9 +216,9 @@ def ubt_clean(
     reader = Reader(before, rules, precision)
     image = reader.images(suspects)
 
-    rivals: list[float] = []
+    fall: float | None = None
     if ranked_by == "fragility":
-        score, sought, _, rivals = fragility(reader, image, suspects, k, progress)
+        score, sought, _, fall = fragility(reader, image, suspects, k, progress)
     elif score is None:
         captions = reader.captions(suspects)
         cosines = pair_cosines(image, captions, suspects)
@@ -234,8 +234,7 @@ def ubt_clean(
     chosen = Ranks.start(device).from_first(top(score, sought).tolist())  # one choice on all ranks
     chosen, k = np.array(chosen), len(chosen)
     judged = gate(
-        image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed,
-        rivals=rivals,
+        image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed, fall=fall,
     )  # fmt: skip
     own = {
         "k": k, "ranked_by": ranked_by, "weak_share": weak_share,

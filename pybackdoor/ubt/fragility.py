@@ -6,7 +6,7 @@ while an image of what its caption says stays one in every view. Hard clean imag
 But the poison is of one word and of one kind: within each word's pairs, the k that lose most in one
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
 the next seed, and so on; of all words and views the most cohesive k pairs win. A sample of a word's
-pairs is enough to compare words; of the most suspicious one all pairs are looked at. How many are
+pairs is enough to compare words; of the most suspicious ones all pairs are looked at. How many are
 poisoned shows in how far the k highest stand off from the rest: farthest where k is their number.
 Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.06531).
 """
@@ -32,6 +32,7 @@ _ANGLE = math.radians(15)
 _ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
 _WHOLE = 6  # views of the whole image; the others each cover a part of it
 _SAMPLE, _FEW = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
+_STANDS_OUT = 0.2  # more cohesive by so much than other words' samples: no need to look at these
 _LEAST = 5  # pairs whose cohesion says something
 _STREAM = 0x66726167
 _ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
@@ -47,13 +48,15 @@ class Fragile(NamedTuple):
             deviations of the rest of them; others rank below.
         k: how many are suspicious.
         word: that they have in common, as people read it.
-        rivals: how cohesive the most cohesive pairs of each other word are, in [-1, 1].
+        fall: in the view that tells them most apart, how much more they lose on average than the
+            other pairs of their word, as a share of their cosine. Of poison, which nothing but the
+            trigger ties to the word, about half and more; picks of a clean model lose little.
     """
 
     scores: np.ndarray
     k: int
     word: str
-    rivals: list[float]
+    fall: float
 
 
 def fragility(
@@ -65,7 +68,8 @@ def fragility(
 ) -> Fragile:
     """Rank the pairs of the most suspicious word.
 
-    Costs 15 views of a sample of each word's pairs, and of all pairs of the most suspicious one.
+    Costs 15 views of a sample of each word's pairs, and of all pairs of the most suspicious words:
+    of one or two that stand out, of half the words where none does.
 
     Args:
         k: pairs sought; None: 256, then as many as stand off farthest. Words that fewer than 2 k
@@ -96,15 +100,38 @@ def fragility(
         share = len(sample) / (len(sample) + len(rest))
         few = max(_LEAST, round(sought * share))
         tight.append(picked(image[torch.from_numpy(sample)], part, few).tight)
-    at = int(np.argmax(tight))
-    own = np.concatenate(words[at])
-    lost = np.concatenate([parts[at], losses(reader, image, suspects, words[at][1], progress)])
-    _, seen, height = picked(image[torch.from_numpy(own)], lost, sought)
+    best: tuple[float, int, np.ndarray, np.ndarray, Picked] | None = None
+    for at in sorted(range(len(words)), key=lambda i: -tight[i])[: _most(len(words))]:
+        if best is not None and best[0] - tight[at] >= _STANDS_OUT:
+            break
+        own = np.concatenate(words[at])
+        lost = np.concatenate([parts[at], losses(reader, image, suspects, words[at][1], progress)])
+        found = picked(image[torch.from_numpy(own)], lost, sought)
+        if best is None or found.tight > best[0]:
+            best = found.tight, at, own, lost, found
+    assert best is not None
+    _, at, own, lost, (_, seen, height) = best
     if k is None:
         height, sought = _grown(seen, height, sought)
     scores = np.full(len(image), height.min() - 1)
     scores[own] = height
-    return Fragile(scores, sought, names[large[at]], tight[:at] + tight[at + 1 :])
+    captions = reader.captions(suspects)[torch.from_numpy(suspects.caption[own])]
+    cosine = (image[torch.from_numpy(own)] * captions).sum(-1).double().numpy()
+    return Fragile(scores, sought, names[large[at]], fall(lost, cosine, top(height, sought)))
+
+
+def fall(lost: np.ndarray, cosine: np.ndarray, chosen: np.ndarray) -> float:
+    """See ``Fragile``; [n, views] and [n] of one word's pairs, [k] rows. 0 without a match."""
+    inside = np.zeros(len(lost), bool)
+    inside[chosen] = True
+    more = (lost[inside].mean(0) - lost[~inside].mean(0)).max()
+    match = cosine[inside].mean()
+    return float(more / match) if match > 0 else 0.0
+
+
+def _most(words: int) -> int:
+    """How many words are looked at whole where none stands out."""
+    return max(3, math.ceil(words / 2))
 
 
 def _enough(size: int, k: int) -> int:

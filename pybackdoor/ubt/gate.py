@@ -12,16 +12,15 @@ Statistic: the mean pairwise cosine of the image features, each taken relative t
 class (over the pairs not in D_sus) and brought to unit length. Without that, images of one class
 are so alike that a trigger hardly adds to it. The p-value is (1 + sets that reach the statistic) /
 (1 + sets). Top picks of a clean model are also more alike than random ones, since they are picked:
-the gate therefore asks, besides p, for an excess over the sets' mean of at least ``excess``, a
-threshold above what clean models show; where the ranking says how cohesive its picks of other words
-are, those rivals' mean counts as well.
+the gate therefore asks, besides p, for an excess over the sets' mean of at least ``excess``. And
+images that are alike, as of one make of car, are no poison: a ranking that knows how much of their
+match the picks lose once disturbed gives that fall, of which at least ``least_fall`` is wanted.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +31,7 @@ from torch.nn.functional import normalize
 from .suspects import Suspects
 from .words import WordReader
 
+LEAST_FALL = 1 / 3  # poison showed 0.5 and more, clean models' picks about 0.2
 CLASS = 20  # pairs that must share a caption or a word for it to be a class
 _STREAM = 0x67617465
 
@@ -41,13 +41,14 @@ class Gate:
     """Whether the suspicious pairs belong together.
 
     Attributes:
-        fires: p <= alpha, and the statistic exceeds matched and rivals by excess.
+        fires: p <= alpha, the statistic exceeds matched by excess, and fall is at least least_fall.
         statistic: mean pairwise cosine of their centred image features, in [-1, 1].
         matched, spread: mean and standard deviation of the random sets' statistics.
-        rivals: mean statistic of the picks of other words; None where there are none.
         p: of as large a statistic among the random sets.
         sets: how many random sets were drawn.
-        alpha, excess: the thresholds.
+        fall: share of their cosine that the suspicious pairs lose beyond others of their word
+            (``fragility.Fragile``); None where the ranking does not say.
+        alpha, excess, least_fall: the thresholds.
         classes: of the suspicious captions, by size: (word, pairs).
     """
 
@@ -55,21 +56,26 @@ class Gate:
     statistic: float
     matched: float
     spread: float
-    rivals: float | None
     p: float
     sets: int
+    fall: float | None
     alpha: float
     excess: float
+    least_fall: float
     classes: tuple[tuple[str, int], ...]
 
     def describe(self) -> str:
         """One line for people."""
         word = "fires" if self.fires else "does not fire"
-        rivals = "" if self.rivals is None else f", picks of other words {self.rivals:.3f}"
+        if self.fall is None:
+            lost, wanted = "", f"an excess of at least {self.excess:g}"
+        else:
+            lost = f", loss of match once disturbed {self.fall:.0%}"
+            wanted = f"an excess of at least {self.excess:g}, a loss of {self.least_fall:.0%}"
         return (
             f"gate {word}: mean pairwise image cosine {self.statistic:.3f}, matched random sets "
-            f"{self.matched:.3f} ± {self.spread:.3f}{rivals}, p = {self.p:.3g} (wanted p <= "
-            f"{self.alpha:g} and an excess of at least {self.excess:g})"
+            f"{self.matched:.3f} ± {self.spread:.3f}, p = {self.p:.3g}{lost} (wanted p <= "
+            f"{self.alpha:g}, {wanted})"
         )
 
 
@@ -152,7 +158,8 @@ def gate(
     alpha: float = 0.01,
     excess: float = 0.1,
     seed: int = 0,
-    rivals: Sequence[float] = (),
+    fall: float | None = None,
+    least_fall: float = LEAST_FALL,
 ) -> Gate:
     """Compare the chosen pairs with random sets of the same captions; see the file's beginning."""
     check_gate(sets, alpha, excess)
@@ -163,10 +170,10 @@ def gate(
     others = np.array([cohesion(rows[torch.from_numpy(draw)]) for draw in draws])
     p = (1 + int((others >= found).sum())) / (1 + sets)
     sizes = Counter(classes[chosen].tolist()).most_common()
-    floor = max([float(others.mean()), *([float(np.mean(rivals))] if rivals else [])])
+    alike = p <= alpha and found - float(others.mean()) >= excess
     return Gate(
-        p <= alpha and found - floor >= excess, found, float(others.mean()), float(others.std()),
-        float(np.mean(rivals)) if rivals else None, p, sets, alpha, excess,
+        alike and (fall is None or fall >= least_fall), found, float(others.mean()),
+        float(others.std()), p, sets, fall, alpha, excess, least_fall,
         tuple((names[number], count) for number, count in sizes),
     )  # fmt: skip
 
