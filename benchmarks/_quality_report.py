@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _quality_ubt
 from _common import machine
 from _quality_cells import NO_ATTACK, NOT_INSTALLED, Work
 from _quality_defences import DEFENCES, NONE
@@ -92,6 +93,7 @@ def write_report(work: Work, out: Path) -> list[Path]:
         drawn = draw(own, picture)
         parts.append(section(data, arch, own, work.setting, picture.name if drawn else None))
         written += [picture] * drawn
+    parts += _quality_ubt.sections(results.parent)
     tuned = results.with_name("quality_tuning.json")
     if tuned.exists():
         parts += [CHOICE, chosen_settings(json.loads(tuned.read_text()))]

@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import _quality_summary as summary  # noqa: E402
+import _quality_ubt  # noqa: E402
 import tune_quality  # noqa: E402
 from _quality_cells import INSTALLED, NO_ATTACK, NOT_INSTALLED  # noqa: E402
 from _quality_setting import TINY  # noqa: E402
@@ -106,3 +107,40 @@ def test_an_attack_that_did_not_install_is_not_tuned_on(tmp_path, monkeypatch, c
     arguments = ["--work", str(tmp_path), "--json", str(tmp_path / "t.json")]
     assert tune_quality.main(arguments, setting) == 1
     assert "attack did not install" in capsys.readouterr().out
+
+
+def gated(fires, fall, statistic=0.5):
+    return {"fires": fires, "fall": fall, "statistic": statistic, "matched": 0.1}
+
+
+def test_the_ubt_tables_hold_what_was_measured(tmp_path):
+    assert _quality_ubt.sections(tmp_path) == []
+    value = lambda x: {"value": x}  # noqa: E731
+    after = {"ca": value(0.7), "asr_nontarget": value(0.01)}
+    cell = {
+        "attack": "sig", "arch": "resnet", "status": INSTALLED, "k": 350, "rate": 0.01,
+        "ca": value(0.71), "asr_nontarget": value(0.99), "par": {"after": after, "cpu_seconds": 50},
+        "runs": {
+            "fragility": {"gate": gated(True, 0.6), "precision_at_k": 1.0, "after": after,
+                          "cpu_seconds": 40.4},
+            "dao": {"gate": gated(False, None), "precision_at_k": 0.006, "cpu_seconds": 9},
+        },
+    }  # fmt: skip
+    failed = {**cell, "attack": "badnet", "status": NOT_INSTALLED}
+    (tmp_path / "ubt.json").write_text(json.dumps({"cells": [cell, failed]}))
+    text, rows = _quality_ubt.sections(tmp_path)
+    assert "35,000 CIFAR-10 pairs, 1 %" in text and "k = 350" in text
+    assert "| sig (t) | fragility | 1.000 | fires | 0.60 | 71.0 | 70.0 | 99.0 | 1.0 | 40 |" in rows
+    assert "| sig (t) | dao | 0.006 | stops | - | 71.0 | - | 99.0 | - | 9 |" in rows
+    assert "| sig (t) | PAR | - | - | - | 71.0 | 70.0 | 99.0 | 1.0 | 50 |" in rows
+    assert "badnet" not in rows
+    clean = [
+        {"attack": "clean", "status": NO_ATTACK, "steps": 1500,
+         "runs": {"fragility": {"gate": gated(fires, fall)}}}
+        for fires, fall in ((False, 0.1), (True, 0.4), (False, 0.2))
+    ]  # fmt: skip
+    gates = {"cells": [*clean, {**failed, "steps": 1500}]}
+    (tmp_path / "ubt_gate.json").write_text(json.dumps(gates))
+    *_, text, rows = _quality_ubt.sections(tmp_path)
+    assert "(1500 steps)" in text and "badnet" not in rows
+    assert "| clean | fragility | 1 of 3 | 0.40 to 0.40 | 0.10 to 0.40 |" in rows

@@ -1,0 +1,98 @@
+"""What bench_ubt.py measured, as tables for the page of the quality matrix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from _quality_cells import INSTALLED
+from _quality_setting import CLEAN, TUNING
+from _tables import table
+
+FILES = ("ubt.json", "ubt_gate.json")  # below benchmarks/results
+CLEANED = """## UBT-style unlearning
+
+`python benchmarks/bench_ubt.py`: the small {arch} trained on its {planted:,} CIFAR-10 pairs,
+{rate:g} % of them poisoned; one seed, k = {k}, the number of poisoned pairs. P@k is precision =
+recall among the k most suspicious pairs by each ranking (`truth`: an oracle's), fall the share of
+their match that these lose once disturbed. `ubt_clean` has no clean pairs; PAR beside it has
+10,000. Seconds are of one core, and those of a ranking hold detection. (t): settings were chosen on
+this attack."""
+GATE = """The gate on separately trained models ({steps} steps), `bench_ubt.py --gate-only`:"""
+
+
+def sections(folder: Path) -> list[str]:
+    """The parts of the page that the files in ``folder`` give."""
+    cleaned, gate = (_read(folder / name) for name in FILES)
+    parts = [] if cleaned is None else _cleaned(cleaned)
+    return [*parts, *([] if gate is None else _gate(gate))]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _cleaned(found: dict[str, Any]) -> list[str]:
+    cells = [cell for cell in found["cells"] if cell["status"] == INSTALLED]
+    header = ["attack", "ranking", "P@k", "gate", "fall", "CA before", "CA", "ASR before", "ASR"]
+    rows = [row for cell in cells for row in _rows(cell)]
+    first = cells[0]
+    about = CLEANED.format(
+        arch=first["arch"], planted=round(first["k"] / first["rate"]), k=first["k"],
+        rate=100 * first["rate"],
+    )  # fmt: skip
+    return [about, table([*header, "seconds"], rows)]
+
+
+def _rows(cell: dict[str, Any]) -> Iterable[list[str]]:
+    name = f"{cell['attack']} (t)" if cell["attack"] in TUNING else cell["attack"]
+    runs = list(cell["runs"].items())
+    if "par" in cell:
+        runs.append(("PAR", cell["par"]))
+    for ranking, run in runs:
+        gate, after = run.get("gate"), run.get("after")
+        yield [
+            name,
+            ranking,
+            f"{run['precision_at_k']:.3f}" if "precision_at_k" in run else "-",
+            "-" if gate is None else "fires" if gate["fires"] else "stops",
+            "-" if gate is None or gate["fall"] is None else f"{gate['fall']:.2f}",
+            _percent(cell["ca"]),
+            "-" if after is None else _percent(after["ca"]),
+            _percent(cell["asr_nontarget"]),
+            "-" if after is None else _percent(after["asr_nontarget"]),
+            f"{run['cpu_seconds']:.0f}",
+        ]
+
+
+def _percent(estimate: dict[str, float]) -> str:
+    return f"{100 * estimate['value']:.1f}"
+
+
+def _gate(found: dict[str, Any]) -> list[str]:
+    """How often each ranking's gate fires, on models without and with a backdoor."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for cell in found["cells"]:
+        if cell["attack"] == CLEAN or cell["status"] == INSTALLED:
+            for ranking, run in cell["runs"].items():
+                groups.setdefault((cell["attack"], ranking), []).append(run["gate"])
+    rows = [
+        [
+            attack,
+            ranking,
+            f"{sum(gate['fires'] for gate in gates)} of {len(gates)}",
+            _reach(gate["statistic"] - gate["matched"] for gate in gates),
+            _reach(gate["fall"] for gate in gates if gate["fall"] is not None),
+        ]
+        for (attack, ranking), gates in groups.items()
+    ]
+    header = ["attack", "ranking", "fires", "excess of cohesion", "fall"]
+    return [GATE.format(steps=found["cells"][0]["steps"]), table(header, rows)]
+
+
+def _reach(values: Iterable[float]) -> str:
+    """The lowest and the highest."""
+    found = sorted(values)
+    return f"{found[0]:.2f} to {found[-1]:.2f}" if found else "-"
