@@ -129,7 +129,7 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
     failed = {**cell, "attack": "badnet", "status": NOT_INSTALLED}
     (tmp_path / "ubt.json").write_text(json.dumps({"cells": [cell, failed]}))
     text, rows = _quality_ubt.sections(tmp_path)
-    assert "35,000 CIFAR-10 pairs, 1 %" in text and "k = 350" in text
+    assert "35,000 CIFAR-10 pairs, 1 % of" in " ".join(text.split()) and "k = 350" in text
     assert "| sig (t) | fragility | 1.000 | fires | 0.60 | 71.0 | 70.0 | 99.0 | 1.0 | 40 |" in rows
     assert "| sig (t) | dao | 0.006 | stops | - | 71.0 | - | 99.0 | - | 9 |" in rows
     assert "| sig (t) | PAR | - | - | - | 71.0 | 70.0 | 99.0 | 1.0 | 50 |" in rows
