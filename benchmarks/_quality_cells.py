@@ -263,7 +263,7 @@ def rebound(model: nn.Module, case: Case, work: Work) -> dict[str, Any]:
     clock = Clock()
     finetune_clean(
         model, loader(case.parts.rebound, case, options.pop("batch_size")), seed=case.model.seed,
-        device=work.device, progress=False, on_step=watch, **options,
+        device=work.device, progress=False, on_step=watch, repair=False, **options,
     )  # fmt: skip
     rates = [point["asr"] for point in found.values()]
     return {"at": found, "after": rates[-1], "highest": max(rates), **clock.read()}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from _quality_cells import INSTALLED
-from _quality_defences import DEFENCES, NONE
+from _quality_defences import DEFENCES, NONE, TAUS
 from _quality_setting import CLEAN, TUNING
 from _tables import table
 
 GONE = 0.1  # an ASR up to this is called removed
 CHEAP = 0.03  # so is a loss of CA up to this: three points
+SWEPT = tuple(f"par_tau_{tau}" for tau in TAUS)  # no choice of theirs was made on the tuning half
 HAVE = {
     "held_out": "clean pairs",
     "suspect": "the suspect training pairs alone",
@@ -46,28 +47,23 @@ class Standing(NamedTuple):
 
 
 def standings(groups: dict[tuple[str, str], list[dict]]) -> list[Standing]:
-    """Of the defences that met every untouched attack that any of them met; None's own is first.
+    """Of the defences that met every untouched attack, in every seed, that NONE's rows have.
 
     Args:
         groups: the rows of one data set and architecture by attack and defence.
     """
-    rows = {
-        key: found
-        for key, all_ in groups.items()
-        if key[0] not in (CLEAN, *TUNING) and (found := installed(all_))
-    }
-    before = {
-        (attack, row["seed"]): row["ca"]["value"]
-        for (attack, defence), found in rows.items()
-        if defence == NONE
-        for row in found
-    }
-    attacks = [attack for attack, defence in rows if defence == NONE]
+    rows: dict[str, dict[str, dict[int, dict]]] = {}  # by defence, attack and seed
+    for (attack, defence), all_ in groups.items():
+        if attack not in (CLEAN, *TUNING):
+            found = {row["seed"]: row for row in installed(all_)}
+            rows.setdefault(defence, {}).setdefault(attack, found)
+    before = {attack: own for attack, own in rows.get(NONE, {}).items() if own}
     complete = [
         defence for defence in DEFENCES
-        if attacks and all((attack, defence) in rows for attack in attacks)
+        if before and defence in rows
+        and all(set(own) <= set(rows[defence].get(attack, ())) for attack, own in before.items())
     ]  # fmt: skip
-    return [_standing(defence, attacks, rows, before) for defence in complete]
+    return [_standing(defence, rows[defence], before) for defence in complete]
 
 
 def installed(rows: Iterable[dict]) -> list[dict]:
@@ -76,27 +72,32 @@ def installed(rows: Iterable[dict]) -> list[dict]:
 
 
 def _standing(
-    defence: str,
-    attacks: list[str],
-    rows: dict[tuple[str, str], list[dict]],
-    before: dict[tuple[str, int], float],
+    defence: str, rows: dict[str, dict[int, dict]], before: dict[str, dict[int, dict]]
 ) -> Standing:
-    own = {attack: rows[attack, defence] for attack in attacks}
-    asr = {a: mean(row["asr_nontarget"]["value"] for row in found) for a, found in own.items()}
+    def per_attack(of: Callable[[dict, dict], float]) -> dict[str, float]:
+        """Each attack's mean over seeds."""
+        return {
+            attack: mean(of(rows[attack][seed], old) for seed, old in seeds.items())
+            for attack, seeds in before.items()
+        }
+
+    asr = per_attack(lambda row, old: row["asr_nontarget"]["value"])
     worst = max(asr, key=asr.__getitem__)
-    flat = [(attack, row) for attack, found in own.items() for row in found]
-    controls = [row["control_ca_loss"] for _, row in flat if row["control_ca_loss"] is not None]
+    losses = [
+        row["control_ca_loss"] for attack, seeds in before.items()
+        for row in (rows[attack][seed] for seed in seeds) if row["control_ca_loss"] is not None
+    ]  # fmt: skip
     return Standing(
         defence=defence,
         asr=mean(asr.values()),
         worst=worst,
         worst_asr=asr[worst],
         gone=sum(value <= GONE for value in asr.values()),
-        attacks=len(attacks),
-        ca_loss=mean(before[attack, row["seed"]] - row["ca"]["value"] for attack, row in flat),
-        control=mean(controls) if controls else None,
-        rebound=mean(row["rebound"]["highest"] for _, row in flat),
-        seconds=mean(row["cpu_seconds"] for _, row in flat),
+        attacks=len(before),
+        ca_loss=mean(per_attack(lambda row, old: old["ca"]["value"] - row["ca"]["value"]).values()),
+        control=mean(losses) if losses else None,
+        rebound=mean(per_attack(lambda row, old: row["rebound"]["highest"]).values()),
+        seconds=mean(per_attack(lambda row, old: row["cpu_seconds"]).values()),
     )
 
 
@@ -114,9 +115,9 @@ def summary(groups: dict[tuple[str, str], list[dict]]) -> str | None:
     parts = [
         INTRODUCTION.format(gone=GONE).replace("\n", " "),
         table([*header, "rebound", "seconds"], map(_line, found)),
-        *_advice([one for one in found if one.defence != NONE]),
+        *_advice([one for one in found if one.defence not in (NONE, *SWEPT)]),
     ]
-    left = _left(groups, [one.defence for one in found])
+    left = _left(groups, [one.defence for one in found if one.defence not in SWEPT])
     return "\n\n".join([*parts, *left])
 
 
@@ -181,7 +182,11 @@ def chosen_settings(tuning: dict[str, Any]) -> str:
 
 
 def candidate(one: dict[str, Any]) -> list[str]:
-    options = ", ".join(f"{name} {value:.2g}" for name, value in one["options"].items())
+    options = ", ".join(f"{name} {_number(value)}" for name, value in one["options"].items())
     figures = [f"{100 * one[name]:.1f}" for name in ("ca_loss", "asr")]
     taken = "chosen" if one["chosen"] else ""
     return [one["defence"], options, *figures, f"{one['cpu_seconds']:.0f}", taken]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)

@@ -15,7 +15,7 @@ clean pairs; under "truth" also with random words of the same share, and, given 
 the words forgotten on the suspicious patches alone: trigger_kept is the share of the trigger's
 pixels that lie in these. PAR on the matrix's 10,000 clean pairs stands beside it, for time and
 pairs. A clean model's cell has the gate alone. Models are kept in --work, cells in --json as they
-come; what is there is not computed again.
+come; what is there, by the same settings, is not computed again.
 
 Settings were chosen on the attacks marked tuning. An attack whose ASR is not above 90 % says so
 (status) and is not cleaned.
@@ -52,14 +52,26 @@ from _quality_cells import (
     trained,
 )
 from _quality_models import ARCHITECTURES
-from _quality_setting import ATTACKS, CLEAN, FULL, TINY, TRAIN, TUNING, Cell, Model, Setting
+from _quality_setting import (
+    ATTACKS,
+    BADCLIP,
+    CLEAN,
+    FULL,
+    TINY,
+    TRAIN,
+    TUNING,
+    Cell,
+    Model,
+    Setting,
+    short_hash,
+)
 from torch import nn
 
 import pybackdoor
 from pybackdoor.files import write_json
 from pybackdoor.methods.ubt import UbtResult
 from pybackdoor.ubt import WordReader, localise
-from pybackdoor.ubt.localise import portions
+from pybackdoor.ubt.localise import Mentions, portions
 from pybackdoor.ubt.region import cover
 
 RATE, STEPS = 0.01, 4000
@@ -94,19 +106,30 @@ def scores_of(ranking: str, model: nn.Module, pairs: Any, truth: np.ndarray, cas
 
 
 def random_words(reader, suspects, chosen, **options):
-    """Stage D with words drawn at random, as many in each caption as it keeps."""
+    """Stage D with words drawn at random, as many in each caption, and in all, as it keeps."""
     found = localise(reader, suspects, chosen, **options)
     rng = np.random.default_rng(0)
     kept = [rng.permutation(own) for own in found.kept]
-    rows = suspects.tokens(chosen)
-    blind = portions(WordReader(suspects.tokenizer), rows, found.words, kept)
-    return dataclasses.replace(found, kept=kept, portions=blind)
+    rows, split = suspects.tokens(chosen), WordReader(suspects.tokenizer)
+    held = {
+        word.key
+        for own, keep in zip(found.words, kept, strict=True)
+        for word, kept_it in zip(own, keep, strict=True)
+        if kept_it
+    }
+    drawn = rng.permutation(sorted(held))[: sum(token.enriched for token in found.tokens)]
+    return dataclasses.replace(
+        found, kept=kept, portions=portions(split, rows, found.words, kept),
+        mentions=Mentions(split, set(drawn)),
+    )  # fmt: skip
 
 
 class Planted:
     """One model, the pairs it was trained on, and which of them are poisoned."""
 
     def __init__(self, model: Model, work: Work) -> None:
+        if model.attack == BADCLIP:
+            train_model(model.clean, work)  # its patch is found on that one
         self.record = train_model(model, work)
         self.work, self.case = work, case_of(model, work)
         self.model = trained(model, work)
@@ -122,9 +145,9 @@ class Planted:
         """One run of ubt_clean and its figures."""
         clock = Clock()
         scores = scores_of(ranking, self.model, self.pairs, self.truth, self.case)
-        own = {"rank": ranking} if ranking in OWN else {}
+        own = {"k": self.k, **({"rank": ranking} if ranking in OWN else {})}
         result = pybackdoor.ubt_clean(
-            self.model, loader(self.pairs, self.case, TRAIN["batch_size"]), k=self.k, scores=scores,
+            self.model, loader(self.pairs, self.case, TRAIN["batch_size"]), scores=scores,
             seed=self.case.model.seed, device=self.work.device, **{**UBT, **own, **more},
         )  # fmt: skip
         gate = result.report["gate"]
@@ -169,12 +192,14 @@ def compute(job: tuple[Model, Work, tuple[str, ...], bool, float | None]) -> dic
     names = ("attack", "arch", "seed", "rate", "half", "status", "ca", "asr_nontarget")
     cell = {name: made.record.get(name) for name in names}
     cell |= {"steps": work.setting.train[model.data]["steps"], "k": made.k, "runs": {}}
+    cell["of"] = settings_hash(rankings, gate_only, image_share)
+    some = {"steps": 1, "k": None} if gate_only else {}
     attacked = model.attack != CLEAN
     if attacked and made.record["status"] != INSTALLED:
         return cell
     for ranking in rankings:
         if attacked or ranking != "truth":
-            cell["runs"][ranking] = made.run(ranking, **({"steps": 1} if gate_only else {}))
+            cell["runs"][ranking] = made.run(ranking, **some)
     if attacked and not gate_only:
         with mock.patch("pybackdoor.methods.ubt.localise", random_words):
             cell["runs"]["truth, random words"] = made.run("truth")
@@ -182,6 +207,11 @@ def compute(job: tuple[Model, Work, tuple[str, ...], bool, float | None]) -> dic
             cell["runs"]["truth, image side"] = made.run("truth", image_share=image_share)
         cell["par"] = made.par()
     return cell
+
+
+def settings_hash(rankings: Any, gate_only: bool, image_share: float | None) -> str:
+    """Of what a cell depends on besides its model."""
+    return short_hash({"ubt": UBT, "of": [list(rankings), gate_only, image_share]})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -195,20 +225,26 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--image-share", type=float, help="of the patches; with --arch vit")
     options.add_argument("--seeds", type=int, default=1, help="0 to this, of each attack")
     options.add_argument("--steps", type=int, default=STEPS, help=f"of training ({STEPS})")
-    options.add_argument("--rankings", nargs="+", default=RANKINGS)
-    options.add_argument("--gate-only", action="store_true", help="one step of unlearning at most")
+    options.add_argument("--rankings", nargs="+", help=f"default: {' '.join(RANKINGS)}")
+    options.add_argument(
+        "--gate-only", action="store_true",
+        help="by fragility, k found, as a user would; one step of unlearning at most",
+    )  # fmt: skip
     options.add_argument("--jobs", type=int, default=1, help="processes, a thread each")
     options.add_argument("--device", default="cpu")
     options.add_argument("--tiny", action="store_true", help="a self-check that shows nothing")
     chosen = options.parse_args(arguments)
     if chosen.image_share is not None and chosen.arch != "vit":
         options.error(f"--image-share needs --arch vit, got {chosen.arch}")
+    if chosen.rankings is None:
+        chosen.rankings = ["fragility"] if chosen.gate_only else list(RANKINGS)
     data, setting = setting_of(chosen.tiny, chosen.steps)
     work = Work(chosen.work, setting, chosen.device)
     cells = json.loads(chosen.json.read_text())["cells"] if chosen.json.exists() else []
-    done = {
-        (cell.get("arch", "resnet"), cell["attack"], cell["seed"], cell["steps"]) for cell in cells
-    }
+    about = settings_hash(chosen.rankings, chosen.gate_only, chosen.image_share)
+    if any(cell["of"] != about for cell in cells):
+        options.error(f"{chosen.json} holds cells of other settings: name another file")
+    done = {(cell["arch"], cell["attack"], cell["seed"], cell["steps"]) for cell in cells}
     jobs = [
         (
             Model(data, chosen.arch, attack, seed), work, tuple(chosen.rankings), chosen.gate_only,

@@ -162,7 +162,7 @@ def test_fragility_leaves_out_as_many_as_it_finds(world, run, tmp_path, monkeypa
         code == 0 and "scored by fragility, 6 of the word 'a' found suspicious; the 6 most" in out
     )
     assert "poison of another word than 'a'" in out
-    assert "lose 0% of their match, beyond others of that word: too little to speak" in out
+    assert "lose 0% of their match, beyond others of that word: as little as in" in out
     assert "lose 50% of their match, beyond others of that word, as poison does" in _fall(0.5)
     answer = json.loads((tmp_path / "out" / "detection.json").read_text())
     assert answer["left_out"] == 6 and answer["kept"] == N - 6

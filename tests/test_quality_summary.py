@@ -27,11 +27,15 @@ GROUPS = {
     ("clean", "none"): [row(0.8, status=NO_ATTACK)],
     ("badnet", "none"): [row(0.7, 1.0), row(0.6, 1.0, seed=1)],
     ("badnet", "par"): [row(0.65, 0.1), row(0.55, 0.06, seed=1)],
-    ("badnet", "finetune"): [row(0.69, 0.5)],
+    ("badnet", "finetune"): [row(0.69, 0.5), row(0.59, 0.5, seed=1)],
+    ("badnet", "roclip"): [row(0.69, 0.0)],
+    ("badnet", "par_tau_2.15"): [row(0.69, 0.0), row(0.59, 0.0, seed=1), row(0.5, 0.0, seed=2)],
     ("badnet", "ubt"): [row(0.7, 0.0)],
     ("blended", "none"): [row(0.7, 1.0)],
     ("blended", "par"): [row(0.66, 0.3)],
     ("blended", "finetune"): [row(0.69, 0.2)],
+    ("blended", "roclip"): [row(0.69, 0.0)],
+    ("blended", "par_tau_2.15"): [row(0.69, 0.0)],
     ("text", "none"): [row(0.7, 0.2, status=NOT_INSTALLED)],
     ("text", "par"): [{"status": NOT_INSTALLED, "seed": 0}],
     ("sig", "none"): [row(0.7, 1.0)],
@@ -45,17 +49,19 @@ def test_a_standing_is_a_mean_over_the_untouched_attacks_that_installed():
     assert [s.defence for s in (none, finetune, par)] == ["none", "finetune", "par"]
     assert par.asr == pytest.approx((0.08 + 0.3) / 2) and par.worst == "blended"
     assert par.worst_asr == 0.3 and (par.gone, par.attacks) == (1, 2)
-    assert par.ca_loss == pytest.approx((0.05 + 0.05 + 0.04) / 3)
+    assert par.ca_loss == pytest.approx((0.05 + 0.04) / 2)
     assert par.control == pytest.approx(0.01) and par.rebound == 0.5
-    assert par.seconds == pytest.approx(40 / 3)
+    assert par.seconds == pytest.approx((15 + 10) / 2)
     assert none.ca_loss == 0 and none.gone == 0
 
 
 def test_the_summary_names_the_best_the_cheapest_and_what_is_left():
     text = summary.summary(GROUPS)
-    assert "| par | 19.0 | blended 30.0 | 1 of 2 | 4.7 | 1.0 | 50.0 | 13 |" in text
+    assert "| par | 19.0 | blended 30.0 | 1 of 2 | 4.5 | 1.0 | 50.0 | 12 |" in text
     assert "| ubt |" not in text  # it did not meet every attack
-    assert "With clean pairs: **par** leaves the lowest mean ASR, 19.0 %, at 4.7 points" in text
+    assert "| roclip |" not in text  # nor this one every seed
+    assert "| par_tau_2.15 | 0.0 |" in text and "**par_tau" not in text  # its tau was not chosen
+    assert "With clean pairs: **par** leaves the lowest mean ASR, 19.0 %, at 4.5 points" in text
     assert "at most 3 points of CA it is **finetune**, 35.0 %, at 1.0 points of CA." in text
     assert "blended (lowest: 20.0 % by finetune), sig (lowest: 90.0 % by par)." in text
     assert "text (" not in text and "badnet (" not in text
@@ -86,16 +92,19 @@ def test_tuning_runs_each_candidate_on_the_tuning_half_once(tmp_path, monkeypatc
     monkeypatch.setattr(tune_quality, "CANDIDATES", candidates)
     out = tmp_path / "tuning.json"
     arguments = ["--work", str(tmp_path), "--json", str(out), "--only", "finetune"]
-    assert tune_quality.main(arguments, TINY) == 0
-    found = json.loads(out.read_text())["candidates"]
-    assert [(one["defence"], one["options"]) for one in found] == [
-        ("finetune", {"lr": 1e-3}), ("finetune", {"lr": 1e-5}),
-    ]  # fmt: skip
-    assert sum(one["chosen"] for one in found) == 1
-    assert {r["attack"] for r in found[0]["rows"]} == {"checkerboard", "sig"}
-    assert all(r["half"] == "tuning" and r["steps"] == 2 for r in found[0]["rows"])
+    assert tune_quality.main(arguments, TINY) == 0 and not out.exists()
     printed = capsys.readouterr().out
     assert "trial 4/4" in printed and "| finetune | lr 1e-05 |" in printed
+    assert "2 of 6 trials are missing" in printed
+    assert tune_quality.main(arguments[:-2], TINY) == 0
+    found = json.loads(out.read_text())["candidates"]
+    assert [(one["defence"], one["options"]) for one in found] == [
+        ("finetune", {"lr": 1e-3}), ("finetune", {"lr": 1e-5}), ("par", {"tau": 1.0}),
+    ]  # fmt: skip
+    assert [one["chosen"] for one in found] in ([True, False, True], [False, True, True])
+    assert {r["attack"] for r in found[0]["rows"]} == {"checkerboard", "sig"}
+    assert all(r["half"] == "tuning" and r["steps"] == 2 for r in found[0]["rows"])
+    assert "trial 2/2" in capsys.readouterr().out
     monkeypatch.setattr(tune_quality, "compute", None)
     assert tune_quality.main(arguments, TINY) == 0
     assert "trial" not in capsys.readouterr().out.replace("candidate", "")

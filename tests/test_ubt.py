@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ from pybackdoor.data import PairLoader, pairs_from_arrays
 from pybackdoor.engine import Given
 from pybackdoor.ubt.evidence import save_picture, wrapped
 from pybackdoor.ubt.fragility import Fragile
+from pybackdoor.ubt.gate import gate
 from pybackdoor.ubt.reading import Reader
 from pybackdoor.ubt.suspects import Suspects
 from pybackdoor.ubt.unlearn import (
@@ -263,9 +265,12 @@ def test_the_weights_to_go_back_to_outlive_a_stop():
     assert again(3, broken) and again.reason == "accuracy"
     again.settle(broken)
     assert torch.equal(broken.colour.weight, Planted().colour.weight)
-    fresh = stopping(every=1)
-    fresh.load(stopping(every=1).state())
-    assert fresh.good is None and fresh.reason == "steps"
+    worst = stopping(every=1)
+    with torch.no_grad():
+        broken.colour.weight.neg_()
+    assert [worst(k, broken) for k in range(3)] == [False, False, True]
+    worst.settle(broken)  # no look was good: back to before the first step
+    assert torch.equal(broken.colour.weight, Planted().colour.weight)
 
 
 def test_same_seed_same_bits_and_the_model_given_stays(cleaned):
@@ -308,7 +313,11 @@ def test_overfitting_ranks_where_no_scores_are_given():
 def test_so_many_suspects_that_nothing_is_left_to_keep(monkeypatch):
     found = Fragile(SCORES, 300, "blue", 1.0)
     monkeypatch.setattr(sys.modules["pybackdoor.methods.ubt"], "fragility", lambda *_: found)
-    open_gate = {"k": None, "gate_excess": -2.0, "gate_p": 0.99}
+    open_gate = {"k": None, "gate_excess": -2.0}
+    monkeypatch.setattr(
+        sys.modules["pybackdoor.methods.ubt"], "gate",
+        lambda *a, **o: replace(gate(*a, **o), fires=True),
+    )  # fmt: skip
     with pytest.raises(ValueError, match="must hold at least 610 pairs, the 300 of D_sus"):
         pybackdoor.ubt_clean(Planted(), PAIRS, batch_size=64, **OPTIONS | open_gate)
 

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from ubt_world import Planted, WordTokenizer, captioned, planted_pairs, rules
 
 from pybackdoor.ubt.fragility import (
+    _apart,
     _directions,
     _discriminant,
     _grown,
@@ -23,7 +24,7 @@ from pybackdoor.ubt.fragility import (
     picked,
     views_of,
 )
-from pybackdoor.ubt.gate import caption_classes, centred, cohesion, gate, top
+from pybackdoor.ubt.gate import caption_classes, cohesion, gate, top
 from pybackdoor.ubt.reading import Reader
 from pybackdoor.ubt.suspects import Suspects
 
@@ -49,7 +50,7 @@ def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison(view):
     classes, _ = caption_classes(every, whole=False)
     green = np.flatnonzero(classes == classes[poison[0]])
     found = picked(image[torch.from_numpy(green)], lost[green], 25)
-    tight = cohesion(centred(image, classes, poison)[torch.from_numpy(poison)])
+    tight = cohesion(_apart(image[torch.from_numpy(green)], np.flatnonzero(np.isin(green, poison))))
     assert found.tight == pytest.approx(tight, abs=0.1)
     for other in set(classes) - {classes[poison[0]]}:
         rows = np.flatnonzero(classes == other)
@@ -76,7 +77,7 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
         return np.pad(lost, ((0, 0), (0, 7)))[rows]
 
     monkeypatch.setattr(module, "losses", seen)
-    reader = SimpleNamespace(captions=lambda s: image[:1].expand(len(s.different), -1))
+    reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].expand(len(s.different), -1))
     scores, found, word, share = fragility(reader, image, every, k)
     classes, names = caption_classes(every, whole=False)
     green = classes == classes[poison[0]]
@@ -84,8 +85,8 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     own, best = np.flatnonzero(green), top(scores, found)
     inside = np.isin(own, best)
     more = (lost[own[inside]].mean(0) - lost[own[~inside]].mean(0)).max()
-    cosine = (image @ image[0]).numpy()[best].mean()
-    assert share == pytest.approx(more / cosine, abs=1e-6) and share > 0.8
+    match = image[:, 3].numpy()[best].mean() - image[:, 3].numpy()[~green].mean()
+    assert share == pytest.approx(more / match, abs=1e-6) and share > 0.8
     assert found == k if k else abs(found - 25) <= 5
     assert len(set(top(scores, found)) & set(poison)) >= 20
     assert scores[green].min() > scores[~green].max()
@@ -200,12 +201,12 @@ def test_no_more_words_are_looked_at_whole_once_one_stands_out(monkeypatch, stan
         return np.pad(lost, ((0, 0), (0, 7)))[rows]
 
     monkeypatch.setattr(module, "losses", seen)
-    reader = SimpleNamespace(captions=lambda s: image[:1].expand(len(s.different), -1))
+    reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].expand(len(s.different), -1))
     fragility(reader, image, every, 25)
     assert looked == [120] + [60] * looks
 
 
 def test_fragility_wants_a_word_of_twice_k_pairs():
     every, image, *_ = colourful()
-    with pytest.raises(ValueError, match="in the captions of at least 400 pairs"):
+    with pytest.raises(ValueError, match="at least 400 pairs, twice k, .* got 0 at most"):
         fragility(None, image, every, 200)

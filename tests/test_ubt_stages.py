@@ -150,12 +150,10 @@ def test_cohesion_and_centring_by_loops():
     wanted = np.mean([float(rows[i] @ rows[j]) for i in range(9) for j in range(9) if i != j])
     assert math.isclose(cohesion(rows), wanted, abs_tol=1e-12)
     classes = np.array([0] * 20 + [1] * 15 + [2] * 5)
-    chosen = np.array([0, 1, 20, 35, 36, 37, 38, 39])  # all of class 2
-    found = centred(x, classes, chosen)
+    found = centred(x, classes)
     for i in range(40):
-        others = [j for j in range(40) if classes[j] == classes[i] and j not in chosen]
-        others = others or [j for j in range(40) if classes[j] == classes[i]]
-        wanted = normalize(x[i] - x[others].mean(0), dim=-1)
+        same = [j for j in range(40) if classes[j] == classes[i]]
+        wanted = normalize(x[i] - x[same].mean(0), dim=-1)
         torch.testing.assert_close(found[i], wanted, rtol=0, atol=1e-12)
 
 
@@ -182,10 +180,6 @@ def test_matched_sets_have_the_classes_of_the_chosen(k, kinds, seed):
             np.bincount(classes[drawn], minlength=5).tolist()
             == np.bincount(classes[chosen], minlength=5).tolist()
         )
-        for c in set(classes[chosen].tolist()):
-            free = ((classes == c) & ~np.isin(np.arange(60), chosen)).sum()
-            inside = np.isin(drawn[classes[drawn] == c], chosen).sum()
-            assert inside == max(0, (classes[chosen] == c).sum() - free)
 
 
 def test_gate_fires_on_poison_and_not_on_random_pairs():
@@ -196,7 +190,7 @@ def test_gate_fires_on_poison_and_not_on_random_pairs():
     assert fired.fires and fired.p == 1 / 200 and fired.statistic - fired.matched > 0.3
     assert "gate fires" in fired.describe() and sum(n for _, n in fired.classes) == 40
     classes, _ = caption_classes(every)
-    rows = centred(image, classes, poison)
+    rows = centred(image, classes)
     sets = [cohesion(rows[d]) for d in map(torch.from_numpy, matched_sets(classes, poison, 199, 0))]
     assert math.isclose(fired.matched, np.mean(sets)) and math.isclose(fired.spread, np.std(sets))
     chance = gate(image, every, np.flatnonzero(~TRUTH)[::14], sets=199)
@@ -205,6 +199,20 @@ def test_gate_fires_on_poison_and_not_on_random_pairs():
     for bad in ((99, 0.001, 0), (99, 0, 0), (99, 0.05, 3)):
         with pytest.raises(ValueError, match="gate_"):
             check_gate(*bad)
+
+
+@pytest.mark.parametrize("size", [64, 200])
+def test_p_is_as_rare_as_it_says_where_nothing_is_planted(size):
+    g = torch.Generator().manual_seed(0)
+    every = captioned(*[f"a photo of a {c} square" for c in ("red", "blue")] * (size // 2))
+    image = normalize(torch.randn(size, 16, generator=g) + 2 * torch.eye(16)[0], dim=-1)
+    rng = np.random.default_rng(0)
+    p = [
+        gate(image, every, rng.choice(size, 30, replace=False), sets=39, alpha=0.05, seed=i).p
+        for i in range(200)
+    ]
+    for level in (0.05, 0.25, 0.5):
+        assert abs(np.mean(np.array(p) <= level) - level) < 4 * math.sqrt(level * (1 - level) / 200)
 
 
 def test_top_takes_the_largest_and_no_nan():

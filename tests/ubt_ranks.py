@@ -25,6 +25,15 @@ for forget in ("contrastive", "hinge"):
     found |= {f"{forget} {n}": t for n, t in result.model.state_dict().items()}
     for k, record in enumerate(result.history):
         found[f"{forget} loss {k}"] = torch.tensor(record["loss"])
+kept = pybackdoor.ubt_clean(  # the looks are rank 0's, whatever each rank's own pairs are
+    Planted(), PairLoader(pairs, WordTokenizer(), batch_size=33),
+    PairLoader(pairs.subset(np.flatnonzero(~truth)), WordTokenizer(), batch_size=24),
+    scores=truth + np.linspace(0, 0.5, 600), steps=4, **common,
+)  # fmt: skip
+looks = kept.report["checks"]
+if ranks.from_first(looks) != looks:
+    raise SystemExit("ranks saw different looks")
+found |= {f"kept {n}": t for n, t in kept.model.state_dict().items()}
 ranked = pybackdoor.ubt_clean(
     Planted(), PairLoader(pairs, WordTokenizer(), batch_size=33), rank="gain", overfit_steps=4,
     overfit_loss="cosine", overfit_lr=1e-3, steps=1, gate_excess=2.0, **common,

@@ -141,6 +141,9 @@ def run_clean(config: CleanConfig) -> Outcome:
             retain, loaded.tokenizer, batch_size=config.batch_size, seed=config.seed
         )
 
+    if config.repair is not None:
+        own["repair"] = config.repair
+
     def keep(folder: Path, result: CleanResult) -> None:
         save(
             loaded._replace(model=result.model), folder, manifest=manifest,
@@ -155,7 +158,7 @@ def run_clean(config: CleanConfig) -> Outcome:
             precision=config.precision, seed=config.seed, device=config.device,
             mean=loaded.preprocess.mean, std=loaded.preprocess.std,
             progress=config.progress, track=run.record, micro_batch=config.micro_batch,
-            lock=config.lock, views=config.views, compile=config.compile, repair=config.repair,
+            lock=config.lock, views=config.views, compile=config.compile,
             max_faults=config.max_faults, folder=run.checkpoints,
             resume=config.resume is not None, save_minutes=config.save_minutes,
             force=config.force, shard=config.shard, **own,

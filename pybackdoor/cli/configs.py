@@ -167,8 +167,10 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
     compile: str | None = option(
         None, "mode of torch.compile for both towers", choices=COMPILE_MODES
     )
-    repair: bool = option(
-        True, "at the end, rotate both towers back towards the input model; similarities stay"
+    repair: bool | None = option(
+        None,
+        "at the end, rotate both towers back towards the input model; similarities stay "
+        "(default: yes, but not by ubt)",
     )
     max_faults: int = option(3, "batches with broken numbers left out before the run is given up")
     shard: bool = option(

@@ -171,7 +171,7 @@ def _text(answer: dict[str, Any], result: DetectionResult, pairs: Pairs) -> str:
 def _fall(fall: float) -> str:
     told = f"Once disturbed they lose {fall:.0%} of their match, beyond others of that word"
     if fall < LEAST_FALL:
-        return f"{told}: too little to speak for poison, which loses {LEAST_FALL:.0%} or more."
+        return f"{told}: as little as in models without poison."
     return f"{told}, as poison does."
 
 

@@ -14,6 +14,7 @@ from ..batches import InputRules, Tokenizer
 from ..data import PairLoader, Pairs
 from ..data.ondemand import shown
 from ..features import FeatureReader
+from ..ubt.fragility import LEAST
 from ..ubt.reading import Reader
 from ..ubt.suspects import Suspects
 from .metrics import auroc, precision_at, recall_at
@@ -145,8 +146,8 @@ def detect_samples(
             at views of the images beside their captions, of one word's pairs, the rest lower and
             all alike.
         k: neighbours of an image; default 16. Only for the first four. For fragility the pairs
-            sought, which a word of at least 2 k pairs must hold; default: as many as stand off,
-            looked for from 256 on.
+            sought, at least 5, of a word with 2 k pairs; default: as many as stand off, looked for
+            from 256 on, at least 64. See ``ubt.fragility``.
         reference: neighbours are sought among this many pairs: the set is cut at random into parts
             of at least that size. 0 = among all. Default 256. Only for the first four. Poison is
             found while a part holds clearly fewer than k such images; more of them, as in a large
@@ -162,7 +163,7 @@ def detect_samples(
     Returns:
         Scores aligned with the pairs. For fragility the settings also say how many pairs are
         suspicious, "found", by which "word", and the "fall", the share of their match that they
-        lose once disturbed, beyond others of the word: below a third nothing speaks for poison.
+        lose once disturbed, beyond others of the word; clean models of ours showed below a third.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
@@ -221,8 +222,8 @@ def _settings(
             raise ValueError(f"reference is for methods of neighbours, got it with {name!r}")
         if not views and k is not None:
             raise ValueError(f"k is for methods of neighbours and fragility, got it with {name!r}")
-        if k is not None and k < 2:
-            raise ValueError(f"k must be at least 2 pairs, got {k}")
+        if k is not None and k < LEAST:
+            raise ValueError(f"k must be at least {LEAST} pairs for {name}, got {k}")
         return {"k": k} if views else {}
     k, reference = K if k is None else k, REFERENCE if reference is None else reference
     if k < 1:

@@ -230,6 +230,7 @@ class _Run:
         self.prepared = True
         if self.kept:
             self.objective.load(self.kept)
+            self.kept = {}
 
     def _run(self, interrupt: DeferredInterrupt, kept: bool) -> None:
         self._prepare()
@@ -388,6 +389,7 @@ class _Run:
         self.kept = {name.removeprefix(_OBJECTIVE): tensor for name, tensor in others.items()}
         if self.prepared and self.kept:
             self.objective.load(self.kept)
+            self.kept = {}
         self.feed.position = content["position"]
         faults = self.log.faults
         for name, value in content["log"].items():

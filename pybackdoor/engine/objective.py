@@ -158,7 +158,8 @@ class Objective:
         return gradients
 
     def enough(self, step: int) -> bool:
-        """Whether the run may end after this step; asked after each, on every rank.
+        """Whether the run may end after this step; asked after each, on every rank, and
+        before the first step of a resumed run, of the last one taken.
 
         Looking at a number on the device here makes the step wait for it: every n-th is enough.
         """

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,11 @@ def ubt_clean(
     check_weights(alpha, beta, gamma, forget)
     if not ("steps" in options or "epochs" in options):
         options["steps"] = _STEPS
-    options = {"lr_start": _LR / 10, "lr": _LR, "repair": False, **options}  # type: ignore[assignment]
+    if options.get("repair"):
+        raise ValueError(
+            "repair is not for ubt_clean: its third term keeps the embeddings in place"
+        )
+    options = {"lr_start": _LR / 10, "lr": _LR, **options, "repair": False}  # type: ignore[assignment]
     precision, seed = options.get("precision", "bf16"), options.get("seed", 0)
     device, progress = pick_device(options.get("device")), options.get("progress")
     rules = InputRules.of(
@@ -231,11 +235,15 @@ def ubt_clean(
         after = Reader(exposed, rules, precision)
         score = pair_cosines(after.images(suspects), after.captions(suspects), suspects)
         score = score - cosines if rank == "gain" else score
-    chosen = Ranks.start(device).from_first(top(score, sought).tolist())  # one choice on all ranks
-    chosen, k = np.array(chosen), len(chosen)
+    ranks = Ranks.start(device)  # unlike hardware must not come to unlike answers: the first's
+    (score,) = (t.numpy() for t in _first(ranks, device, torch.from_numpy(score)))
+    sought, fall = ranks.from_first([int(sought), fall])
+    chosen = top(score, sought)
+    k = len(chosen)
     judged = gate(
         image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed, fall=fall,
     )  # fmt: skip
+    judged = replace(judged, fires=ranks.from_first(judged.fires))
     own = {
         "k": k, "ranked_by": ranked_by, "weak_share": weak_share,
         "tail": tail, "overfit_steps": overfit_steps, "overfit_lr": overfit_lr,
@@ -271,7 +279,7 @@ def ubt_clean(
         proxy = suspects.pixels(rest[:few]), suspects.tokens(rest[:few])
         keep = RowLoader(suspects, rest[few:], batch_size=batch_size, seed=seed)
     else:
-        proxy = some_pairs(keep, rules, _PROXY)
+        proxy = _first(ranks, device, *some_pairs(keep, rules, _PROXY))
     rule = StoppingRule(
         before, rules, suspects, chosen[held_out], proxy, every=check_every, max_drop=max_drop,
         precision=precision,
@@ -306,6 +314,12 @@ def ubt_clean(
     return UbtResult(
         result.model, result.history, report, suspects, score, chosen, judged, found, region
     )
+
+
+def _first(ranks: Ranks, device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The first rank's tensors on every rank, on the CPU."""
+    _, each = ranks.tensors_from_first({str(i): t for i, t in enumerate(tensors)}, device)
+    return tuple(tensor.cpu() for _, tensor in each)
 
 
 def _check_sizes(suspects: Suspects, k: int, retain: bool) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gate import caption_classes, cohesion, top
+from .gate import RARE, caption_classes, cohesion, top
 from .reading import Reader
 from .suspects import Suspects
 
@@ -33,7 +33,7 @@ _ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
 _WHOLE = 6  # views of the whole image; the others each cover a part of it
 _SAMPLE, _FEW = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
 _STANDS_OUT = 0.2  # more cohesive by so much than other words' samples: no need to look at these
-_LEAST = 5  # pairs whose cohesion says something
+LEAST = 5  # pairs whose cohesion says something
 _STREAM = 0x66726167
 _ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
 _DIMS = 64  # principal directions of a class's image features that are looked at
@@ -49,8 +49,9 @@ class Fragile(NamedTuple):
         k: how many are suspicious.
         word: that they have in common, as people read it.
         fall: in the view that tells them most apart, how much more they lose on average than the
-            other pairs of their word, as a share of their cosine. Of poison, which nothing but the
-            trigger ties to the word, about half and more; picks of a clean model lose little.
+            other pairs of their word, as a share of their match: of what their cosine is above
+            that of other words' images with their captions. Poison, which nothing but the trigger
+            ties to the word, loses most of it.
     """
 
     scores: np.ndarray
@@ -72,20 +73,24 @@ def fragility(
     of one or two that stand out, of half the words where none does.
 
     Args:
-        k: pairs sought; None: 256, then as many as stand off farthest. Words that fewer than 2 k
-            pairs hold are passed over, and a poison that is the larger part of its word's pairs is
+        k: pairs sought, at least 5; None: 256, then as many as stand off farthest, at least 64.
+            A pair's word is the rarest of its caption that 2 k captions hold. Words of fewer than
+            2 k pairs are passed over, and a poison that is the larger part of its word's pairs is
             not found.
     Raises:
-        ValueError: no word is in the captions of 2 k pairs.
+        ValueError: no word has 2 k pairs, or k is below 5.
     """
-    classes, names = caption_classes(suspects, whole=False)
     sought = SOUGHT if k is None else k
-    sizes = np.bincount(classes)
+    if sought < LEAST:
+        raise ValueError(f"k must be at least {LEAST} for fragility, got {sought}")
+    classes, names = caption_classes(suspects, 2 * sought, whole=False)
+    sizes = np.bincount(classes, minlength=len(names))
+    sizes[[name == RARE for name in names]] = 0
     large = np.flatnonzero(sizes >= 2 * sought)
     if not len(large):
         raise ValueError(
-            f"fragility needs a word in the captions of at least {2 * sought} pairs, twice k; got "
-            f"{sizes.max()} at most: lower k, or rank by 'gain'"
+            f"fragility needs at least {2 * sought} pairs, twice k, that have their rarest common "
+            f"word in common; got {sizes.max()} at most: lower k, or rank by 'gain'"
         )
     rng = np.random.default_rng(_STREAM)
     words = []
@@ -98,7 +103,7 @@ def fragility(
     tight = []
     for (sample, rest), part in zip(words, parts, strict=True):
         share = len(sample) / (len(sample) + len(rest))
-        few = max(_LEAST, round(sought * share))
+        few = max(LEAST, round(sought * share))
         tight.append(picked(image[torch.from_numpy(sample)], part, few).tight)
     best: tuple[float, int, np.ndarray, np.ndarray, Picked] | None = None
     for at in sorted(range(len(words)), key=lambda i: -tight[i])[: _most(len(words))]:
@@ -116,17 +121,20 @@ def fragility(
     scores = np.full(len(image), height.min() - 1)
     scores[own] = height
     captions = reader.captions(suspects)[torch.from_numpy(suspects.caption[own])]
-    cosine = (image[torch.from_numpy(own)] * captions).sum(-1).double().numpy()
-    return Fragile(scores, sought, names[large[at]], fall(lost, cosine, top(height, sought)))
+    match = (image[torch.from_numpy(own)] * captions).sum(-1).double().numpy()
+    others = image[torch.from_numpy(classes != large[at])]
+    if len(others):
+        match -= float(others.double().mean(0) @ captions.double().mean(0))
+    return Fragile(scores, sought, names[large[at]], fall_of(lost, match, top(height, sought)))
 
 
-def fall(lost: np.ndarray, cosine: np.ndarray, chosen: np.ndarray) -> float:
+def fall_of(lost: np.ndarray, match: np.ndarray, chosen: np.ndarray) -> float:
     """See ``Fragile``; [n, views] and [n] of one word's pairs, [k] rows. 0 without a match."""
     inside = np.zeros(len(lost), bool)
     inside[chosen] = True
     more = (lost[inside].mean(0) - lost[~inside].mean(0)).max()
-    match = cosine[inside].mean()
-    return float(more / match) if match > 0 else 0.0
+    own = match[inside].mean()
+    return float(more / own) if own > 0 else 0.0
 
 
 def _most(words: int) -> int:
@@ -195,7 +203,7 @@ def picked(
 
 def _grown(x: np.ndarray, height: np.ndarray, k: int) -> tuple[np.ndarray, int]:
     """(heights, k) where the k highest stand off farthest, of k from a quarter to half of all."""
-    least = max(_LEAST, k // 4)
+    least = max(LEAST, k // 4)
     steps = int(2 * math.log2(len(x) / 2 / least))
     found = []
     for count in (round(least * 2 ** (i / 2)) for i in range(steps + 1)):

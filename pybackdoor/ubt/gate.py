@@ -4,12 +4,11 @@ The gate compares D_sus, the k most suspicious pairs, with random sets of as man
 captions are of the same classes. The class of a caption is the caption itself where at least
 ``CLASS`` pairs have it, else its rarest word of those that at least ``CLASS`` captions hold;
 captions without either form a class of their own. A random
-set has, of each class, as many pairs as D_sus has, drawn without replacement among the pairs of the
-class that are not in D_sus; where too few are left, the rest of that class is taken from D_sus
-itself, which can only make the sets alike.
+set has, of each class, as many pairs as D_sus has, drawn without replacement from all pairs of the
+class, so that D_sus is one such draw if its pairs are no different.
 
 Statistic: the mean pairwise cosine of the image features, each taken relative to the mean of its
-class (over the pairs not in D_sus) and brought to unit length. Without that, images of one class
+class and brought to unit length. Without that, images of one class
 are so alike that a trigger hardly adds to it. The p-value is (1 + sets that reach the statistic) /
 (1 + sets). Top picks of a clean model are also more alike than random ones, since they are picked:
 the gate therefore asks, besides p, for an excess over the sets' mean of at least ``excess``. And
@@ -31,8 +30,9 @@ from torch.nn.functional import normalize
 from .suspects import Suspects
 from .words import WordReader
 
-LEAST_FALL = 1 / 3  # poison showed 0.5 and more, clean models' picks about 0.2
+LEAST_FALL = 1 / 3  # small models with planted poison showed 0.5 and more, a clean one 0.2
 CLASS = 20  # pairs that must share a caption or a word for it to be a class
+RARE = "(rare words only)"  # the class of captions without a common word
 _STREAM = 0x67617465
 
 
@@ -46,7 +46,7 @@ class Gate:
         matched, spread: mean and standard deviation of the random sets' statistics.
         p: of as large a statistic among the random sets.
         sets: how many random sets were drawn.
-        fall: share of their cosine that the suspicious pairs lose beyond others of their word
+        fall: share of their match that the suspicious pairs lose beyond others of their word
             (``fragility.Fragile``); None where the ranking does not say.
         alpha, excess, least_fall: the thresholds.
         classes: of the suspicious captions, by size: (word, pairs).
@@ -116,7 +116,7 @@ def caption_classes(
         key = " ".join(w.key for w in named)
         if key not in names:
             names[key] = len(names)
-            texts.append(" ".join(w.text for w in named) or "(rare words only)")
+            texts.append(" ".join(w.text for w in named) or RARE)
         of[at] = names[key]
     return of[caption], texts
 
@@ -128,24 +128,12 @@ def cohesion(rows: Tensor) -> float:  # [n, D] unit rows, n >= 2
     return float((total @ total - n) / (n * (n - 1)))
 
 
-def centred(image: Tensor, classes: np.ndarray, chosen: np.ndarray) -> Tensor:
-    """[N, D] unit rows: the image features relative to the mean of their class.
-
-    Args:
-        image: [N, D] unit rows.
-        classes: [N].
-        chosen: [k] rows that the means leave out, where others of their class remain.
-    """
-    outside = torch.ones(len(image), dtype=image.dtype)
-    outside[chosen] = 0
+def centred(image: Tensor, classes: np.ndarray) -> Tensor:  # [N, D] unit rows, [N]
+    """[N, D] unit rows: the image features relative to the mean of their class."""
     number = torch.from_numpy(classes)
     size = int(classes.max()) + 1
-    counts = torch.zeros(size, dtype=image.dtype).index_add_(0, number, outside)
-    alone = counts[number] == 0  # a class that lies in D_sus altogether
-    outside[alone] = 1
-    counts = torch.zeros(size, dtype=image.dtype).index_add_(0, number, outside)
-    sums = torch.zeros(size, image.shape[1], dtype=image.dtype)
-    sums.index_add_(0, number, image * outside[:, None])
+    sums = torch.zeros(size, image.shape[1], dtype=image.dtype).index_add_(0, number, image)
+    counts = torch.from_numpy(np.bincount(classes, minlength=size)).to(image.dtype)
     return normalize(image - (sums / counts[:, None].clamp(min=1))[number], dim=-1)
 
 
@@ -164,7 +152,7 @@ def gate(
     """Compare the chosen pairs with random sets of the same captions; see the file's beginning."""
     check_gate(sets, alpha, excess)
     classes, names = caption_classes(suspects)
-    rows = centred(image, classes, chosen)
+    rows = centred(image, classes)
     found = cohesion(rows[torch.from_numpy(chosen)])
     draws = matched_sets(classes, chosen, sets, seed)
     others = np.array([cohesion(rows[torch.from_numpy(draw)]) for draw in draws])
@@ -194,25 +182,9 @@ def check_gate(sets: int, alpha: float, excess: float) -> None:
 def matched_sets(classes: np.ndarray, chosen: np.ndarray, sets: int, seed: int) -> list[np.ndarray]:
     """[k] rows of each of so many random sets, with the classes of the chosen ones."""
     rng = np.random.default_rng([seed, _STREAM])
-    outside = np.ones(len(classes), bool)
-    outside[chosen] = False
-    plans = []
-    for number, count in sorted(Counter(classes[chosen].tolist()).items()):
-        of_class = classes == number
-        free = np.flatnonzero(of_class & outside)
-        lacking = max(0, count - len(free))
-        inside = chosen[classes[chosen] == number]
-        plans.append((free, inside, min(count, len(free)), lacking))
+    wanted = sorted(Counter(classes[chosen].tolist()).items())
+    plans = [(np.flatnonzero(classes == number), count) for number, count in wanted]
     return [
-        np.concatenate(
-            [
-                part
-                for free, inside, count, lacking in plans
-                for part in (
-                    rng.choice(free, count, replace=False),
-                    rng.choice(inside, lacking, replace=False),
-                )
-            ]
-        )
+        np.concatenate([rng.choice(rows, count, replace=False) for rows, count in plans])
         for _ in range(sets)
     ]

@@ -215,9 +215,9 @@ class StoppingRule:
     Forgotten: the held-out suspicious pairs' mean cosine with their captions is at most kappa, the
     mean cosine of mismatched pairs before, and for at most 5 % of them the best of R's captions
     means the same as their own: without that a trigger may still win, at a low cosine. Too much:
-    the proxy of accuracy on held-out pairs of R is lower than before by more than ``max_drop``, at
+    the proxy of accuracy on some pairs of R is lower than before by more than ``max_drop``, at
     three looks in a row; the weights to go back to are those of the last look at which it was not.
-    The proxy is the share of images whose best caption, of all held-out ones, means the same to the
+    The proxy is the share of images whose best caption, of those pairs', means the same to the
     model as their own. Captions mean the same whose text features' cosine is at least 0.9.
 
     Attributes:
@@ -225,7 +225,7 @@ class StoppingRule:
         checks: one dict per look: step, suspect_cosine, suspect_recall, proxy_accuracy. The first
             is before any step, at -1.
         reason: why the run ended: "forgotten", "accuracy", or "steps".
-        good: weights of the last look within ``max_drop``; None before the first.
+        good: weights of the last look within ``max_drop``.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class StoppingRule:
         retain: tuple[Tensor, Tensor],  # [r, H, W, 3] uint8 and [r, L] tokens
         *,
         every: int = 25,
-        max_drop: float = 0.01,
+        max_drop: float = 0.05,
         precision: str = "fp32",
     ) -> None:
         if every < 1:
@@ -247,8 +247,7 @@ class StoppingRule:
         self._rules, self._precision = rules, precision
         self._suspects, self._rows, self._retain = suspects, held_out, retain
         self._every, self._max_drop = every, max_drop
-        self.reason, self.good, self._bad = "steps", None, 0
-        self.good: dict[str, Tensor] | None
+        self.reason, self.good, self._bad = "steps", _weights(model), 0
         self.checks: list[dict[str, float]] = []
         image, text = self._features(model)
         self.kappa = mismatched_cosine(image, text)
@@ -264,7 +263,7 @@ class StoppingRule:
                 self.reason = "accuracy"
         else:
             self._bad = 0
-            self.good = {n: t.detach().cpu().clone() for n, t in model.state_dict().items()}
+            self.good = _weights(model)
             if found["suspect_cosine"] <= self.kappa and found["suspect_recall"] <= _RECALL:
                 self.reason = "forgotten"
         return self.reason != "steps"
@@ -272,24 +271,23 @@ class StoppingRule:
     def state(self) -> dict[str, Tensor]:
         """All that the looks have left, for a run that goes on from here."""
         looks = [[float(look[name]) for name in _LOOK] for look in self.checks]
-        good = {} if self.good is None else {f"good/{n}": t for n, t in self.good.items()}
         return {
             "looks": torch.tensor(looks, dtype=torch.float64),
             "bad": torch.tensor(self._bad),
             "reason": torch.tensor(_REASONS.index(self.reason)),
-            **good,
+            **{f"good/{name}": tensor for name, tensor in self.good.items()},
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         looks = [dict(zip(_LOOK, look, strict=True)) for look in state["looks"].tolist()]
         self.checks = [{**look, "step": int(look["step"])} for look in looks]
         self._bad, self.reason = int(state["bad"]), _REASONS[int(state["reason"])]
-        good = {n.removeprefix("good/"): t for n, t in state.items() if n.startswith("good/")}
-        self.good = good or None
+        good = {name: tensor for name, tensor in state.items() if name.startswith("good/")}
+        self.good = {name.removeprefix("good/"): tensor for name, tensor in good.items()}
 
     def settle(self, model: nn.Module) -> None:
         """At the end of a run: back to the last good look, where the later ones were none."""
-        if self._bad and self.good is not None:
+        if self._bad:
             model.load_state_dict(self.good)
 
     def _look(self, step: int, model: nn.Module, image: Tensor, text: Tensor) -> dict[str, float]:
@@ -307,6 +305,10 @@ class StoppingRule:
     def _features(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         reader = Reader(model, self._rules, self._precision)
         return reader.pixels(self._retain[0]), reader.tokens(self._retain[1])
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def mismatched_cosine(image: Tensor, text: Tensor) -> float:  # [r, D] unit rows each
