@@ -13,6 +13,7 @@ from _tables import table
 GONE = 0.1  # an ASR up to this is called removed
 CHEAP = 0.03  # so is a loss of CA up to this: three points
 SWEPT = tuple(f"par_tau_{tau}" for tau in TAUS)  # no choice of theirs was made on the tuning half
+NEAR = 0.05  # ASRs that differ by less are not told apart: seeds differ by as much
 HAVE = {
     "held_out": "clean pairs",
     "suspect": "the suspect training pairs alone",
@@ -20,7 +21,8 @@ HAVE = {
 }
 INTRODUCTION = """Over the attacks that no setting was chosen on: means over attacks and seeds, the
 attack that each defence does worst on, how many attacks it brings to an ASR of at most {gone:.0%},
-and what it costs in points of CA on poisoned models and on the clean one (control)."""
+and what it costs in points of CA on poisoned models and on the clean one (control). {seeds}"""
+ONE_SEED = "One seed: differences of a few points may be chance."
 
 
 class Standing(NamedTuple):
@@ -113,12 +115,17 @@ def summary(groups: dict[tuple[str, str], list[dict]]) -> str | None:
         return None
     header = ["defence", "ASR", "worst", f"ASR <= {100 * GONE:.0f}", "CA loss", "control"]
     parts = [
-        INTRODUCTION.format(gone=GONE).replace("\n", " "),
+        INTRODUCTION.format(gone=GONE, seeds=_seeds(groups)).strip(),
         table([*header, "rebound", "seconds"], map(_line, found)),
         *_advice([one for one in found if one.defence not in (NONE, *SWEPT)]),
     ]
     left = _left(groups, [one.defence for one in found if one.defence not in SWEPT])
     return "\n\n".join([*parts, *left])
+
+
+def _seeds(groups: dict[tuple[str, str], list[dict]]) -> str:
+    count = max(len({row["seed"] for row in rows}) for rows in groups.values())
+    return ONE_SEED if count == 1 else f"Up to {count} seeds."
 
 
 def _line(one: Standing) -> list[str]:
@@ -150,6 +157,10 @@ def _advice(found: list[Standing]) -> list[str]:
                 f"; of those that cost at most {100 * CHEAP:.0f} points of CA it is"
                 f" **{other.defence}**, {_cost(other)}"
             )
+        near = [one for one in own if one is not best and one.asr <= best.asr + NEAR]
+        if near:
+            named = ", ".join(f"{one.defence} {_cost(one)}" for one in near)
+            line += f". Within {100 * NEAR:.0f} points of it: {named}"
         lines.append(f"{line}.")
     return ["\n".join(lines)] if lines else []
 

@@ -58,6 +58,7 @@ def test_a_standing_is_a_mean_over_the_untouched_attacks_that_installed():
 def test_the_summary_names_the_best_the_cheapest_and_what_is_left():
     text = summary.summary(GROUPS)
     assert "| par | 19.0 | blended 30.0 | 1 of 2 | 4.5 | 1.0 | 50.0 | 12 |" in text
+    assert "Up to 3 seeds." in text and "Within" not in text
     assert "| ubt |" not in text  # it did not meet every attack
     assert "| roclip |" not in text  # nor this one every seed
     assert "| par_tau_2.15 | 0.0 |" in text and "**par_tau" not in text  # its tau was not chosen
@@ -74,7 +75,9 @@ def test_no_summary_without_something_to_compare():
 
 def test_nothing_left_is_not_told():
     groups = {("badnet", "none"): [row(0.7, 1.0)], ("badnet", "par"): [row(0.7, 0.1)]}
+    groups["badnet", "ft_sam"] = [row(0.7, 0.14)]
     text = summary.summary(groups)
+    assert "One seed:" in text and "Within 5 points of it: ft_sam 14.0 %, at 0.0 points" in text
     assert "No defence brings" not in text and "of those that cost" not in text
 
 
