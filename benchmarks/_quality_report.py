@@ -56,6 +56,7 @@ of the candidates that cost at most {most:g} points of CA the one with the lowes
 cheapest; means over these attacks in %, one seed. The list of candidates grew while they were
 looked at, and is not equally long for all. Learning rates fall as `par_clean` describes."""
 
+WITHIN = 2.0  # points
 Key = tuple[str, str, str, str]  # data set, architecture, attack, defence
 
 
@@ -187,11 +188,32 @@ def introduction(setting: Setting, rows: list[dict]) -> str:
     changed, logits = (
         max((r[f"{of}_difference"] for r in repairs), default=0.0) for of in ("cosine", "logit")
     )
-    return INTRODUCTION.format(
+    text = INTRODUCTION.format(
         changed=changed, logits=logits,
         points=", ".join(map(str, setting.rebound_at)), installed=f"{100 * setting.installed:g}",
         tuning=" and ".join(f"`{name}`" for name in TUNING),
     ).strip()  # fmt: skip
+    return f"{text}\n\n{_old_index(rows)}".strip()
+
+
+def _old_index(rows: list[dict]) -> str:
+    """How far what is stored falls behind the cleaned models' own accuracy."""
+    gaps = {
+        of: [
+            100 * (row["drift"][name]["value"] - row["ca"]["value"])
+            for row in rows
+            if "drift" in row
+        ]
+        for of, name in (("images", "old_images"), ("class texts", "old_texts"))
+    }
+    if not gaps["images"]:
+        return ""
+    told = [
+        f"old {of} from {min(found):+.1f} to {max(found):+.1f} points of the model's own CA, "
+        f"{sum(gap >= -WITHIN for gap in found)} of {len(found)} at most {WITHIN:g} below"
+        for of, found in gaps.items()
+    ]
+    return f"After repair, over all cleaned models: {'; '.join(told)}."
 
 
 def section(
