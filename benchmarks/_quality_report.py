@@ -202,7 +202,7 @@ def _old_index(rows: list[dict]) -> str:
         of: [
             100 * (row["drift"][name]["value"] - row["ca"]["value"])
             for row in rows
-            if "drift" in row
+            if {"drift", "ca"} <= row.keys()
         ]
         for of, name in (("images", "old_images"), ("class texts", "old_texts"))
     }
