@@ -217,7 +217,7 @@ def _grown(x: np.ndarray, height: np.ndarray, k: int) -> tuple[np.ndarray, int]:
 
 
 def _apart(image: Tensor, chosen: np.ndarray) -> Tensor:  # [n, D], [k] -> [k, D]
-    """The chosen rows relative to the mean of the others, of unit length; as the gate sees them."""
+    """The chosen rows relative to the mean of the others, of unit length."""
     others = np.setdiff1d(np.arange(len(image)), chosen)
     return F.normalize(image[torch.from_numpy(chosen)] - image[torch.from_numpy(others)].mean(0))
 
