@@ -57,12 +57,12 @@ def load(path: Path) -> Document:
     return Document(path.name, machine, [_row(r) for r in rows], stages, notes)
 
 
-QUALITY = "quality.json"  # of quality.py: no times, a page of its own
+OTHERS = ("quality.json", "quality_tuning.json", "ubt.json", "ubt_gate.json")  # docs/quality.md's
 
 
 def load_all(folder: Path) -> list[Document]:
     """Every result file of times in the folder, by name."""
-    files = (p for p in sorted(folder.iterdir()) if p.name != QUALITY)
+    files = (p for p in sorted(folder.iterdir()) if p.name not in OTHERS)
     return [load(p) for p in files if p.suffix in (".json", ".jsonl")]
 
 

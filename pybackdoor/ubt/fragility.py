@@ -74,16 +74,17 @@ def fragility(
 
     Args:
         k: pairs sought, at least 5; None: 256, then as many as stand off farthest, at least 64.
-            A pair's word is the rarest of its caption that 2 k captions hold. Words of fewer than
-            2 k pairs are passed over, and a poison that is the larger part of its word's pairs is
-            not found.
+            A pair's word is the rarest of its caption that 2 k captions hold, but not more than
+            half of all. Words of fewer than 2 k pairs are passed over, and a poison that is the
+            larger part of its word's pairs is not found.
     Raises:
         ValueError: no word has 2 k pairs, or k is below 5.
     """
     sought = SOUGHT if k is None else k
     if sought < LEAST:
         raise ValueError(f"k must be at least {LEAST} for fragility, got {sought}")
-    classes, names = caption_classes(suspects, 2 * sought, whole=False)
+    half = len(suspects) / 2
+    classes, names = caption_classes(suspects, 2 * sought, half, whole=False)
     sizes = np.bincount(classes, minlength=len(names))
     sizes[[name == RARE for name in names]] = 0
     large = np.flatnonzero(sizes >= 2 * sought)

@@ -88,13 +88,14 @@ def top(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def caption_classes(
-    suspects: Suspects, least: int = CLASS, *, whole: bool = True
+    suspects: Suspects, least: int = CLASS, most: float = math.inf, *, whole: bool = True
 ) -> tuple[np.ndarray, list[str]]:
     """([N] class of each pair, names): the caption, or its rarest common word; see above.
 
     Equally rare words: the one that comes first in the caption.
 
     Args:
+        least, most: captions that hold a common word.
         whole: whether captions that many pairs share are classes; else words alone.
     """
     split = WordReader(suspects.tokenizer)
@@ -108,7 +109,7 @@ def caption_classes(
     texts: list[str] = []
     of = np.empty(len(used), np.int64)
     for at, (own, number) in enumerate(zip(words, times.tolist(), strict=True)):
-        common = [w for w in own if count[w.key] >= least]
+        common = [w for w in own if least <= count[w.key] <= most]
         if whole and number >= least:
             named = own
         else:
