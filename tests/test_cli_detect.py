@@ -168,7 +168,7 @@ def test_fragility_leaves_out_as_many_as_it_finds(world, run, tmp_path, monkeypa
     assert answer["left_out"] == 6 and answer["kept"] == N - 6
     assert answer["settings"].pop("fall") == 0  # their captions do not match
     assert answer["settings"] == {"k": 6, "precision": "fp32", "found": 6, "word": "3"}
-    assert run(*base, "--top", 9)[0] == 0
+    assert run(*base, "--k", 6, "--top", 9)[0] == 0
     assert len(table(tmp_path / "out" / "kept.csv")) == 1 + N - 9
 
 
