@@ -181,10 +181,10 @@ def test_the_gate_wants_the_match_to_be_lost():
     every, image, _, poison = colourful()
     alone = gate(image, every, poison, sets=99, excess=0.3)
     assert alone.fires and alone.fall is None and "loss" not in alone.describe()
-    low, high = (gate(image, every, poison, sets=99, excess=0.3, fall=f) for f in (0.3, 0.35))
-    assert not low.fires and high.fires and high.fall == 0.35
-    assert "loss of match once disturbed 35%" in high.describe()
-    assert "an excess of at least 0.3, a loss of 33%)" in high.describe()
+    low, high = (gate(image, every, poison, sets=99, excess=0.3, fall=f) for f in (0.49, 0.51))
+    assert not low.fires and high.fires and high.fall == 0.51
+    assert "loss of match once disturbed 51%" in high.describe()
+    assert "an excess of at least 0.3, a loss of 50%)" in high.describe()
     loose = gate(image, every, poison, sets=99, excess=0.3, fall=0.3, least_fall=0.2)
     assert loose.fires
 

@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 from .suspects import Suspects
 from .words import WordReader
 
-LEAST_FALL = 1 / 3  # small models with planted poison showed 0.5 and more, a clean one 0.2
+LEAST_FALL = 0.5  # small models with planted poison showed 0.7 and more, a clean one 0.3 to 0.4
 CLASS = 20  # pairs that must share a caption or a word for it to be a class
 RARE = "(rare words only)"  # the class of captions without a common word
 _STREAM = 0x67617465
