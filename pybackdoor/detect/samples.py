@@ -163,7 +163,7 @@ def detect_samples(
     Returns:
         Scores aligned with the pairs. For fragility the settings also say how many pairs are
         suspicious, "found", by which "word", and the "fall", the share of their match that they
-        lose once disturbed, beyond others of the word; a clean model of ours showed 0.4, poison 0.7.
+        lose once disturbed, beyond others of the word: a clean model showed 0.4, poison 0.7.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
