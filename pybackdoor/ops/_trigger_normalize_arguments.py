@@ -44,6 +44,13 @@ def on_device(images: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, .
     return tuple(t if t is None else t.to(images.device, non_blocking=True) for t in tensors)
 
 
+def saturated_int32(x: Tensor) -> Tensor:
+    """Integers as int32; one that does not fit stays outside every range by saturating."""
+    if x.dtype == torch.int64:  # narrower ones fit, and torch < 2.15 clamps them to no such bound
+        x = x.clamp(-(1 << 31), (1 << 31) - 1)
+    return x.to(torch.int32)
+
+
 def contiguous_inputs(
     images: Tensor,
     pattern: Tensor | None,
@@ -57,10 +64,8 @@ def contiguous_inputs(
     trigger_id, position, strength, sample_id = on_device(
         images, trigger_id, position, strength, sample_id
     )
-    # Saturating keeps an integer that does not fit into 32 bits outside every range.
     trigger_id, position = (
-        t if t is None else t.clamp(-(1 << 31), (1 << 31) - 1).to(torch.int32)
-        for t in (trigger_id, position)
+        t if t is None else saturated_int32(t) for t in (trigger_id, position)
     )
     strength = None if strength is None else strength.to(torch.float64)
     tensors = (images, pattern, mask, trigger_id, position, strength, sample_id)
