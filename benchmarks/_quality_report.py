@@ -18,7 +18,7 @@ from _quality_setting import ATTACKS, CLEAN, TUNING, Cell, Model, Setting
 from _quality_summary import chosen_settings, summary
 from _tables import table
 
-from pybackdoor.files import write_atomically
+from pybackdoor.files import write_atomically, write_json
 
 SCHEMA = "pybackdoor.quality/1"
 TOWERS = ("image", "text")
@@ -77,13 +77,38 @@ class Mean(NamedTuple):
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
+def adopt(work: Work, out: Path) -> int:
+    """Puts an earlier report's cells whose settings are today's into the work folder; how many.
+
+    So that a run on another machine computes what is missing. Cells that are there stay.
+    """
+    results, adopted = results_file(out), 0
+    if not results.exists():
+        return 0
+    for row in json.loads(results.read_text())["rows"]:
+        cell = _cell(row)
+        if not _known(cell, work.setting) or cell.name(work.setting) != row.pop("cell"):
+            continue
+        path = work.cell_file(cell)
+        if not path.exists():
+            del row["control_ca_loss"]  # of rows beside it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {**row, "settings": cell.settings(work.setting)})
+            adopted += 1
+    return adopted
+
+
+def results_file(out: Path) -> Path:
+    return out / "benchmarks" / "results" / "quality.json"
+
+
 def write_report(work: Work, out: Path) -> list[Path]:
     """Writes the JSON, the page and the pictures below ``out``; says which."""
     rows = with_controls(rows_of(work))
     groups = grouped(rows)
     folder = out / "docs" / "quality"
     folder.mkdir(parents=True, exist_ok=True)
-    results = out / "benchmarks" / "results" / "quality.json"
+    results = results_file(out)
     results.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(results, document(rows, work.setting).encode())
     written = [results]
@@ -112,12 +137,15 @@ def rows_of(work: Work) -> list[dict[str, Any]]:
     found = []
     for path in (work.folder / "cells").glob("*.json"):
         row = json.loads(path.read_text())
-        model = Model(row["data"], row["arch"], row["attack"], row["seed"])
-        cell = Cell(model, row["defence"])
+        cell = _cell(row)
         if _known(cell, work.setting) and cell.name(work.setting) == path.stem:
             del row["settings"]  # the document states them once
             found.append({"cell": path.stem, **row})
     return sorted(found, key=lambda row: (*map(_place, _key(row)), row["seed"]))
+
+
+def _cell(row: dict[str, Any]) -> Cell:
+    return Cell(Model(row["data"], row["arch"], row["attack"], row["seed"]), row["defence"])
 
 
 def _known(cell: Cell, setting: Setting) -> bool:

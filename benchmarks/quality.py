@@ -8,7 +8,8 @@
 Data set x architecture x attack x defence x seed. A model is trained once with its backdoor and
 kept for all defences; a model or cell is a file in the work folder, written when it is complete and
 named by a hash of its settings (_quality_setting.py), so that a run that was stopped goes on where
-it was and changed settings are computed anew. Results do not depend on --jobs: every process has
+it was and changed settings are computed anew; cells of an earlier report in --out with the same
+settings are taken from it. Results do not depend on --jobs: every process has
 one thread. CIFAR-10 and Caltech-101 are read from the folder PYBACKDOOR_DATA. The architecture
 "pretrained" is computed where it is named, and needs the weights of the extra [towers].
 
@@ -33,7 +34,7 @@ from _quality_cells import Work, compute_cell, train_model
 from _quality_data import pack_path
 from _quality_defences import DEFENCES
 from _quality_models import ARCHITECTURES, ON_REQUEST
-from _quality_report import write_report
+from _quality_report import adopt, write_report
 from _quality_run import run, summary
 from _quality_setting import ATTACKS, BADCLIP, FULL, TINY, Cell, Model, Setting
 
@@ -53,12 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     cells = plan(setting, chosen(setting, options.only or (TINY_ONLY if options.tiny else [])))
     device = str(pick_device(options.device))
     work = Work(writable_folder(options.work), setting, device)
+    adopt(work, options.out)
     if options.list:
         show(cells, work)
         return 0
     if options.report:
         write_report(work, options.out)
         return 0
+    cells = [c for c in cells if not work.cell_file(c).exists()]
     for pack in {setting.data[c.model.data].pack for c in cells} - {None}:
         pack_path(pack)  # refuses before the hours, not after
     for arch in {c.model.arch for c in cells}:
@@ -68,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     for wave in waves(missing):
         failed += run("model", train_model, wave, work, options.jobs)
-    ready = [c for c in cells if not work.cell_file(c).exists() and trained_for(c, work)]
+    ready = [c for c in cells if trained_for(c, work)]
     failed += run("cell", compute_cell, ready, work, options.jobs)
     if failed:
         print(f"{failed} failed; the same command tries them again", file=sys.stderr)
@@ -87,7 +90,10 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--tiny", action="store_true", help="a self-check in seconds; its figures say nothing")
     add("--list", action="store_true", help="say what is there, compute nothing")
     add("--report", action="store_true", help="write the report from what is there")
-    add("--out", type=Path, default=ROOT, metavar="DIR", help="of the report (the repository)")
+    add(
+        "--out", type=Path, default=ROOT, metavar="DIR",
+        help="of the report, this one and an earlier one (the repository)",
+    )  # fmt: skip
     found = options.parse_args(arguments)
     if found.jobs < 1:
         options.error(f"--jobs must be at least 1, got {found.jobs}")

@@ -1,5 +1,6 @@
 """The quality matrix's data sets and its report."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -146,6 +147,20 @@ def work(tmp_path):
     forgotten = row("sig", "prayer", 0, 0.1, 0.1)
     (tmp_path / "cells" / "x.json").write_text(json.dumps(forgotten))
     return work
+
+
+def test_an_earlier_report_gives_its_cells_back(work, tmp_path):
+    out = tmp_path / "out"
+    report.write_report(work, out)
+    elsewhere = Work(tmp_path / "elsewhere", FULL, "cpu")
+    assert report.adopt(elsewhere, tmp_path / "nothing") == 0
+    assert report.adopt(elsewhere, out) == len(ROWS) and report.adopt(elsewhere, out) == 0
+    before = json.loads(report.results_file(out).read_text())
+    report.write_report(elsewhere, out)
+    assert json.loads(report.results_file(out).read_text()) == before
+
+    longer = dataclasses.replace(FULL, rebound_at=(100, 200))
+    assert report.adopt(Work(tmp_path / "other", longer, "cpu"), out) == 0
 
 
 def test_the_report_means_over_seeds_and_leaves_out_what_is_stale(work, tmp_path):

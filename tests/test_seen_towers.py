@@ -16,7 +16,7 @@ from pybackdoor.engine.shortcuts import image_shortcut, text_shortcut, ways
 from pybackdoor.engine.towers import Encoder, TextTrim
 from pybackdoor.features import FeatureReader
 from pybackdoor.methods.par import par_clean
-from pybackdoor.models import HFClip, image_features, image_tower, text_features, text_tower
+from pybackdoor.models import HFClip, image_features, image_tower, seen, text_features, text_tower
 from pybackdoor.models.seen import Shared
 
 CPU = torch.device("cpu")
@@ -308,3 +308,29 @@ def test_evaluation_takes_the_shortcut():
         reader.captions(names), text_features(model, tokenize(names)).detach(), rtol=1e-5, atol=1e-6
     )
     assert ways(model)["text"]
+
+
+@pytest.mark.parametrize("units", [False, True])  # whether the CPU has tiles for bf16 products
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_bf16_is_as_exact_as_torch_at_least(units, causal, autocast, monkeypatch):
+    monkeypatch.setattr(seen, "_has_matrix_units", lambda: units)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, 9, 8, generator=generator).bfloat16() for _ in range(4)]
+
+    def run(attend, dtype):
+        qkv = [x.to(dtype, copy=True).requires_grad_() for x in inputs[:3]]
+        with torch.autocast("cpu", enabled=autocast and dtype == torch.bfloat16):
+            out = attend(*qkv, is_causal=causal)
+        assert out.dtype == dtype
+        out.backward(inputs[3].to(dtype))
+        return [out.detach(), *(x.grad for x in qkv)]
+
+    plain = torch.nn.functional.scaled_dot_product_attention
+    got = run(seen.attention, torch.bfloat16)
+    own = run(plain, torch.bfloat16)
+    for want, one, two in zip(run(plain, torch.float64), own, got, strict=True):
+        ulp = torch.finfo(torch.bfloat16).eps * want.abs().max()
+        assert (two - want).abs().max() <= 2 * (one - want).abs().max() + ulp
+    same = all(torch.equal(one, two) for one, two in zip(own, got, strict=True))
+    assert same == units  # fp32 in between gives other bits

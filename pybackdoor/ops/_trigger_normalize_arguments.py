@@ -64,9 +64,7 @@ def contiguous_inputs(
     trigger_id, position, strength, sample_id = on_device(
         images, trigger_id, position, strength, sample_id
     )
-    trigger_id, position = (
-        t if t is None else saturated_int32(t) for t in (trigger_id, position)
-    )
+    trigger_id, position = (t if t is None else saturated_int32(t) for t in (trigger_id, position))
     strength = None if strength is None else strength.to(torch.float64)
     tensors = (images, pattern, mask, trigger_id, position, strength, sample_id)
     return Inputs(*(t if t is None else t.contiguous() for t in tensors))
