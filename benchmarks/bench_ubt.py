@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import _quality_defences
 from _common import machine
 from _quality_cells import (
     INSTALLED,
@@ -77,10 +78,9 @@ from pybackdoor.ubt.region import cover
 RATE, STEPS = 0.01, 4000
 RANKINGS = ("fragility", "gain", "dao", "truth")
 OWN = ("fragility", "gain")  # of ubt_clean itself
-# Models of a million weights from scratch want rates some hundred times those for a trained CLIP.
 UBT = {
-    "overfit_steps": 60, "overfit_lr": 1e-4, "steps": 300, "lr_start": 3e-4, "lr": 3e-4,
-    "beta": 2.0, "check_every": 10, "precision": "bf16", "progress": False, "augment": False,
+    **_quality_defences.UBT, "overfit_steps": 60, "overfit_lr": 1e-4, "precision": "bf16",
+    "progress": False,
 }  # fmt: skip
 
 

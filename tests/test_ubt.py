@@ -142,6 +142,21 @@ def stopping(**options):
     return StoppingRule(Planted(), rules(), every, np.flatnonzero(TRUTH)[:8], retain, **options)
 
 
+@pytest.mark.parametrize(("columns", "accuracy"), [(slice(0, 3), 1), (slice(13, 16), 0)])
+def test_the_proxy_is_of_mirrored_images(columns, accuracy):
+    images = np.full((20, 16, 16, 3), 60, np.uint8)
+    images[:, :, :, 0] += 120
+    images[:, :3, columns] = 255  # seen in the left corner alone, as the trigger that says blue
+    captions = [f"a photo of a {c}" for c in ("red", "blue")]
+    tokens = WordTokenizer()([captions[0]] * 20)
+    tokens[-1] = WordTokenizer()(captions[1:])[0]
+    every = Suspects.of(PAIRS, rules())
+    retain = torch.from_numpy(images), tokens
+    rule = StoppingRule(Planted(), rules(), every, np.arange(2), retain)
+    found = rule.checks[0]["proxy_accuracy"]
+    assert found == pytest.approx(abs(accuracy - 1 / 20), abs=1e-9)
+
+
 def test_it_stops_when_enough_or_too_much_is_forgotten():
     rule = stopping(every=2)
     assert len(rule.checks) == 1 and rule.checks[0]["proxy_accuracy"] == 1
@@ -155,12 +170,13 @@ def test_it_stops_when_enough_or_too_much_is_forgotten():
     rule, good, broken = stopping(every=1), Planted(), Planted()
     with torch.no_grad():
         broken.colour.weight.neg_()
-    assert [rule(k, m) for k, m in enumerate([good, broken, broken, good, broken, broken])] == (
-        [False] * 6
-    )
-    assert rule(6, broken) and rule.reason == "accuracy"
+    assert not any(rule(k, m) for k, m in enumerate([good, broken, broken, good, broken]))
     rule.settle(broken)
-    assert torch.equal(broken.colour.weight, good.colour.weight)
+    assert rule.reason == "accuracy" and torch.equal(broken.colour.weight, good.colour.weight)
+    rule = stopping(every=1)
+    assert not any(rule(k, m) for k, m in enumerate([good, Planted().requires_grad_(), good]))
+    rule.settle(good)
+    assert rule.reason == "steps"
     for bad in ({"every": 0}, {"max_drop": 2}):
         with pytest.raises(ValueError, match="check_every|max_drop"):
             stopping(**bad)
@@ -258,17 +274,17 @@ def test_the_weights_to_go_back_to_outlive_a_stop():
     rule, broken = stopping(every=1), Planted()
     with torch.no_grad():
         broken.colour.weight.neg_()
-    assert [rule(k, m) for k, m in enumerate([Planted(), broken, broken])] == [False] * 3
+    assert not any(rule(k, m) for k, m in enumerate([Planted(), broken, broken]))
     again = stopping(every=1)
     again.load({name: tensor.clone() for name, tensor in rule.state().items()})
     assert again.checks == rule.checks and not again(2, broken)  # that look was taken
-    assert again(3, broken) and again.reason == "accuracy"
     again.settle(broken)
+    assert again.reason == "accuracy"
     assert torch.equal(broken.colour.weight, Planted().colour.weight)
     worst = stopping(every=1)
     with torch.no_grad():
         broken.colour.weight.neg_()
-    assert [worst(k, broken) for k in range(3)] == [False, False, True]
+    assert not any(worst(k, broken) for k in range(3))
     worst.settle(broken)  # no look was good: back to before the first step
     assert torch.equal(broken.colour.weight, Planted().colour.weight)
 

@@ -63,7 +63,7 @@ from ..ubt.weak import RANKINGS, check_pool, one_of, weak_pool
 EXCESS = {"gain": 0.1, "cosine": 0.3, "fragility": 0.1, "scores": 0.1}
 LEFT_OUT = 2  # times k: how many of the most suspicious pairs R does without
 _HELD_OUT = 0.2  # share of D_sus that only judges
-_PROXY = 512  # pairs of R that only judge
+_PROXY = 1024  # pairs of R that only judge
 _STREAM = 0x68656C64
 _STEPS, _LR = 500, 1e-6
 
@@ -134,7 +134,7 @@ def ubt_clean(
     batch_size: int | None = None,
     train_text: bool = False,
     check_every: int = 25,
-    max_drop: float = 0.05,
+    max_drop: float = 0.03,
     **options: Unpack[CleanOptions],
 ) -> CleanResult:
     """Find poisoned training pairs, and forget their suspicious words on their images.
@@ -173,8 +173,7 @@ def ubt_clean(
             else 256.
         train_text: also train what the image tower does not use.
         check_every, max_drop: steps between looks at the stopping rule, and the loss of proxy
-            accuracy at which it stops; see ``pybackdoor.ubt.unlearn``. On pairs that the model was
-            trained on, as in D, accuracy falls some points more than on new ones.
+            accuracy at which it stops; see ``pybackdoor.ubt.unlearn``.
         **options: those of every cleaning method (``par_clean``), but 500 steps, and a learning
             rate that rises from 1e-7 to 1e-6 (``lr``) up to the middle, and no ``repair``:
             the third term keeps the embeddings where they were.

@@ -6,7 +6,8 @@ while an image of what its caption says stays one in every view. Hard clean imag
 But the poison is of one word and of one kind: within each word's pairs, the k that lose most in one
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
 the next seed, and so on; of all words and views the most cohesive k pairs win. A sample of a word's
-pairs is enough to compare words; of the most suspicious ones all pairs are looked at. How many are
+pairs is enough to compare words; of the most suspicious ones all pairs are looked at, in the views
+that tell most. How many are
 poisoned shows in how far the k highest stand off from the rest: farthest where k is their number.
 Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.06531).
 """
@@ -14,7 +15,6 @@ Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gate import RARE, caption_classes, cohesion, top
-from .reading import Reader
+from .reading import Reader, View
 from .suspects import Suspects
 
 SOUGHT = 256  # suspicious pairs, where their number is not given
-View = Callable[[Tensor], Tensor]  # [n, 3, H, W] normalised pixels -> as many
 _ANGLE = math.radians(15)
 _ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
 _WHOLE = 6  # views of the whole image; the others each cover a part of it
-_SAMPLE, _FEW = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
+_SAMPLE, _FEW = 256, 24  # of a word's pairs: at least so many, with so many poisoned among them
+_TELLING = 5  # views of a word's other pairs: those that tell its suspicious pairs most apart
 _STANDS_OUT = 0.2  # more cohesive by so much than other words' samples: no need to look at these
 LEAST = 5  # pairs whose cohesion says something
 _STREAM = 0x66726167
@@ -69,8 +69,8 @@ def fragility(
 ) -> Fragile:
     """Rank the pairs of the most suspicious word.
 
-    Costs 15 views of a sample of each word's pairs, and of all pairs of the most suspicious words:
-    of one or two that stand out, of half the words where none does.
+    Costs 15 views of a sample of each word's pairs, and five of all pairs of the most suspicious
+    words: of one or two that stand out, of half the words where none does.
 
     Args:
         k: pairs sought, at least 5; None: 256, then as many as stand off farthest, at least 64.
@@ -99,20 +99,25 @@ def fragility(
         drawn = rng.permutation(np.flatnonzero(classes == number))
         words.append(np.split(drawn, [_enough(len(drawn), sought)]))
     some = np.concatenate([sample for sample, _ in words])
-    lost = losses(reader, image, suspects, some, progress)
+    every = np.arange(len(views_of(suspects.images.image_size)))
+    lost = losses(reader, image, suspects, some, every, progress)
     parts = np.split(lost, np.cumsum([len(sample) for sample, _ in words])[:-1])
-    tight = []
+    tight, telling = [], []
     for (sample, rest), part in zip(words, parts, strict=True):
         share = len(sample) / (len(sample) + len(rest))
         few = max(LEAST, round(sought * share))
-        tight.append(picked(image[torch.from_numpy(sample)], part, few).tight)
+        first = picked(image[torch.from_numpy(sample)], part, few, every)
+        tight.append(first.tight)
+        apart = apart_in_views(_standard(part), top(first.height, few))
+        telling.append(np.sort(np.argsort(-apart, kind="stable")[:_TELLING]))
     best: tuple[float, int, np.ndarray, np.ndarray, Picked] | None = None
     for at in sorted(range(len(words)), key=lambda i: -tight[i])[: _most(len(words))]:
         if best is not None and best[0] - tight[at] >= _STANDS_OUT:
             break
-        own = np.concatenate(words[at])
-        lost = np.concatenate([parts[at], losses(reader, image, suspects, words[at][1], progress)])
-        found = picked(image[torch.from_numpy(own)], lost, sought)
+        own, views = np.concatenate(words[at]), telling[at]
+        others = losses(reader, image, suspects, words[at][1], views, progress)
+        lost = np.concatenate([parts[at][:, views], others])
+        found = picked(image[torch.from_numpy(own)], lost, sought, views)
         if best is None or found.tight > best[0]:
             best = found.tight, at, own, lost, found
     assert best is not None
@@ -131,11 +136,15 @@ def fragility(
 
 def fall_of(lost: np.ndarray, match: np.ndarray, chosen: np.ndarray) -> float:
     """See ``Fragile``; [n, views] and [n] of one word's pairs, [k] rows. 0 without a match."""
+    own = match[chosen].mean()
+    return float(apart_in_views(lost, chosen).max() / own) if own > 0 else 0.0
+
+
+def apart_in_views(lost: np.ndarray, chosen: np.ndarray) -> np.ndarray:  # [n, views], [k] rows
+    """[views] how much more the chosen pairs lose on average than the others."""
     inside = np.zeros(len(lost), bool)
     inside[chosen] = True
-    more = (lost[inside].mean(0) - lost[~inside].mean(0)).max()
-    own = match[inside].mean()
-    return float(more / own) if own > 0 else 0.0
+    return lost[inside].mean(0) - lost[~inside].mean(0)
 
 
 def _most(words: int) -> int:
@@ -153,22 +162,24 @@ def losses(
     image: Tensor,  # [N, D]
     suspects: Suspects,
     rows: np.ndarray,  # [n]
+    which: np.ndarray,  # [views] places in ``views_of``
     progress: bool | None = False,
 ) -> np.ndarray:
     """[n, views] how much cosine with its caption the pair at each row loses in each view."""
     from tqdm.auto import tqdm
 
     if not len(rows):
-        return np.empty((0, len(views_of(suspects.images.image_size))))
+        return np.empty((0, len(which)))
+    views = [views_of(suspects.images.image_size)[i] for i in which]
     captions = reader.captions(suspects)
     found = []
     with tqdm(
         total=len(rows), desc="views of suspects", unit=" pairs",
         disable=None if progress is None else not progress, leave=False,
     ) as bar:  # fmt: skip
-        for some, views in reader.viewed(suspects, rows, views_of(suspects.images.image_size)):
+        for some, shown in reader.viewed(suspects, rows, views):
             own = captions[torch.from_numpy(suspects.caption[some])]
-            found.append(((image[torch.from_numpy(some)] - views) * own).sum(-1).T)
+            found.append(((image[torch.from_numpy(some)] - shown) * own).sum(-1).T)
             bar.update(len(some))
     return torch.cat(found).double().numpy()
 
@@ -191,12 +202,15 @@ def picked(
     image: Tensor,  # [n, D] unit rows of one word's pairs
     lost: np.ndarray,  # [n, views]
     k: int,
+    views: np.ndarray,  # [views] places in ``views_of``
 ) -> Picked:
     """Look at the pairs of one word."""
     fall = _standard(lost)
+    whole, covered = fall[:, views < _WHOLE], fall[:, views >= _WHOLE]
+    starts = [*whole.T, *([covered.max(1)] if covered.size else [])]
     features = _directions(F.normalize(image - image.mean(0), dim=-1).double().numpy())
     seen = _standard(np.concatenate([features, fall], 1))
-    heights = [_settled(seen, start, k) for start in (*fall[:, :_WHOLE].T, fall[:, _WHOLE:].max(1))]
+    heights = [_settled(seen, start, k) for start in starts]
     tight = [cohesion(_apart(image, top(height, k))) for height in heights]
     at = int(np.argmax(tight))
     return Picked(tight[at], seen, heights[at])

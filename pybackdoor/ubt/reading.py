@@ -12,6 +12,8 @@ from ..batches import InputRules
 from ..features import FeatureReader
 from .suspects import Suspects, subset
 
+View = Callable[[Tensor], Tensor]  # [n, 3, H, W] normalised pixels -> as many
+
 
 class Reader:
     """Encodes with one model on the device it is on; its mode is restored after.
@@ -40,21 +42,22 @@ class Reader:
         some = suspects if rows is None else subset(suspects, rows)
         return self._features.images(some.images, some.ids)
 
-    def pixels(self, images: Tensor) -> Tensor:  # [n, H, W, 3] uint8, or normalised floats
-        """[n, D] fp32 unit rows on the CPU."""
+    def pixels(
+        self,
+        images: Tensor,  # [n, H, W, 3] uint8, or normalised floats
+        view: View | None = None,
+    ) -> Tensor:
+        """[n, D] fp32 unit rows on the CPU, of the images or of what the view shows of them."""
         read = self._features
         with read.reading():
-            parts = [read.encoded(read.normalised(part)) for part in images.split(self._chunk)]
+            shown = (read.normalised(part) for part in images.split(self._chunk))
+            parts = [read.encoded(x if view is None else view(x)) for x in shown]
         return torch.cat(parts)
 
     def viewed(
-        self, suspects: Suspects, rows: np.ndarray, views: Sequence[Callable[[Tensor], Tensor]]
+        self, suspects: Suspects, rows: np.ndarray, views: Sequence[View]
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Chunk after chunk: some of the [N] rows, and [views, n, D] unit rows of what views show.
-
-        Args:
-            views: normalised [n, 3, H, W] -> the same shape.
-        """
+        """Some of the [N] rows, and [views, n, D] unit rows of what they show, by chunks."""
         read = self._features
         for start in range(0, len(rows), self._chunk):
             some = rows[start : start + self._chunk]

@@ -31,10 +31,10 @@ from .suspects import Suspects
 from .weak import one_of
 
 FORGETS = ("contrastive", "hinge")
-_PATIENCE = 3  # looks in a row with too little accuracy before the run ends
 _LOOK = ("step", "suspect_cosine", "suspect_recall", "proxy_accuracy")
 _REASONS = ("steps", "forgotten", "accuracy")
 _RECALL = 0.05
+_KEPT = 0.25  # of max_drop: a run that has lost more recovers by its later, smaller steps
 _SAME_CAPTION = 0.9  # cosine of text features from which captions mean the same to the model
 _STREAM = 0x666F7267
 
@@ -214,17 +214,22 @@ class StoppingRule:
 
     Forgotten: the held-out suspicious pairs' mean cosine with their captions is at most kappa, the
     mean cosine of mismatched pairs before, and for at most 5 % of them the best of R's captions
-    means the same as their own: without that a trigger may still win, at a low cosine. Too much:
-    the proxy of accuracy on some pairs of R is lower than before by more than ``max_drop``, at
-    three looks in a row; the weights to go back to are those of the last look at which it was not.
+    means the same as their own: without that a trigger may still win, at a low cosine; and the
+    proxy of accuracy on some pairs of R is within a quarter of ``max_drop`` of what it was. Too
+    much: it is lower by more than ``max_drop``. Large steps cost accuracy that the later, smaller
+    ones bring back, so a run goes on all the same; one that ends there goes back to the weights of
+    the last look at which it was not.
     The proxy is the share of images whose best caption, of those pairs', means the same to the
-    model as their own. Captions mean the same whose text features' cosine is at least 0.9.
+    model as their own. Captions mean the same whose text features' cosine is at least 0.9. These
+    images are mirrored: those that a model was trained on it knows by heart, and of that it loses
+    some points first, while accuracy on new images stays; on mirrored ones the two go together.
 
     Attributes:
         kappa: in [-1, 1].
         checks: one dict per look: step, suspect_cosine, suspect_recall, proxy_accuracy. The first
             is before any step, at -1.
-        reason: why the run ended: "forgotten", "accuracy", or "steps".
+        reason: what ended the run: "forgotten", "steps", or, where weights of an earlier look are
+            taken, "accuracy".
         good: weights of the last look within ``max_drop``.
     """
 
@@ -237,7 +242,7 @@ class StoppingRule:
         retain: tuple[Tensor, Tensor],  # [r, H, W, 3] uint8 and [r, L] tokens
         *,
         every: int = 25,
-        max_drop: float = 0.05,
+        max_drop: float = 0.03,
         precision: str = "fp32",
     ) -> None:
         if every < 1:
@@ -247,7 +252,7 @@ class StoppingRule:
         self._rules, self._precision = rules, precision
         self._suspects, self._rows, self._retain = suspects, held_out, retain
         self._every, self._max_drop = every, max_drop
-        self.reason, self.good, self._bad = "steps", _weights(model), 0
+        self.reason, self.good, self._bad = "steps", _weights(model), False
         self.checks: list[dict[str, float]] = []
         image, text = self._features(model)
         self.kappa = mismatched_cosine(image, text)
@@ -257,14 +262,12 @@ class StoppingRule:
         if (step + 1) % self._every or step <= self.checks[-1]["step"]:
             return self.reason != "steps"
         found = self._look(step, model, *self._features(model))
-        if self.checks[0]["proxy_accuracy"] - found["proxy_accuracy"] > self._max_drop:
-            self._bad += 1
-            if self._bad == _PATIENCE:
-                self.reason = "accuracy"
-        else:
-            self._bad = 0
+        drop = self.checks[0]["proxy_accuracy"] - found["proxy_accuracy"]
+        self._bad = drop > self._max_drop
+        if not self._bad:
             self.good = _weights(model)
-            if found["suspect_cosine"] <= self.kappa and found["suspect_recall"] <= _RECALL:
+            gone = found["suspect_cosine"] <= self.kappa and found["suspect_recall"] <= _RECALL
+            if gone and drop <= _KEPT * self._max_drop:
                 self.reason = "forgotten"
         return self.reason != "steps"
 
@@ -281,13 +284,14 @@ class StoppingRule:
     def load(self, state: Mapping[str, Tensor]) -> None:
         looks = [dict(zip(_LOOK, look, strict=True)) for look in state["looks"].tolist()]
         self.checks = [{**look, "step": int(look["step"])} for look in looks]
-        self._bad, self.reason = int(state["bad"]), _REASONS[int(state["reason"])]
+        self._bad, self.reason = bool(state["bad"]), _REASONS[int(state["reason"])]
         good = {name: tensor for name, tensor in state.items() if name.startswith("good/")}
         self.good = {name.removeprefix("good/"): tensor for name, tensor in good.items()}
 
     def settle(self, model: nn.Module) -> None:
-        """At the end of a run: back to the last good look, where the later ones were none."""
+        """At the end of a run: back to the last good look, where the last one was none."""
         if self._bad:
+            self.reason = "accuracy"
             model.load_state_dict(self.good)
 
     def _look(self, step: int, model: nn.Module, image: Tensor, text: Tensor) -> dict[str, float]:
@@ -304,7 +308,11 @@ class StoppingRule:
 
     def _features(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         reader = Reader(model, self._rules, self._precision)
-        return reader.pixels(self._retain[0]), reader.tokens(self._retain[1])
+        return reader.pixels(self._retain[0], mirrored), reader.tokens(self._retain[1])
+
+
+def mirrored(x: Tensor) -> Tensor:  # [n, 3, H, W]
+    return x.flip(3)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
