@@ -97,7 +97,7 @@ class LocalUnlearning(Objective):
 
     def prepare(self, run: Preparation) -> None:
         self._reference = run.frozen(self._before)
-        self._model, self._ranks = run.model, run.ranks or Ranks()
+        self._model, self._ranks, self._steps = run.model, run.ranks or Ranks(), run.steps
         if self._sample < self._ranks.size:
             raise ValueError(
                 f"forget_batch must be at least one pair for each of {self._ranks.size} ranks, got "
@@ -180,7 +180,9 @@ class LocalUnlearning(Objective):
         return Ranks().whole((cosine - self._margin).clamp(min=0).sum() / self._sample)
 
     def enough(self, step: int) -> bool:
-        return self._stop is not None and self._stop(step, self._model)
+        if self._stop is None:
+            return False
+        return self._stop(step, self._model, step >= self._steps // 2)
 
     def state(self) -> dict[str, Tensor]:
         return {} if self._stop is None else self._stop.state()
@@ -217,8 +219,8 @@ class StoppingRule:
     means the same as their own: without that a trigger may still win, at a low cosine; and the
     proxy of accuracy on some pairs of R is within a quarter of ``max_drop`` of what it was. Too
     much: it is lower by more than ``max_drop``. Large steps cost accuracy that the later, smaller
-    ones bring back, so a run goes on all the same; one that ends there goes back to the weights of
-    the last look at which it was not.
+    ones bring back: a run goes on all the same, and does not end in its first half; one that ends
+    with too little accuracy goes back to the weights of the last look at which there was enough.
     The proxy is the share of images whose best caption, of those pairs', means the same to the
     model as their own. Captions mean the same whose text features' cosine is at least 0.9. These
     images are mirrored: those that a model was trained on it knows by heart, and of that it loses
@@ -258,7 +260,8 @@ class StoppingRule:
         self.kappa = mismatched_cosine(image, text)
         self._look(-1, model, image, text)
 
-    def __call__(self, step: int, model: nn.Module) -> bool:
+    def __call__(self, step: int, model: nn.Module, may_end: bool = True) -> bool:
+        """Look, if it is time to; whether the run ends here, which it does only where it may."""
         if (step + 1) % self._every or step <= self.checks[-1]["step"]:
             return self.reason != "steps"
         found = self._look(step, model, *self._features(model))
@@ -267,7 +270,7 @@ class StoppingRule:
         if not self._bad:
             self.good = _weights(model)
             gone = found["suspect_cosine"] <= self.kappa and found["suspect_recall"] <= _RECALL
-            if gone and drop <= _KEPT * self._max_drop:
+            if may_end and gone and drop <= _KEPT * self._max_drop:
                 self.reason = "forgotten"
         return self.reason != "steps"
 
