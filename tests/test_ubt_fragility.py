@@ -17,6 +17,7 @@ from pybackdoor.ubt.fragility import (
     _directions,
     _discriminant,
     _grown,
+    _moments,
     _settled,
     _standard,
     fragility,
@@ -112,14 +113,14 @@ def test_a_discriminant_is_fishers_and_a_settled_one_its_own_seed():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 5)) * [1, 2, 1, 1, 0.5]
     x[:40, 1] += 8
-    height = _discriminant(x, np.arange(40))
+    height = _discriminant(x, np.arange(40), _moments(x))
     a, b = x[:40], x[40:]
     within = (np.cov(a.T, bias=True) + np.cov(b.T, bias=True)) / 2 + 0.05 * np.eye(5)
     direction = np.linalg.solve(within, a.mean(0) - b.mean(0))
     assert np.corrcoef(height, x @ direction)[0, 1] == pytest.approx(1)
     settled = _settled(x, rng.normal(size=200) + 2 * (np.arange(200) < 40), 40)
     assert (top(settled, 40) < 40).mean() > 0.9
-    np.testing.assert_allclose(_discriminant(x, top(settled, 40)), settled)
+    np.testing.assert_allclose(_discriminant(x, top(settled, 40), _moments(x)), settled)
     wide = rng.normal(size=(300, 80)) @ np.diag(np.arange(80.0))
     kept = _directions(wide)
     assert kept.shape == (300, 64)

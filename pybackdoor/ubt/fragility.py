@@ -239,9 +239,9 @@ def _apart(image: Tensor, chosen: np.ndarray) -> Tensor:  # [n, D], [k] -> [k, D
 
 def _settled(x: np.ndarray, start: np.ndarray, k: int) -> np.ndarray:  # [n, d], [n] -> [n]
     """Heights whose k largest are the seed that they come from, or those of the last round."""
-    height, seed = start, top(start, k)
+    height, seed, whole = start, top(start, k), _moments(x)
     for _ in range(_ROUNDS):
-        height = _discriminant(x, seed)
+        height = _discriminant(x, seed, whole)
         following = top(height, k)
         if set(following) == set(seed):
             break
@@ -249,15 +249,32 @@ def _settled(x: np.ndarray, start: np.ndarray, k: int) -> np.ndarray:  # [n, d],
     return height
 
 
-def _discriminant(x: np.ndarray, seed: np.ndarray) -> np.ndarray:
+class _Moments(NamedTuple):
+    """Of rows: how many, their sum [d], and the sum of their outer products [d, d]."""
+
+    n: int
+    sum: np.ndarray
+    outer: np.ndarray
+
+    def mean(self) -> np.ndarray:
+        return self.sum / self.n
+
+    def cov(self) -> np.ndarray:
+        return self.outer / self.n - np.outer(self.mean(), self.mean())
+
+
+def _moments(x: np.ndarray) -> _Moments:  # [n, d]
+    return _Moments(len(x), x.sum(0), x.T @ x)
+
+
+def _discriminant(x: np.ndarray, seed: np.ndarray, whole: _Moments) -> np.ndarray:
     """[n] heights along Fisher's direction, in standard deviations above the mean of the rest."""
-    inside = np.zeros(len(x), bool)
-    inside[seed] = True
-    parts = x[inside], x[~inside]
-    within = sum(np.cov(part, rowvar=False, bias=True) for part in parts) / 2
-    apart = parts[0].mean(0) - parts[1].mean(0)
+    inside = _moments(x[seed])
+    outside = _Moments(*(all_ - own for all_, own in zip(whole, inside, strict=True)))
+    within = (inside.cov() + outside.cov()) / 2
+    apart = inside.mean() - outside.mean()
     height = x @ np.linalg.solve(within + _RIDGE * np.eye(x.shape[1]), apart)
-    rest = height[~inside]
+    rest = np.delete(height, seed)
     return (height - rest.mean()) / max(rest.std(), np.finfo(np.float64).tiny)
 
 
