@@ -16,10 +16,10 @@ CLEANED = """## UBT-style unlearning
 
 `python benchmarks/bench_ubt.py`: the small {arch} trained on its {planted:,} CIFAR-10 pairs,
 {rate:g} % of them poisoned; one seed, k = {k}, the number of poisoned pairs. P@k is precision =
-recall among the k most suspicious pairs by each ranking (`truth`: an oracle's), fall the share of
-their match that these lose once disturbed. `ubt_clean` has no clean pairs; PAR beside it has
-10,000. Seconds are of one core, and those of a ranking hold detection. (t): settings were chosen on
-this attack."""
+recall among the k most suspicious pairs by each ranking (`truth`: an oracle's), swing how clearly
+these turn to another word once disturbed, of which the gate wants 1. `ubt_clean` has no clean
+pairs; PAR beside it has 10,000. Seconds are of one core, and those of a ranking hold detection.
+(t): settings were chosen on this attack."""
 GATE = """The gate on separately trained models ({steps} steps), `bench_ubt.py --gate-only`:"""
 
 
@@ -36,7 +36,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _cleaned(found: dict[str, Any]) -> list[str]:
     cells = [cell for cell in found["cells"] if cell["status"] == INSTALLED]
-    header = ["attack", "ranking", "P@k", "gate", "fall", "CA before", "CA", "ASR before", "ASR"]
+    header = ["attack", "ranking", "P@k", "gate", "swing", "CA before", "CA", "ASR before", "ASR"]
     rows = [row for cell in cells for row in _rows(cell)]
     first = cells[0]
     about = CLEANED.format(
@@ -58,7 +58,7 @@ def _rows(cell: dict[str, Any]) -> Iterable[list[str]]:
             ranking,
             f"{run['precision_at_k']:.3f}" if "precision_at_k" in run else "-",
             "-" if gate is None else "fires" if gate["fires"] else "stops",
-            "-" if gate is None or gate["fall"] is None else f"{gate['fall']:.2f}",
+            "-" if gate is None or gate["swing"] is None else f"{gate['swing']:.2f}",
             _percent(cell["ca"]),
             "-" if after is None else _percent(after["ca"]),
             _percent(cell["asr_nontarget"]),
@@ -84,11 +84,11 @@ def _gate(found: dict[str, Any]) -> list[str]:
             ranking,
             f"{sum(gate['fires'] for gate in gates)} of {len(gates)}",
             _reach(gate["statistic"] - gate["matched"] for gate in gates),
-            _reach(gate["fall"] for gate in gates if gate["fall"] is not None),
+            _reach(gate["swing"] for gate in gates if gate["swing"] is not None),
         ]
         for (attack, ranking), gates in groups.items()
     ]
-    header = ["attack", "ranking", "fires", "excess of cohesion", "fall"]
+    header = ["attack", "ranking", "fires", "excess of cohesion", "swing"]
     return [GATE.format(steps=found["cells"][0]["steps"]), table(header, rows)]
 
 

@@ -16,7 +16,7 @@ from shard_files import samples, write_shard
 
 import pybackdoor
 from pybackdoor.cli import main
-from pybackdoor.cli.detect import _fall
+from pybackdoor.cli.detect import _swing
 from pybackdoor.data import pairs_from_csv, pairs_from_parquet
 from pybackdoor.detect.outputs import sample_key
 from pybackdoor.models import create, save
@@ -162,11 +162,13 @@ def test_fragility_leaves_out_as_many_as_it_finds(world, run, tmp_path, monkeypa
         code == 0 and "scored by fragility, 6 of the word '3' found suspicious; the 6 most" in out
     )
     assert "poison of another word than '3'" in out
-    assert "lose 0% of their match, beyond others of that word: as little as in" in out
-    assert "lose 50% of their match, beyond others of that word, as poison does" in _fall(0.5)
+    assert "once disturbed they do not turn to another word as clearly as poison does" in out
+    assert "Swing 1.00: once disturbed they turn to another word as clearly as they had" in _swing(
+        1.0
+    )
     answer = json.loads((tmp_path / "out" / "detection.json").read_text())
     assert answer["left_out"] == 6 and answer["kept"] == N - 6
-    assert answer["settings"].pop("fall") == 0  # their captions do not match
+    assert answer["settings"].pop("swing") < 1  # their captions do not match
     assert answer["settings"] == {"k": 6, "precision": "fp32", "found": 6, "word": "3"}
     assert run(*base, "--k", 6, "--top", 9)[0] == 0
     assert len(table(tmp_path / "out" / "kept.csv")) == 1 + N - 9

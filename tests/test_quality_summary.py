@@ -121,8 +121,8 @@ def test_an_attack_that_did_not_install_is_not_tuned_on(tmp_path, monkeypatch, c
     assert "attack did not install" in capsys.readouterr().out
 
 
-def gated(fires, fall, statistic=0.5):
-    return {"fires": fires, "fall": fall, "statistic": statistic, "matched": 0.1}
+def gated(fires, swing, statistic=0.5):
+    return {"fires": fires, "swing": swing, "statistic": statistic, "matched": 0.1}
 
 
 def test_the_ubt_tables_hold_what_was_measured(tmp_path):
@@ -148,8 +148,8 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
     assert "badnet" not in rows
     clean = [
         {"attack": "clean", "status": NO_ATTACK, "steps": 1500,
-         "runs": {"fragility": {"gate": gated(fires, fall)}}}
-        for fires, fall in ((False, 0.1), (True, 0.4), (False, 0.2))
+         "runs": {"fragility": {"gate": gated(fires, swing)}}}
+        for fires, swing in ((False, 0.1), (True, 0.4), (False, 0.2))
     ]  # fmt: skip
     gates = {"cells": [*clean, {**failed, "steps": 1500}]}
     (tmp_path / "ubt_gate.json").write_text(json.dumps(gates))

@@ -17,7 +17,7 @@ from ..files import writable_folder, write_json
 from ..manifest import Manifest
 from ..models import load
 from ..options import REQUIRED, UsageError, option
-from ..ubt.gate import LEAST_FALL
+from ..ubt.gate import LEAST_SWING
 from . import inputs
 from .configs import ModelOptions, PairOptions, PromptOptions
 
@@ -160,7 +160,7 @@ def _text(answer: dict[str, Any], result: DetectionResult, pairs: Pairs) -> str:
         where = "" if pairs.ledger is None else f": see {pairs.ledger.path}"
         lines.append(f"{len(result.broken):,} pairs have no usable image, so no score{where}")
     if takes == "views":
-        lines.append(_fall(settings["fall"]))
+        lines.append(_swing(settings["swing"]))
     if "measures" in answer:
         lines.append(_judged(answer))
     lines += ["", "Look at suspects.png: what do these pictures share that their captions do not?"]
@@ -168,11 +168,11 @@ def _text(answer: dict[str, Any], result: DetectionResult, pairs: Pairs) -> str:
     return "\n".join(lines)
 
 
-def _fall(fall: float) -> str:
-    told = f"Once disturbed they lose {fall:.0%} of their match, beyond others of that word"
-    if fall < LEAST_FALL:
-        return f"{told}: as little as in models without poison."
-    return f"{told}, as poison does."
+def _swing(swing: float) -> str:
+    told = f"Swing {swing:.2f}: once disturbed they turn to another word"
+    if swing < LEAST_SWING:
+        return f"{told} less clearly than poison does (from {LEAST_SWING:g} on)."
+    return f"{told} as clearly as they had that one, as poison does."
 
 
 def _judged(answer: dict[str, Any]) -> str:

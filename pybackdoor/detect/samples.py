@@ -162,8 +162,8 @@ def detect_samples(
         progress: show bars; None = on a terminal.
     Returns:
         Scores aligned with the pairs. For fragility the settings also say how many pairs are
-        suspicious, "found", by which "word", and the "fall", the share of their match that they
-        lose once disturbed, beyond others of the word: a clean model showed 0.4, poison 0.7.
+        suspicious, "found", by which "word", and the "swing": how clearly they
+        turn from it to another word once disturbed, as poison does from about 1 on.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
@@ -202,7 +202,7 @@ def detect_samples(
     if chosen.takes == "views":
         found = chosen.function(reader, reading.images, suspects, k, progress)
         scores[reading.rows] = found.scores
-        settings |= {"found": found.k, "word": found.word, "fall": found.fall}
+        settings |= {"found": found.k, "word": found.word, "swing": found.swing}
     elif reading.images is not None:
         device = next(model.parameters()).device
         scores[reading.rows] = among_neighbours(

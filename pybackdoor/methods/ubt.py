@@ -219,9 +219,9 @@ def ubt_clean(
     reader = Reader(before, rules, precision)
     image = reader.images(suspects)
 
-    fall: float | None = None
+    swing: float | None = None
     if ranked_by == "fragility":
-        score, sought, _, fall = fragility(reader, image, suspects, k, progress)
+        score, sought, _, swing = fragility(reader, image, suspects, k, progress)
     elif score is None:
         captions = reader.captions(suspects)
         cosines = pair_cosines(image, captions, suspects)
@@ -236,11 +236,11 @@ def ubt_clean(
         score = score - cosines if rank == "gain" else score
     ranks = Ranks.start(device)  # unlike hardware must not come to unlike answers: the first's
     (score,) = (t.numpy() for t in _first(ranks, device, torch.from_numpy(score)))
-    sought, fall = ranks.from_first([int(sought), fall])
+    sought, swing = ranks.from_first([int(sought), swing])
     chosen = top(score, sought)
     k = len(chosen)
     judged = gate(
-        image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed, fall=fall,
+        image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed, swing=swing,
     )  # fmt: skip
     judged = replace(judged, fires=ranks.from_first(judged.fires))
     own = {

@@ -7,14 +7,21 @@ But the poison is of one word and of one kind: within each word's pairs, the k t
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
 the next seed, and so on; of all words and views the most cohesive k pairs win. A sample of a word's
 pairs is enough to compare words; of the most suspicious ones all pairs are looked at, in the views
-that tell most. How many are
-poisoned shows in how far the k highest stand off from the rest: farthest where k is their number.
+that tell most. How many are poisoned shows in how far the k highest stand off from the rest:
+farthest where k is their number.
+
+Whether they are poison shows in their swing. Hard clean images lose a word that was hardly ahead of
+another one; of poison the model sees the word clearly, and in the view as clearly another one. The
+swing of a pair is the smaller of the two leads: of its own word over the best other one as it is,
+and of the best other word over its own in the view.
+
 Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.06531).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +44,7 @@ LEAST = 5  # pairs whose cohesion says something
 _STREAM = 0x66726167
 _ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
 _DIMS = 64  # principal directions of a class's image features that are looked at
+_SAME_WORD = 0.9  # cosine of captions from which words are no rivals
 _RIDGE = 0.05  # of the discriminant, on directions of unit variance
 
 
@@ -48,16 +56,14 @@ class Fragile(NamedTuple):
             deviations of the rest of them; others rank below.
         k: how many are suspicious.
         word: that they have in common, as people read it.
-        fall: in the view that tells them most apart, how much more they lose on average than the
-            other pairs of their word, as a share of their match: of what their cosine is above
-            that of other words' images with their captions. Poison, which nothing but the trigger
-            ties to the word, loses most of it.
+        swing: their mean swing, in the view in which it is farthest from that of the other pairs
+            of their word, in units of the mean lead that images' own words have.
     """
 
     scores: np.ndarray
     k: int
     word: str
-    fall: float
+    swing: float
 
 
 def fragility(
@@ -93,58 +99,85 @@ def fragility(
             f"fragility needs at least {2 * sought} pairs, twice k, that have their rarest common "
             f"word in common; got {sizes.max()} at most: lower k, or rank by 'gain'"
         )
+    words = Words.of(reader, suspects, classes, names)
     rng = np.random.default_rng(_STREAM)
-    words = []
+    drawn = []
     for number in large:
-        drawn = rng.permutation(np.flatnonzero(classes == number))
-        words.append(np.split(drawn, [_enough(len(drawn), sought)]))
-    some = np.concatenate([sample for sample, _ in words])
+        own = rng.permutation(np.flatnonzero(classes == number))
+        drawn.append(np.split(own, [_enough(len(own), sought)]))
+    some = np.concatenate([sample for sample, _ in drawn])
     every = np.arange(len(views_of(suspects.images.image_size)))
-    lost = losses(reader, image, suspects, some, every, progress)
-    parts = np.split(lost, np.cumsum([len(sample) for sample, _ in words])[:-1])
+    ahead = words.leads(image[torch.from_numpy(some)], classes[some])
+    typical = max(float(ahead.mean()), 0.0)
+    seen = disturbed(reader, image, suspects, some, words, every, progress)
+    cuts = np.cumsum([len(sample) for sample, _ in drawn])[:-1]
+    parts = [Disturbed(*both) for both in zip(*(np.split(x, cuts) for x in seen), strict=True)]
     tight, telling = [], []
-    for (sample, rest), part in zip(words, parts, strict=True):
+    for (sample, rest), part in zip(drawn, parts, strict=True):
         share = len(sample) / (len(sample) + len(rest))
         few = max(LEAST, round(sought * share))
-        first = picked(image[torch.from_numpy(sample)], part, few, every)
+        first = picked(image[torch.from_numpy(sample)], part.lost, few, every)
         tight.append(first.tight)
-        apart = apart_in_views(_standard(part), top(first.height, few))
+        apart = beyond_others(_standard(part.lost), top(first.height, few))
         telling.append(np.sort(np.argsort(-apart, kind="stable")[:_TELLING]))
     best: tuple[float, int, np.ndarray, np.ndarray, Picked] | None = None
-    for at in sorted(range(len(words)), key=lambda i: -tight[i])[: _most(len(words))]:
+    for at in sorted(range(len(drawn)), key=lambda i: -tight[i])[: _most(len(drawn))]:
         if best is not None and best[0] - tight[at] >= _STANDS_OUT:
             break
-        own, views = np.concatenate(words[at]), telling[at]
-        others = losses(reader, image, suspects, words[at][1], views, progress)
-        lost = np.concatenate([parts[at][:, views], others])
+        own, views = np.concatenate(drawn[at]), telling[at]
+        rest = disturbed(reader, image, suspects, drawn[at][1], words, views, progress)
+        lost, swing = (
+            np.concatenate([x[:, views], y]) for x, y in zip(parts[at], rest, strict=True)
+        )
         found = picked(image[torch.from_numpy(own)], lost, sought, views)
         if best is None or found.tight > best[0]:
-            best = found.tight, at, own, lost, found
+            best = found.tight, at, own, swing, found
     assert best is not None
-    _, at, own, lost, (_, seen, height) = best
+    _, at, own, swing, (_, seen_by, height) = best
     if k is None:
-        height, sought = _grown(seen, height, sought)
+        height, sought = _grown(seen_by, height, sought)
     scores = np.full(len(image), height.min() - 1)
     scores[own] = height
-    captions = reader.captions(suspects)[torch.from_numpy(suspects.caption[own])]
-    match = (image[torch.from_numpy(own)] * captions).sum(-1).double().numpy()
-    others = image[torch.from_numpy(classes != large[at])]
-    if len(others):
-        match -= float(others.double().mean(0) @ captions.double().mean(0))
-    return Fragile(scores, sought, names[large[at]], fall_of(lost, match, top(height, sought)))
+    chosen = top(height, sought)
+    swung = float(swing[chosen, beyond_others(swing, chosen).argmax()].mean())
+    return Fragile(scores, sought, names[large[at]], swung / typical if typical > 0 else 0.0)
 
 
-def fall_of(lost: np.ndarray, match: np.ndarray, chosen: np.ndarray) -> float:
-    """See ``Fragile``; [n, views] and [n] of one word's pairs, [k] rows. 0 without a match."""
-    own = match[chosen].mean()
-    return float(apart_in_views(lost, chosen).max() / own) if own > 0 else 0.0
+@dataclass(frozen=True)
+class Words:
+    """What images are told apart by: the words that captions are sorted by.
+
+    Attributes:
+        text: [W, D] unit rows, the mean caption of each word's pairs.
+        rival: [W, W] bool, whether a word (column) means something else than the other (row).
+    """
+
+    text: Tensor
+    rival: Tensor
+    classes: np.ndarray
+
+    @staticmethod
+    def of(reader: Reader, suspects: Suspects, classes: np.ndarray, names: list[str]) -> Words:
+        captions, used = reader.captions(suspects), torch.from_numpy(suspects.caption)
+        number = torch.from_numpy(classes)
+        sums = torch.zeros(len(names), captions.shape[1], dtype=torch.float64)
+        sums.index_add_(0, number, captions[used].double())
+        text = F.normalize(sums, dim=-1).float()
+        return Words(text, text @ text.T < _SAME_WORD, classes)
+
+    def leads(self, image: Tensor, own: np.ndarray) -> Tensor:  # [n, D], [n] -> [n]
+        """How far an image's own word is ahead of the best rival; without a rival of 0."""
+        cosine, word = image @ self.text.T, torch.from_numpy(own)
+        best = cosine.masked_fill(~self.rival[word], -math.inf).max(1).values
+        best = best.masked_fill(best.isinf(), 0.0)
+        return cosine.gather(1, word[:, None])[:, 0] - best
 
 
-def apart_in_views(lost: np.ndarray, chosen: np.ndarray) -> np.ndarray:  # [n, views], [k] rows
-    """[views] how much more the chosen pairs lose on average than the others."""
-    inside = np.zeros(len(lost), bool)
+def beyond_others(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:  # [n, views], [k] rows
+    """[views] the chosen rows' mean above that of the others."""
+    inside = np.zeros(len(x), bool)
     inside[chosen] = True
-    return lost[inside].mean(0) - lost[~inside].mean(0)
+    return x[inside].mean(0) - x[~inside].mean(0)
 
 
 def _most(words: int) -> int:
@@ -157,31 +190,48 @@ def _enough(size: int, k: int) -> int:
     return max(_SAMPLE, math.ceil(_FEW * size / k))
 
 
-def losses(
+class Disturbed(NamedTuple):
+    """What views change: [n, views] each.
+
+    Attributes:
+        lost: how much cosine with its caption a pair loses.
+        swing: see the file's beginning.
+    """
+
+    lost: np.ndarray
+    swing: np.ndarray
+
+
+def disturbed(
     reader: Reader,
     image: Tensor,  # [N, D]
     suspects: Suspects,
     rows: np.ndarray,  # [n]
+    words: Words,
     which: np.ndarray,  # [views] places in ``views_of``
     progress: bool | None = False,
-) -> np.ndarray:
-    """[n, views] how much cosine with its caption the pair at each row loses in each view."""
+) -> Disturbed:
+    """Show the pairs at these rows in some views."""
     from tqdm.auto import tqdm
 
     if not len(rows):
-        return np.empty((0, len(which)))
+        return Disturbed(*(np.empty((0, len(which))) for _ in Disturbed._fields))
     views = [views_of(suspects.images.image_size)[i] for i in which]
     captions = reader.captions(suspects)
-    found = []
+    lost, swing = [], []
     with tqdm(
         total=len(rows), desc="views of suspects", unit=" pairs",
         disable=None if progress is None else not progress, leave=False,
     ) as bar:  # fmt: skip
         for some, shown in reader.viewed(suspects, rows, views):
-            own = captions[torch.from_numpy(suspects.caption[some])]
-            found.append(((image[torch.from_numpy(some)] - shown) * own).sum(-1).T)
+            before, own = image[torch.from_numpy(some)], words.classes[some]
+            caption = captions[torch.from_numpy(suspects.caption[some])]
+            lost.append(((before - shown) * caption).sum(-1).T)
+            ahead = words.leads(before, own)[:, None]
+            behind = torch.stack([-words.leads(view, own) for view in shown], 1)
+            swing.append(torch.minimum(ahead, behind))
             bar.update(len(some))
-    return torch.cat(found).double().numpy()
+    return Disturbed(*(torch.cat(parts).double().numpy() for parts in (lost, swing)))
 
 
 class Picked(NamedTuple):

@@ -12,8 +12,8 @@ class and brought to unit length. Without that, images of one class
 are so alike that a trigger hardly adds to it. The p-value is (1 + sets that reach the statistic) /
 (1 + sets). Top picks of a clean model are also more alike than random ones, since they are picked:
 the gate therefore asks, besides p, for an excess over the sets' mean of at least ``excess``. And
-images that are alike, as of one make of car, are no poison: a ranking that knows how much of their
-match the picks lose once disturbed gives that fall, of which at least ``least_fall`` is wanted.
+images that are alike, as of one make of car, are no poison: a ranking that knows how clearly the
+picks turn to another word once disturbed gives that swing, of which ``least_swing`` is wanted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 from .suspects import Suspects
 from .words import WordReader
 
-LEAST_FALL = 0.5  # small models with planted poison showed 0.7 and more, a clean one 0.3 to 0.4
+LEAST_SWING = 1.0  # as clear a change of word as images are usually matched with their own
 CLASS = 20  # pairs that must share a caption or a word for it to be a class
 RARE = "(rare words only)"  # the class of captions without a common word
 _STREAM = 0x67617465
@@ -41,14 +41,14 @@ class Gate:
     """Whether the suspicious pairs belong together.
 
     Attributes:
-        fires: p <= alpha, the statistic exceeds matched by excess, and fall is at least least_fall.
+        fires: p <= alpha, the statistic exceeds matched by excess, and swing is at least least_swing.
         statistic: mean pairwise cosine of their centred image features, in [-1, 1].
         matched, spread: mean and standard deviation of the random sets' statistics.
         p: of as large a statistic among the random sets.
         sets: how many random sets were drawn.
-        fall: share of their match that the suspicious pairs lose beyond others of their word
+        swing: how clearly the suspicious pairs turn from their word to another one once disturbed
             (``fragility.Fragile``); None where the ranking does not say.
-        alpha, excess, least_fall: the thresholds.
+        alpha, excess, least_swing: the thresholds.
         classes: of the suspicious captions, by size: (word, pairs).
     """
 
@@ -58,20 +58,20 @@ class Gate:
     spread: float
     p: float
     sets: int
-    fall: float | None
+    swing: float | None
     alpha: float
     excess: float
-    least_fall: float
+    least_swing: float
     classes: tuple[tuple[str, int], ...]
 
     def describe(self) -> str:
         """One line for people."""
         word = "fires" if self.fires else "does not fire"
-        if self.fall is None:
+        if self.swing is None:
             lost, wanted = "", f"an excess of at least {self.excess:g}"
         else:
-            lost = f", loss of match once disturbed {self.fall:.0%}"
-            wanted = f"an excess of at least {self.excess:g}, a loss of {self.least_fall:.0%}"
+            lost = f", swing once disturbed {self.swing:.2f}"
+            wanted = f"an excess of at least {self.excess:g}, a swing of {self.least_swing:g}"
         return (
             f"gate {word}: mean pairwise image cosine {self.statistic:.3f}, matched random sets "
             f"{self.matched:.3f} ± {self.spread:.3f}, p = {self.p:.3g}{lost} (wanted p <= "
@@ -147,8 +147,8 @@ def gate(
     alpha: float = 0.01,
     excess: float = 0.1,
     seed: int = 0,
-    fall: float | None = None,
-    least_fall: float = LEAST_FALL,
+    swing: float | None = None,
+    least_swing: float = LEAST_SWING,
 ) -> Gate:
     """Compare the chosen pairs with random sets of the same captions; see the file's beginning."""
     check_gate(sets, alpha, excess)
@@ -161,8 +161,8 @@ def gate(
     sizes = Counter(classes[chosen].tolist()).most_common()
     alike = p <= alpha and found - float(others.mean()) >= excess
     return Gate(
-        alike and (fall is None or fall >= least_fall), found, float(others.mean()),
-        float(others.std()), p, sets, fall, alpha, excess, least_fall,
+        alike and (swing is None or swing >= least_swing), found, float(others.mean()),
+        float(others.std()), p, sets, swing, alpha, excess, least_swing,
         tuple((names[number], count) for number, count in sizes),
     )  # fmt: skip
 
