@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
-from ubt_world import Planted, WordTokenizer, captioned, planted_pairs, rules
+from ubt_world import COLOURS, Planted, WordTokenizer, captioned, planted_pairs, rules
 
 from pybackdoor.ubt.fragility import (
+    Disturbed,
+    Words,
     _apart,
     _directions,
     _discriminant,
@@ -20,8 +22,8 @@ from pybackdoor.ubt.fragility import (
     _moments,
     _settled,
     _standard,
+    disturbed,
     fragility,
-    losses,
     picked,
     views_of,
 )
@@ -74,22 +76,23 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     monkeypatch.setattr(module, "SOUGHT", 20)
     looked = []
 
-    def seen(reader, image, suspects, rows, which, progress):
+    def seen(reader, image, suspects, rows, words, which, progress):
         looked.append(rows)
         assert len(which) == 15 if len(looked) == 1 else len(which) == 5 and 1 in which
-        return np.pad(lost, ((0, 0), (0, 7)))[rows][:, which]
+        wide = np.pad(lost, ((0, 0), (0, 7)))[rows][:, which]
+        return Disturbed(wide, 2 * wide)
 
-    monkeypatch.setattr(module, "losses", seen)
+    monkeypatch.setattr(module, "disturbed", seen)
+    monkeypatch.setattr(Words, "leads", lambda self, image, own: torch.full((len(image),), 0.5))
     reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].expand(len(s.different), -1))
-    scores, found, word, share = fragility(reader, image, every, k)
+    scores, found, word, swing = fragility(reader, image, every, k)
     classes, names = caption_classes(every, whole=False)
     green = classes == classes[poison[0]]
     assert word == names[classes[poison[0]]]
     own, best = np.flatnonzero(green), top(scores, found)
     inside = np.isin(own, best)
-    more = (lost[own[inside]].mean(0) - lost[own[~inside]].mean(0)).max()
-    match = image[:, 3].numpy()[best].mean() - image[:, 3].numpy()[~green].mean()
-    assert share == pytest.approx(more / match, abs=1e-6) and share > 0.8
+    view = (lost[own[inside]].mean(0) - lost[own[~inside]].mean(0)).argmax()
+    assert view == 1 and swing == pytest.approx(2 * lost[best, 1].mean() / 0.5) and swing > 2
     assert found == k if k else abs(found - 25) <= 5
     assert len(set(top(scores, found)) & set(poison)) >= 20
     assert scores[green].min() > scores[~green].max()
@@ -162,36 +165,62 @@ def test_views_keep_the_size_and_disturb(size):
     assert all(torch.allclose(view(plain), plain) for view in views_of(size)[:6])
 
 
-def test_lost_cosines_are_those_of_the_views_one_by_one():
+def test_what_views_change_is_what_they_change_one_by_one():
     model = Planted().double()
-    pairs, _ = planted_pairs(20, 3)
+    pairs, _ = planted_pairs(30, 6)
     every = Suspects.of(pairs, rules())
     reader = Reader(model, rules(), batch_size=7)
     image, views = reader.images(every), np.arange(15)
-    found = losses(reader, image, every, np.arange(20), views)
-    pixels = torch.from_numpy(pairs.images.take(np.arange(20))).permute(0, 3, 1, 2).double()
+    colour = np.array([next(c for c in COLOURS if c in caption) for caption in pairs.captions])
+    names = sorted(set(colour))
+    words = Words.of(reader, every, np.searchsorted(names, colour), names)
+    found = disturbed(reader, image, every, np.arange(30), words, views)
+    pixels = torch.from_numpy(pairs.images.take(np.arange(30))).permute(0, 3, 1, 2).double()
     x = (pixels / 255 - 0.5) / 0.5
-    text = normalize(model.encode_text(WordTokenizer()(list(pairs.captions))), dim=-1)
-    own = (normalize(model.encode_image(x), dim=-1) * text).sum(-1)
+    text = normalize(model.encode_text(WordTokenizer()(list(pairs.captions))), dim=-1).detach()
+    mean = {c: normalize(text[torch.from_numpy(colour == c)].mean(0), dim=0) for c in names}
+
+    def leads(features):
+        own = [float(f @ mean[c]) for f, c in zip(features, colour, strict=True)]
+        best = [max(float(f @ mean[o]) for o in names if o != c)
+                for f, c in zip(features, colour, strict=True)]  # fmt: skip
+        return np.array(own) - np.array(best)
+
+    plain = normalize(model.encode_image(x), dim=-1).detach()
+    own = (plain * text).sum(-1)
     for i, view in enumerate(views_of((16, 16))):
-        there = (normalize(model.encode_image(view(x)), dim=-1) * text).sum(-1)
-        np.testing.assert_allclose(found[:, i], (own - there).detach().numpy(), atol=1e-6)
-    few = np.array([17, 3, 4])
-    np.testing.assert_allclose(losses(reader, image, every, few, views), found[few])
-    some = np.array([2, 6, 14])
-    np.testing.assert_allclose(losses(reader, image, every, few, some), found[few][:, some])
-    assert losses(reader, image, every, few[:0], some).shape == (0, 3)
+        shown = normalize(model.encode_image(view(x)), dim=-1).detach()
+        np.testing.assert_allclose(found.lost[:, i], own - (shown * text).sum(-1), atol=1e-6)
+        swing = np.minimum(leads(plain), -leads(shown))
+        np.testing.assert_allclose(found.swing[:, i], swing, atol=1e-6)
+    few, some = np.array([17, 3, 4]), np.array([2, 6, 14])
+    for of_few, of_all in zip(
+        disturbed(reader, image, every, few, words, some), found, strict=True
+    ):
+        np.testing.assert_allclose(of_few, of_all[few][:, some])
+    nothing = disturbed(reader, image, every, few[:0], words, some)
+    assert nothing.lost.shape == nothing.swing.shape == (0, 3)
 
 
-def test_the_gate_wants_the_match_to_be_lost():
+def test_words_that_mean_the_same_are_no_rivals():
+    text = normalize(torch.tensor([[1.0, 0, 0], [1, 0.1, 0], [0, 0, 1]]), dim=-1)
+    image = normalize(torch.tensor([[2.0, 0, 1], [0, 0, 1]]), dim=-1)
+    words = Words(text, text @ text.T < 0.9, np.zeros(2, int))
+    got = words.leads(image, np.array([0, 1]))
+    np.testing.assert_allclose(got, [(2 - 1) / 5**0.5, -1], atol=1e-6)
+    alone = Words(text[:2], torch.zeros(2, 2, dtype=torch.bool), np.zeros(2, int))
+    np.testing.assert_allclose(alone.leads(image, np.array([0, 0])), [2 / 5**0.5, 0], atol=1e-6)
+
+
+def test_the_gate_wants_a_clear_swing():
     every, image, _, poison = colourful()
     alone = gate(image, every, poison, sets=99, excess=0.3)
-    assert alone.fires and alone.fall is None and "loss" not in alone.describe()
-    low, high = (gate(image, every, poison, sets=99, excess=0.3, fall=f) for f in (0.49, 0.51))
-    assert not low.fires and high.fires and high.fall == 0.51
-    assert "loss of match once disturbed 51%" in high.describe()
-    assert "an excess of at least 0.3, a loss of 50%)" in high.describe()
-    loose = gate(image, every, poison, sets=99, excess=0.3, fall=0.3, least_fall=0.2)
+    assert alone.fires and alone.swing is None and "swing" not in alone.describe()
+    low, high = (gate(image, every, poison, sets=99, excess=0.3, swing=f) for f in (0.99, 1.01))
+    assert not low.fires and high.fires and high.swing == 1.01
+    assert "swing once disturbed 1.01" in high.describe()
+    assert "an excess of at least 0.3, a swing of 1)" in high.describe()
+    loose = gate(image, every, poison, sets=99, excess=0.3, swing=0.3, least_swing=0.2)
     assert loose.fires
 
 
@@ -202,11 +231,11 @@ def test_no_more_words_are_looked_at_whole_once_one_stands_out(monkeypatch, stan
         monkeypatch.setattr(module, name, value)
     looked = []
 
-    def seen(reader, image, suspects, rows, which, progress):
+    def seen(reader, image, suspects, rows, words, which, progress):
         looked.append(len(rows))
-        return np.pad(lost, ((0, 0), (0, 7)))[rows][:, which]
+        return Disturbed(*2 * [np.pad(lost, ((0, 0), (0, 7)))[rows][:, which]])
 
-    monkeypatch.setattr(module, "losses", seen)
+    monkeypatch.setattr(module, "disturbed", seen)
     reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].expand(len(s.different), -1))
     fragility(reader, image, every, 25)
     assert looked == [120] + [60] * looks

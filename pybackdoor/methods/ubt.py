@@ -240,7 +240,8 @@ def ubt_clean(
     chosen = top(score, sought)
     k = len(chosen)
     judged = gate(
-        image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed, swing=swing,
+        image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed,
+        swing=swing,
     )  # fmt: skip
     judged = replace(judged, fires=ranks.from_first(judged.fires))
     own = {

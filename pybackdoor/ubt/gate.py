@@ -41,7 +41,7 @@ class Gate:
     """Whether the suspicious pairs belong together.
 
     Attributes:
-        fires: p <= alpha, the statistic exceeds matched by excess, and swing is at least least_swing.
+        fires: p <= alpha, the statistic exceeds matched by excess, swing is at least least_swing.
         statistic: mean pairwise cosine of their centred image features, in [-1, 1].
         matched, spread: mean and standard deviation of the random sets' statistics.
         p: of as large a statistic among the random sets.
