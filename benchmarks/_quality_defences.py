@@ -88,8 +88,8 @@ DEFENCES: dict[str, Defence] = {
     "ft_sam": Defence(ft_sam_clean, {"rho": 0.01}),
     "invert": Defence(invert_clean, INVERT, rate=0.5),
     "invert_par": Defence(invert_clean, {**INVERT, **PAR, "perturb": True}, rate=0.5),
-    "ubt": Defence(ubt_clean, UBT, pairs="suspect"),
-    "ubt_par": Defence(ubt_par_clean, PAR, pairs="suspect"),
+    "ubt": Defence(ubt_clean, UBT, pairs="suspect", version=1),
+    "ubt_par": Defence(ubt_par_clean, PAR, pairs="suspect", version=1),
     "par_procedural": Defence(par_clean, PAR, pairs="procedural"),
     **{f"par_tau_{tau}": Defence(par_clean, {"tau": tau}) for tau in TAUS},
 }

@@ -91,7 +91,7 @@ def adopt(work: Work, out: Path) -> int:
             continue
         path = work.cell_file(cell)
         if not path.exists():
-            del row["control_ca_loss"]  # of rows beside it
+            row.pop("control_ca_loss", None)  # of rows beside it
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {**row, "settings": cell.settings(work.setting)})
             adopted += 1

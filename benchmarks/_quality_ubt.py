@@ -11,13 +11,15 @@ from _quality_cells import INSTALLED
 from _quality_setting import CLEAN, TUNING
 from _tables import table
 
+from pybackdoor.ubt.gate import LEAST_SWING
+
 FILES = ("ubt.json", "ubt_gate.json")  # below benchmarks/results
 CLEANED = """## UBT-style unlearning
 
 `python benchmarks/bench_ubt.py`: the small {arch} trained on its {planted:,} CIFAR-10 pairs,
 {rate:g} % of them poisoned; one seed, k = {k}, the number of poisoned pairs. P@k is precision =
 recall among the k most suspicious pairs by each ranking (`truth`: an oracle's), swing how clearly
-these turn to another word once disturbed, of which the gate wants 1. `ubt_clean` has no clean
+these turn to another word once disturbed, of which the gate wants {least:g}. `ubt_clean` has no clean
 pairs; PAR beside it has 10,000. Seconds are of one core, and those of a ranking hold detection.
 (t): settings were chosen on this attack."""
 GATE = """The gate on separately trained models ({steps} steps), `bench_ubt.py --gate-only`:"""
@@ -41,7 +43,7 @@ def _cleaned(found: dict[str, Any]) -> list[str]:
     first = cells[0]
     about = CLEANED.format(
         arch=first["arch"], planted=round(first["k"] / first["rate"]), k=first["k"],
-        rate=100 * first["rate"],
+        rate=100 * first["rate"], least=LEAST_SWING,
     )  # fmt: skip
     return [about, table([*header, "seconds"], rows)]
 

@@ -79,7 +79,7 @@ RATE, STEPS = 0.01, 4000
 RANKINGS = ("fragility", "gain", "dao", "truth")
 OWN = ("fragility", "gain")  # of ubt_clean itself
 UBT = {
-    **_quality_defences.UBT, "overfit_steps": 60, "overfit_lr": 1e-4, "precision": "bf16",
+    **_quality_defences.UBT, "overfit_steps": 120, "overfit_lr": 1e-4, "precision": "bf16",
     "progress": False,
 }  # fmt: skip
 

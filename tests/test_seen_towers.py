@@ -314,7 +314,7 @@ def test_evaluation_takes_the_shortcut():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_attention_in_bf16_is_as_exact_as_torch_at_least(units, causal, autocast, monkeypatch):
-    monkeypatch.setattr(seen, "_has_matrix_units", lambda: units)
+    monkeypatch.setattr(seen, "_MATRIX_UNITS", units)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 3, 9, 8, generator=generator).bfloat16() for _ in range(4)]
 

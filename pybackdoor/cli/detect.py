@@ -168,7 +168,9 @@ def _text(answer: dict[str, Any], result: DetectionResult, pairs: Pairs) -> str:
     return "\n".join(lines)
 
 
-def _swing(swing: float) -> str:
+def _swing(swing: float | None) -> str:
+    if swing is None:
+        return "Whether they turn to another word once disturbed cannot be told."
     told = f"Swing {swing:.2f}: once disturbed they turn to another word"
     if swing < LEAST_SWING:
         return f"{told} less clearly than poison does (from {LEAST_SWING:g} on)."

@@ -158,7 +158,8 @@ def ubt_clean(
         rank: by "fragility", without stages A and B (``pybackdoor.ubt.fragility``); by "gain" in
             cosine through overfitting; or by the "cosine" after it.
         gate_sets, gate_p, gate_excess: random sets, the p-value and the excess in mean pairwise
-            cosine that the gate wants (None: by the ranking); see ``pybackdoor.ubt.gate``.
+            cosine that the gate wants (None: by the ranking); by fragility it wants a swing
+            besides; see ``pybackdoor.ubt.gate``.
         token_share: of the words of a caption that are kept, at least one. Words are whole where
             the tokenizer marks them; the portions are encoded as captions of their own, so that no
             features of single tokens are needed.
@@ -173,7 +174,7 @@ def ubt_clean(
             else 256.
         train_text: also train what the image tower does not use.
         check_every, max_drop: steps between looks at the stopping rule, and the loss of proxy
-            accuracy at which it stops; see ``pybackdoor.ubt.unlearn``.
+            accuracy from which an earlier look's weights are taken; see ``pybackdoor.ubt.unlearn``.
         **options: those of every cleaning method (``par_clean``), but 500 steps, and a learning
             rate that rises from 1e-7 to 1e-6 (``lr``) up to the middle, and no ``repair``:
             the third term keeps the embeddings where they were.
@@ -302,7 +303,7 @@ def ubt_clean(
 
     searching = time.perf_counter() - began
     result = clean("ubt", model, keep, objective, own, **options)
-    rule.settle(result.model)
+    rule.settle(result.model, ranks.from_first(rule.bad))
     report = result.report | about | {
         "verdict": "suspicious pairs found",
         "whole_words": found.whole,

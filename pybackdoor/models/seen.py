@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Map = Callable[[Tensor], Tensor]
+# Whether this CPU multiplies tiles of bf16 (AMX), which torch's kernels then use.
+_MATRIX_UNITS = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 QUERY, KEY_VALUE, ALL = slice(0, 1), slice(1, 3), slice(0, 3)
 
 
@@ -31,18 +32,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:  # [n, heads, 
     Without matrix units a CPU's bf16 kernels are the slower ones: forward and backward of 50 tokens
     take three times as long as in fp32, of 16 tokens ten times.
     """
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or _has_matrix_units():
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or _MATRIX_UNITS:
         return F.scaled_dot_product_attention(q, k, v, **mask)
     with torch.autocast("cpu", enabled=False):
         wide = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **mask)
     return wide.to(q.dtype)
-
-
-@cache
-def _has_matrix_units() -> bool:
-    """Whether this CPU multiplies bf16 tiles (AMX), which torch's kernels then use."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and supported()
 
 
 class Block(NamedTuple):

@@ -182,7 +182,8 @@ class LocalUnlearning(Objective):
     def enough(self, step: int) -> bool:
         if self._stop is None:
             return False
-        return self._stop(step, self._model, step >= self._steps // 2)
+        may_end, last = step >= self._steps // 2, step + 1 == self._steps
+        return self._stop(step, self._model, may_end, last)
 
     def state(self) -> dict[str, Tensor]:
         return {} if self._stop is None else self._stop.state()
@@ -219,8 +220,9 @@ class StoppingRule:
     means the same as their own: without that a trigger may still win, at a low cosine; and the
     proxy of accuracy on some pairs of R is within a quarter of ``max_drop`` of what it was. Too
     much: it is lower by more than ``max_drop``. Large steps cost accuracy that the later, smaller
-    ones bring back: a run goes on all the same, and does not end in its first half; one that ends
-    with too little accuracy goes back to the weights of the last look at which there was enough.
+    ones bring back: a run goes on all the same, and does not end before the middle, from which on
+    steps get smaller; one that ends with too little accuracy goes back to the weights of the last
+    look at which there was enough.
     The proxy is the share of images whose best caption, of those pairs', means the same to the
     model as their own. Captions mean the same whose text features' cosine is at least 0.9. These
     images are mirrored: those that a model was trained on it knows by heart, and of that it loses
@@ -233,6 +235,7 @@ class StoppingRule:
         reason: what ended the run: "forgotten", "steps", or, where weights of an earlier look are
             taken, "accuracy".
         good: weights of the last look within ``max_drop``.
+        bad: whether the last look was not.
     """
 
     def __init__(
@@ -254,20 +257,23 @@ class StoppingRule:
         self._rules, self._precision = rules, precision
         self._suspects, self._rows, self._retain = suspects, held_out, retain
         self._every, self._max_drop = every, max_drop
-        self.reason, self.good, self._bad = "steps", _weights(model), False
+        self.reason, self.good, self.bad = "steps", _weights(model), False
         self.checks: list[dict[str, float]] = []
         image, text = self._features(model)
         self.kappa = mismatched_cosine(image, text)
         self._look(-1, model, image, text)
 
-    def __call__(self, step: int, model: nn.Module, may_end: bool = True) -> bool:
-        """Look, if it is time to; whether the run ends here, which it does only where it may."""
-        if (step + 1) % self._every or step <= self.checks[-1]["step"]:
+    def __call__(
+        self, step: int, model: nn.Module, may_end: bool = True, last: bool = False
+    ) -> bool:
+        """Look, if it is time to or the last step; whether the run ends, where it may."""
+        due = last or (step + 1) % self._every == 0
+        if not due or step <= self.checks[-1]["step"]:
             return self.reason != "steps"
         found = self._look(step, model, *self._features(model))
         drop = self.checks[0]["proxy_accuracy"] - found["proxy_accuracy"]
-        self._bad = drop > self._max_drop
-        if not self._bad:
+        self.bad = drop > self._max_drop
+        if not self.bad:
             self.good = _weights(model)
             gone = found["suspect_cosine"] <= self.kappa and found["suspect_recall"] <= _RECALL
             if may_end and gone and drop <= _KEPT * self._max_drop:
@@ -279,7 +285,7 @@ class StoppingRule:
         looks = [[float(look[name]) for name in _LOOK] for look in self.checks]
         return {
             "looks": torch.tensor(looks, dtype=torch.float64),
-            "bad": torch.tensor(self._bad),
+            "bad": torch.tensor(self.bad),
             "reason": torch.tensor(_REASONS.index(self.reason)),
             **{f"good/{name}": tensor for name, tensor in self.good.items()},
         }
@@ -287,13 +293,13 @@ class StoppingRule:
     def load(self, state: Mapping[str, Tensor]) -> None:
         looks = [dict(zip(_LOOK, look, strict=True)) for look in state["looks"].tolist()]
         self.checks = [{**look, "step": int(look["step"])} for look in looks]
-        self._bad, self.reason = bool(state["bad"]), _REASONS[int(state["reason"])]
+        self.bad, self.reason = bool(state["bad"]), _REASONS[int(state["reason"])]
         good = {name: tensor for name, tensor in state.items() if name.startswith("good/")}
         self.good = {name.removeprefix("good/"): tensor for name, tensor in good.items()}
 
-    def settle(self, model: nn.Module) -> None:
-        """At the end of a run: back to the last good look, where the last one was none."""
-        if self._bad:
+    def settle(self, model: nn.Module, bad: bool) -> None:
+        """At the end of a run: back to the last good look, where the last one was bad."""
+        if bad:
             self.reason = "accuracy"
             model.load_state_dict(self.good)
 
