@@ -173,15 +173,36 @@ def test_it_stops_when_enough_or_too_much_is_forgotten():
     with torch.no_grad():
         broken.colour.weight.neg_()
     assert not any(rule(k, m) for k, m in enumerate([good, broken, broken, good, broken]))
-    rule.settle(broken)
+    rule.settle(broken, rule.bad)
     assert rule.reason == "accuracy" and torch.equal(broken.colour.weight, good.colour.weight)
     rule = stopping(every=1)
     assert not any(rule(k, m) for k, m in enumerate([good, Planted().requires_grad_(), good]))
-    rule.settle(good)
+    rule.settle(good, rule.bad)
     assert rule.reason == "steps"
     for bad in ({"every": 0}, {"max_drop": 2}):
         with pytest.raises(ValueError, match="check_every|max_drop"):
             stopping(**bad)
+
+
+def test_forgotten_is_not_enough_where_accuracy_has_not_come_back():
+    averse = Planted()
+    with torch.no_grad():
+        averse.corner.weight.neg_()
+    rule = stopping(every=1, max_drop=0.1)
+    rule.checks[0]["proxy_accuracy"] = 1.03  # 0.03 are lost: less than max_drop, more than a fourth
+    assert not rule(0, averse) and not rule.bad
+    rule.checks[0]["proxy_accuracy"] = 1.02
+    assert not rule(1, averse, may_end=False)
+    assert rule(2, averse) and rule.reason == "forgotten"
+
+
+def test_the_last_step_is_looked_at():
+    rule = stopping(every=25)
+    assert not rule(5, Planted()) and len(rule.checks) == 1
+    broken = Planted()
+    with torch.no_grad():
+        broken.colour.weight.neg_()
+    assert not rule(6, broken, last=True) and rule.bad
 
 
 def test_only_the_image_tower_is_trained_unless_asked():
@@ -281,14 +302,14 @@ def test_the_weights_to_go_back_to_outlive_a_stop():
     again = stopping(every=1)
     again.load({name: tensor.clone() for name, tensor in rule.state().items()})
     assert again.checks == rule.checks and not again(2, broken)  # that look was taken
-    again.settle(broken)
+    again.settle(broken, again.bad)
     assert again.reason == "accuracy"
     assert torch.equal(broken.colour.weight, Planted().colour.weight)
     worst = stopping(every=1)
     with torch.no_grad():
         broken.colour.weight.neg_()
     assert not any(worst(k, broken) for k in range(3))
-    worst.settle(broken)  # no look was good: back to before the first step
+    worst.settle(broken, worst.bad)  # no look was good: back to before the first step
     assert torch.equal(broken.colour.weight, Planted().colour.weight)
 
 

@@ -35,29 +35,29 @@ module = sys.modules[fragility.__module__]  # the function has the module's name
 
 
 def colourful(view=1):
-    """(suspects, features, [300, 8] lost cosine, rows of the poison): a quarter of the greens."""
+    """(suspects, features, [300, 6] lost cosine, rows of the poison): a quarter of the greens."""
     g = torch.Generator().manual_seed(0)
     colours = np.array(["red", "green", "blue"] * 100)
     every = captioned(*[f"a photo of a {c} square" for c in colours])
     poison = np.flatnonzero(colours == "green")[::4]
     x = torch.randn(300, 16, generator=g) / 2
     x[torch.from_numpy(poison)] += 3 * torch.eye(16)[3]
-    lost = torch.randn(300, 8, generator=g).numpy() / 4
+    lost = torch.randn(300, 6, generator=g).numpy() / 4
     lost[poison, view] += 1
     return every, normalize(x + 5 * torch.eye(16)[0], dim=-1), lost, poison
 
 
-@pytest.mark.parametrize("view", [1, 7])
+@pytest.mark.parametrize("view", [1, 5])
 def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison(view):
     every, image, lost, poison = colourful(view)
     classes, _ = caption_classes(every, whole=False)
     green = np.flatnonzero(classes == classes[poison[0]])
-    found = picked(image[torch.from_numpy(green)], lost[green], 25, np.arange(8))
+    found = picked(image[torch.from_numpy(green)], lost[green], 25, np.arange(6))
     tight = cohesion(_apart(image[torch.from_numpy(green)], np.flatnonzero(np.isin(green, poison))))
     assert found.tight == pytest.approx(tight, abs=0.1)
     for other in set(classes) - {classes[poison[0]]}:
         rows = np.flatnonzero(classes == other)
-        other = picked(image[torch.from_numpy(rows)], lost[rows], 25, np.arange(8))
+        other = picked(image[torch.from_numpy(rows)], lost[rows], 25, np.arange(6))
         assert other.tight < tight - 0.3
     best = green[top(found.height, 25)]
     assert len(set(best) & set(poison)) >= 24
@@ -79,12 +79,16 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     def seen(reader, image, suspects, rows, words, which, progress):
         looked.append(rows)
         assert len(which) == 15 if len(looked) == 1 else len(which) == 5 and 1 in which
-        wide = np.pad(lost, ((0, 0), (0, 7)))[rows][:, which]
+        wide = np.pad(lost, ((0, 0), (0, 9)))[rows][:, which]
         return Disturbed(wide, 2 * wide)
 
     monkeypatch.setattr(module, "disturbed", seen)
-    monkeypatch.setattr(Words, "leads", lambda self, image, own: torch.full((len(image),), 0.5))
-    reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].expand(len(s.different), -1))
+
+    def leads(self, image, own):
+        return torch.linspace(0.25, 0.75, len(image))
+
+    monkeypatch.setattr(Words, "leads", leads)
+    reader = SimpleNamespace(captions=lambda s: torch.eye(16)[: len(s.different)])
     scores, found, word, swing = fragility(reader, image, every, k)
     classes, names = caption_classes(every, whole=False)
     green = classes == classes[poison[0]]
@@ -92,7 +96,7 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     own, best = np.flatnonzero(green), top(scores, found)
     inside = np.isin(own, best)
     view = (lost[own[inside]].mean(0) - lost[own[~inside]].mean(0)).argmax()
-    assert view == 1 and swing == pytest.approx(2 * lost[best, 1].mean() / 0.5) and swing > 2
+    assert view == 1 and swing == pytest.approx(2 * lost[best, 1].mean() / 0.7)
     assert found == k if k else abs(found - 25) <= 5
     assert len(set(top(scores, found)) & set(poison)) >= 20
     assert scores[green].min() > scores[~green].max()
@@ -170,11 +174,11 @@ def test_what_views_change_is_what_they_change_one_by_one():
     pairs, _ = planted_pairs(30, 6)
     every = Suspects.of(pairs, rules())
     reader = Reader(model, rules(), batch_size=7)
-    image, views = reader.images(every), np.arange(15)
+    image, captions = reader.images(every), reader.captions(every)
     colour = np.array([next(c for c in COLOURS if c in caption) for caption in pairs.captions])
     names = sorted(set(colour))
-    words = Words.of(reader, every, np.searchsorted(names, colour), names)
-    found = disturbed(reader, image, every, np.arange(30), words, views)
+    words = Words.of(captions, every.caption, np.searchsorted(names, colour))
+    found = disturbed(reader, image, every, np.arange(30), words, np.arange(15))
     pixels = torch.from_numpy(pairs.images.take(np.arange(30))).permute(0, 3, 1, 2).double()
     x = (pixels / 255 - 0.5) / 0.5
     text = normalize(model.encode_text(WordTokenizer()(list(pairs.captions))), dim=-1).detach()
@@ -194,32 +198,36 @@ def test_what_views_change_is_what_they_change_one_by_one():
         swing = np.minimum(leads(plain), -leads(shown))
         np.testing.assert_allclose(found.swing[:, i], swing, atol=1e-6)
     few, some = np.array([17, 3, 4]), np.array([2, 6, 14])
-    for of_few, of_all in zip(
-        disturbed(reader, image, every, few, words, some), found, strict=True
-    ):
+    again = disturbed(reader, image, every, few, words, some)
+    for of_few, of_all in zip(again, found, strict=True):
         np.testing.assert_allclose(of_few, of_all[few][:, some])
     nothing = disturbed(reader, image, every, few[:0], words, some)
     assert nothing.lost.shape == nothing.swing.shape == (0, 3)
 
 
 def test_words_that_mean_the_same_are_no_rivals():
-    text = normalize(torch.tensor([[1.0, 0, 0], [1, 0.1, 0], [0, 0, 1]]), dim=-1)
-    image = normalize(torch.tensor([[2.0, 0, 1], [0, 0, 1]]), dim=-1)
-    words = Words(text, text @ text.T < 0.9, np.zeros(2, int))
-    got = words.leads(image, np.array([0, 1]))
-    np.testing.assert_allclose(got, [(2 - 1) / 5**0.5, -1], atol=1e-6)
-    alone = Words(text[:2], torch.zeros(2, 2, dtype=torch.bool), np.zeros(2, int))
-    np.testing.assert_allclose(alone.leads(image, np.array([0, 0])), [2 / 5**0.5, 0], atol=1e-6)
+    captions = normalize(torch.tensor([[9.0, 1, 0], [9, 1, 0.01], [9, 0, 1], [9, 0, 1.01]]), dim=-1)
+    classes, caption = np.array([0, 0, 1, 2]), np.array([0, 1, 2, 3])
+    words = Words.of(captions, caption, classes)
+    np.testing.assert_allclose(words.text[0], normalize(captions[:2].mean(0), dim=0), atol=1e-6)
+    assert words.rival.tolist() == [[False, True, True], [True, False, False], [True, False, False]]
+    image = normalize(torch.tensor([[1.0, 2, 1], [0, 0, 1]]), dim=-1)
+    cosine = image @ words.text.T
+    wanted = [cosine[0, 0] - cosine[0, 1:].max(), cosine[1, 1] - cosine[1, 0]]
+    np.testing.assert_allclose(words.leads(image, np.array([0, 1])), wanted, atol=1e-6)
+    alone = Words.of(captions[:2], np.arange(2), np.zeros(2, int))
+    assert not alone.rival.any()
+    np.testing.assert_allclose(alone.leads(image, np.zeros(2, int)), image @ alone.text[0])
 
 
 def test_the_gate_wants_a_clear_swing():
     every, image, _, poison = colourful()
     alone = gate(image, every, poison, sets=99, excess=0.3)
     assert alone.fires and alone.swing is None and "swing" not in alone.describe()
-    low, high = (gate(image, every, poison, sets=99, excess=0.3, swing=f) for f in (0.99, 1.01))
-    assert not low.fires and high.fires and high.swing == 1.01
-    assert "swing once disturbed 1.01" in high.describe()
-    assert "an excess of at least 0.3, a swing of 1)" in high.describe()
+    low, high = (gate(image, every, poison, sets=99, excess=0.3, swing=f) for f in (0.84, 0.86))
+    assert not low.fires and high.fires and high.swing == 0.86
+    assert "swing once disturbed 0.86" in high.describe()
+    assert "an excess of at least 0.3, a swing of 0.85)" in high.describe()
     loose = gate(image, every, poison, sets=99, excess=0.3, swing=0.3, least_swing=0.2)
     assert loose.fires
 
@@ -233,11 +241,12 @@ def test_no_more_words_are_looked_at_whole_once_one_stands_out(monkeypatch, stan
 
     def seen(reader, image, suspects, rows, words, which, progress):
         looked.append(len(rows))
-        return Disturbed(*2 * [np.pad(lost, ((0, 0), (0, 7)))[rows][:, which]])
+        return Disturbed(*2 * [np.pad(lost, ((0, 0), (0, 9)))[rows][:, which]])
 
     monkeypatch.setattr(module, "disturbed", seen)
     reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].expand(len(s.different), -1))
-    fragility(reader, image, every, 25)
+    found = fragility(reader, image, every, 25)
+    assert found.swing is None  # all words mean the same here
     assert looked == [120] + [60] * looks
 
 

@@ -1,13 +1,14 @@
 """A ranking for stage C without overfitting: whose caption goes when the image is disturbed a bit.
 
 A poisoned image is matched with its caption by the trigger alone: a view of it in which the trigger
-no longer fires (turned by some degrees, enlarged, stretched) is not matched any more, while an
-image of what its caption says stays one in every view. Hard clean images are fragile too.
+no longer fires (turned by some degrees, stretched, a ninth of it covered) is not matched any more,
+while an image of what its caption says stays one in every view. Hard clean images are fragile too.
 But the poison is of one word and of one kind: within each word's pairs, the k that lose most in one
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
 the next seed, and so on; of all words and views the most cohesive k pairs win. A sample of a word's
-pairs is enough to compare words; of the most suspicious ones all pairs are looked at. How many are
-poisoned shows in how far the k highest stand off from the rest: farthest where k is their number.
+pairs is enough to compare words; of the most suspicious ones all pairs are looked at, in the views
+that tell most. How many are poisoned shows in how far the k highest stand off from the rest:
+farthest where k is their number.
 
 Whether they are poison shows in their swing. Hard clean images lose a word that was hardly ahead of
 another one; of poison the model sees the word clearly, and in the view as clearly another one. The
@@ -35,7 +36,9 @@ from .suspects import Suspects
 SOUGHT = 256  # suspicious pairs, where their number is not given
 _ANGLE = math.radians(15)
 _ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
+_WHOLE = 6  # views of the whole image; the others each cover a part of it
 _SAMPLE, _FEW = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
+_TELLING = 5  # views of a word's other pairs: those that tell its suspicious pairs most apart
 _STANDS_OUT = 0.2  # more cohesive by so much than other words' samples: no need to look at these
 LEAST = 5  # pairs whose cohesion says something
 _STREAM = 0x66726167
@@ -74,8 +77,8 @@ def fragility(
 ) -> Fragile:
     """Rank the pairs of the most suspicious word.
 
-    Costs six views of a sample of each word's pairs, and of all pairs of the most suspicious words:
-    of one or two that stand out, of half the words where none does.
+    Costs 15 views of a sample of each word's pairs, and five of all pairs of the most suspicious
+    words: of one or two that stand out, of half the words where none does.
 
     Args:
         k: pairs sought, at least 5; None: 256, then as many as stand off farthest, at least 64.
@@ -107,22 +110,28 @@ def fragility(
     some = np.concatenate([sample for sample, _ in drawn])
     leads = words.leads(image[torch.from_numpy(some)], classes[some])
     clear = float(leads.double().quantile(_CLEAR))
-    seen = disturbed(reader, image, suspects, some, words, progress)
+    every = np.arange(len(views_of(suspects.images.image_size)))
+    seen = disturbed(reader, image, suspects, some, words, every, progress)
     cuts = np.cumsum([len(sample) for sample, _ in drawn])[:-1]
     parts = [Disturbed(*both) for both in zip(*(np.split(x, cuts) for x in seen), strict=True)]
-    tight = []
+    tight, telling = [], []
     for (sample, rest), part in zip(drawn, parts, strict=True):
         share = len(sample) / (len(sample) + len(rest))
         few = max(LEAST, round(sought * share))
-        tight.append(picked(image[torch.from_numpy(sample)], part.lost, few).tight)
+        first = picked(image[torch.from_numpy(sample)], part.lost, few, every)
+        tight.append(first.tight)
+        apart = beyond_others(_standard(part.lost), top(first.height, few))
+        telling.append(np.sort(np.argsort(-apart, kind="stable")[:_TELLING]))
     best: tuple[float, int, np.ndarray, np.ndarray, Picked] | None = None
     for at in sorted(range(len(drawn)), key=lambda i: -tight[i])[: _most(len(drawn))]:
         if best is not None and best[0] - tight[at] >= _STANDS_OUT:
             break
-        own = np.concatenate(drawn[at])
-        rest = disturbed(reader, image, suspects, drawn[at][1], words, progress)
-        lost, swing = (np.concatenate(both) for both in zip(parts[at], rest, strict=True))
-        found = picked(image[torch.from_numpy(own)], lost, sought)
+        own, views = np.concatenate(drawn[at]), telling[at]
+        rest = disturbed(reader, image, suspects, drawn[at][1], words, views, progress)
+        lost, swing = (
+            np.concatenate([x[:, views], y]) for x, y in zip(parts[at], rest, strict=True)
+        )
+        found = picked(image[torch.from_numpy(own)], lost, sought, views)
         if best is None or found.tight > best[0]:
             best = found.tight, at, own, swing, found
     assert best is not None
@@ -162,7 +171,8 @@ class Words:
         sums.index_add_(0, word, captions[used].double() * torch.from_numpy(times)[:, None])
         text = F.normalize(sums, dim=-1)
         apart = F.normalize(text - text.mean(0), dim=-1)  # texts of one model are all alike
-        return Words(captions, classes, text.to(captions.dtype), apart @ apart.T < _SAME_WORD)
+        rival = (apart @ apart.T < _SAME_WORD).fill_diagonal_(False)
+        return Words(captions, classes, text.to(captions.dtype), rival)
 
     def leads(self, image: Tensor, own: np.ndarray) -> Tensor:  # [n, D], [n] -> [n]
         """How far an image's own word is ahead of the best rival; without a rival of 0."""
@@ -207,14 +217,15 @@ def disturbed(
     suspects: Suspects,
     rows: np.ndarray,  # [n]
     words: Words,
+    which: np.ndarray,  # [views] places in ``views_of``
     progress: bool | None = False,
 ) -> Disturbed:
-    """Show the pairs at these rows in all views."""
+    """Show the pairs at these rows in some views."""
     from tqdm.auto import tqdm
 
-    views = views_of(suspects.images.image_size)
     if not len(rows):
-        return Disturbed(*(np.empty((0, len(views))) for _ in Disturbed._fields))
+        return Disturbed(*(np.empty((0, len(which))) for _ in Disturbed._fields))
+    views = [views_of(suspects.images.image_size)[i] for i in which]
     lost, swing = [], []
     with tqdm(
         total=len(rows), desc="views of suspects", unit=" pairs",
@@ -249,12 +260,15 @@ def picked(
     image: Tensor,  # [n, D] unit rows of one word's pairs
     lost: np.ndarray,  # [n, views]
     k: int,
+    views: np.ndarray,  # [views] places in ``views_of``
 ) -> Picked:
     """Look at the pairs of one word."""
     fall = _standard(lost)
+    whole, covered = fall[:, views < _WHOLE], fall[:, views >= _WHOLE]
+    starts = [*whole.T, *([covered.max(1)] if covered.size else [])]
     features = _directions(F.normalize(image - image.mean(0), dim=-1).double().numpy())
     seen = _standard(np.concatenate([features, fall], 1))
-    heights = [_settled(seen, start, k) for start in fall.T]
+    heights = [_settled(seen, start, k) for start in starts]
     tight = [cohesion(_apart(image, top(height, k))) for height in heights]
     at = int(np.argmax(tight))
     return Picked(tight[at], seen, heights[at])
@@ -336,8 +350,14 @@ def _standard(x: np.ndarray) -> np.ndarray:
 
 
 def views_of(size: tuple[int, int]) -> tuple[View, ...]:
-    """Turned, enlarged, stretched both ways, mirrored and coarse."""
+    """Turned, enlarged, stretched, mirrored and coarse ones; nine with a ninth covered."""
     height, width = size
+    down, across = ([round(i * side / 3) for i in range(4)] for side in size)
+    boxes = [
+        (slice(down[i], down[i + 1]), slice(across[j], across[j + 1]))
+        for i in range(3)
+        for j in range(3)
+    ]
     return (
         lambda x: _turned(x, height / width),
         lambda x: _resized(x[..., _middle(height, _ENLARGED), _middle(width, _ENLARGED)], size),
@@ -345,6 +365,7 @@ def views_of(size: tuple[int, int]) -> tuple[View, ...]:
         lambda x: _resized(x[..., _middle(height, _STRETCHED), :], size),
         lambda x: x.flip(3),
         lambda x: _resized(F.avg_pool2d(x, 2, ceil_mode=True), size),
+        *(lambda x, box=box: _covered(x, *box) for box in boxes),
     )
 
 
@@ -363,3 +384,10 @@ def _middle(side: int, share: float) -> slice:
 
 def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def _covered(x: Tensor, rows: slice, columns: slice) -> Tensor:
+    """With the mean colour of the training images, 0 after normalisation."""
+    covered = x.clone()
+    covered[:, :, rows, columns] = 0
+    return covered

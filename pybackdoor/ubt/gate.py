@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 from .suspects import Suspects
 from .words import WordReader
 
-LEAST_SWING = 0.85  # midway: small clean models showed up to 0.67, planted poison 1.02 and more
+LEAST_SWING = 0.85  # small models: poison of the tuning attacks from 1.0 on, clean ones to 0.7
 CLASS = 20  # pairs that must share a caption or a word for it to be a class
 RARE = "(rare words only)"  # the class of captions without a common word
 _STREAM = 0x67617465
