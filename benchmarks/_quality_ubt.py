@@ -19,8 +19,8 @@ CLEANED = """## UBT-style unlearning
 `python benchmarks/bench_ubt.py`: the small {arch} trained on its {planted:,} CIFAR-10 pairs,
 {rate:g} % of them poisoned; one seed, k = {k}, the number of poisoned pairs. P@k is precision =
 recall among the k most suspicious pairs by each ranking (`truth`: an oracle's), swing how clearly
-these turn to another word once disturbed, of which the gate wants {least:g}. `ubt_clean` has no
-clean pairs; PAR beside it has 10,000. Seconds are of one core, and those of a ranking hold
+these are of their word and lose it once disturbed, of which the gate wants {least:g}. `ubt_clean`
+has no clean pairs; PAR beside it has 10,000. Seconds are of one core, and those of a ranking hold
 detection. (t): settings were chosen on this attack."""
 GATE = """The gate on separately trained models ({steps} steps), `bench_ubt.py --gate-only`:"""
 

@@ -170,11 +170,10 @@ def _text(answer: dict[str, Any], result: DetectionResult, pairs: Pairs) -> str:
 
 def _swing(swing: float | None) -> str:
     if swing is None:
-        return "Whether they turn to another word once disturbed cannot be told."
-    told = f"Swing {swing:.2f}: once disturbed they turn to another word"
-    if swing < LEAST_SWING:
-        return f"{told} less clearly than poison does (from {LEAST_SWING:g} on)."
-    return f"{told} as clearly as they had that one, as poison does."
+        return "Whether they are clearly of that word cannot be told: no other one to compare with."
+    told = f"Swing {swing:.2f}: how clearly they are of that word, and lose it once disturbed"
+    wanted = f"poison shows {LEAST_SWING:g} and more"
+    return f"{told}; {wanted}." if swing >= LEAST_SWING else f"{told}, which is little: {wanted}."
 
 
 def _judged(answer: dict[str, Any]) -> str:

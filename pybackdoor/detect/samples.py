@@ -163,7 +163,7 @@ def detect_samples(
     Returns:
         Scores aligned with the pairs. For fragility the settings also say how many pairs are
         suspicious, "found", by which "word", and the "swing": how clearly they
-        turn from it to another word once disturbed (``ubt.fragility.Fragile``).
+        are of it and lose it once disturbed (``ubt.fragility.Fragile``).
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """

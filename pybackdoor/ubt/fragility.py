@@ -11,9 +11,7 @@ that tell most. How many are poisoned shows in how far the k highest stand off f
 farthest where k is their number.
 
 Whether they are poison shows in their swing. Hard clean images lose a word that was hardly ahead of
-another one; of poison the model sees the word clearly, and in the view as clearly another one. The
-swing of a pair is the smaller of the two leads: of its own word over the best other one as it is,
-and of the best other word over its own in the view.
+another one; poison is of its word as clearly as the clearest images, and loses it all the same.
 
 Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.06531).
 """
@@ -57,9 +55,11 @@ class Fragile(NamedTuple):
             deviations of the rest of them; others rank below.
         k: how many are suspicious.
         word: that they have in common, as people read it.
-        swing: their mean swing, in the view in which it is farthest from that of the other pairs
-            of their word, in units of the lead that only a tenth of all images' own words exceed;
-            None where that is no lead, or no other word means something else.
+        swing: the smaller of two. Their mean lead, how far an image's word is ahead of the best
+            other one, in units of the lead that only a tenth of all images exceed. And in the view
+            that tells them most apart, how much more they lose on average than the other pairs of
+            their word, as a share of their match: of what their cosine is above that of other
+            words' images. None where no other word means something else, or no image leads.
     """
 
     scores: np.ndarray
@@ -101,49 +101,57 @@ def fragility(
             f"fragility needs at least {2 * sought} pairs, twice k, that have their rarest common "
             f"word in common; got {sizes.max()} at most: lower k, or rank by 'gain'"
         )
-    words = Words.of(reader.captions(suspects), suspects.caption, classes)
+    captions = reader.captions(suspects)
     rng = np.random.default_rng(_STREAM)
     drawn = []
     for number in large:
         own = rng.permutation(np.flatnonzero(classes == number))
         drawn.append(np.split(own, [_enough(len(own), sought)]))
     some = np.concatenate([sample for sample, _ in drawn])
-    leads = words.leads(image[torch.from_numpy(some)], classes[some])
-    clear = float(leads.double().quantile(_CLEAR))
     every = np.arange(len(views_of(suspects.images.image_size)))
-    seen = disturbed(reader, image, suspects, some, words, every, progress)
-    cuts = np.cumsum([len(sample) for sample, _ in drawn])[:-1]
-    parts = [Disturbed(*both) for both in zip(*(np.split(x, cuts) for x in seen), strict=True)]
+    lost = losses(reader, image, suspects, some, captions, every, progress)
+    parts = np.split(lost, np.cumsum([len(sample) for sample, _ in drawn])[:-1])
     tight, telling = [], []
     for (sample, rest), part in zip(drawn, parts, strict=True):
         share = len(sample) / (len(sample) + len(rest))
         few = max(LEAST, round(sought * share))
-        first = picked(image[torch.from_numpy(sample)], part.lost, few, every)
+        first = picked(image[torch.from_numpy(sample)], part, few, every)
         tight.append(first.tight)
-        apart = beyond_others(_standard(part.lost), top(first.height, few))
+        apart = beyond_others(_standard(part), top(first.height, few))
         telling.append(np.sort(np.argsort(-apart, kind="stable")[:_TELLING]))
     best: tuple[float, int, np.ndarray, np.ndarray, Picked] | None = None
     for at in sorted(range(len(drawn)), key=lambda i: -tight[i])[: _most(len(drawn))]:
         if best is not None and best[0] - tight[at] >= _STANDS_OUT:
             break
         own, views = np.concatenate(drawn[at]), telling[at]
-        rest = disturbed(reader, image, suspects, drawn[at][1], words, views, progress)
-        lost, swing = (
-            np.concatenate([x[:, views], y]) for x, y in zip(parts[at], rest, strict=True)
-        )
+        rest = losses(reader, image, suspects, drawn[at][1], captions, views, progress)
+        lost = np.concatenate([parts[at][:, views], rest])
         found = picked(image[torch.from_numpy(own)], lost, sought, views)
         if best is None or found.tight > best[0]:
-            best = found.tight, at, own, swing, found
+            best = found.tight, at, own, lost, found
     assert best is not None
-    _, at, own, swing, (_, seen_by, height) = best
+    _, at, own, lost, (_, seen, height) = best
     if k is None:
-        height, sought = _grown(seen_by, height, sought)
+        height, sought = _grown(seen, height, sought)
     scores = np.full(len(image), height.min() - 1)
     scores[own] = height
-    chosen = top(height, sought)
-    told = clear > 0 and bool(words.rival[large[at]].any())
-    swung = float(swing[chosen, beyond_others(swing, chosen).argmax()].mean())
-    return Fragile(scores, sought, names[large[at]], swung / clear if told else None)
+    chosen, word = top(height, sought), large[at]
+    words = Words.of(captions, suspects.caption, classes)
+    clear = float(words.leads(image[torch.from_numpy(some)], classes[some]).quantile(_CLEAR))
+    if clear <= 0 or not words.rival[word].any():
+        return Fragile(scores, sought, names[word], None)
+    lead = float(words.leads(image[torch.from_numpy(own[chosen])], classes[own[chosen]]).mean())
+    text = captions[torch.from_numpy(suspects.caption[own])]
+    match = (image[torch.from_numpy(own)] * text).sum(-1).double().numpy()
+    others = image[torch.from_numpy(classes != word)]
+    match -= float(others.double().mean(0) @ text.double().mean(0))
+    return Fragile(scores, sought, names[word], min(lead / clear, fall_of(lost, match, chosen)))
+
+
+def fall_of(lost: np.ndarray, match: np.ndarray, chosen: np.ndarray) -> float:
+    """What ``Fragile.swing`` says of loss; [n, views], [n], [k] rows. 0 without a match."""
+    own = match[chosen].mean()
+    return float(beyond_others(lost, chosen).max() / own) if own > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -151,14 +159,10 @@ class Words:
     """What images are told apart by: the words that captions are sorted by.
 
     Attributes:
-        captions: [U, D] unit rows, the different captions.
-        classes: [N] each pair's word.
         text: [W, D] unit rows, the mean caption of each word's pairs.
         rival: [W, W] bool, whether a word (column) means something else than the other (row).
     """
 
-    captions: Tensor
-    classes: np.ndarray
     text: Tensor
     rival: Tensor
 
@@ -172,7 +176,7 @@ class Words:
         text = F.normalize(sums, dim=-1)
         apart = F.normalize(text - text.mean(0), dim=-1)  # texts of one model are all alike
         rival = (apart @ apart.T < _SAME_WORD).fill_diagonal_(False)
-        return Words(captions, classes, text.to(captions.dtype), rival)
+        return Words(text.to(captions.dtype), rival)
 
     def leads(self, image: Tensor, own: np.ndarray) -> Tensor:  # [n, D], [n] -> [n]
         """How far an image's own word is ahead of the best rival; without a rival of 0."""
@@ -199,47 +203,31 @@ def _enough(size: int, k: int) -> int:
     return max(_SAMPLE, math.ceil(_FEW * size / k))
 
 
-class Disturbed(NamedTuple):
-    """What views change: [n, views] each.
-
-    Attributes:
-        lost: how much cosine with its caption a pair loses.
-        swing: see the file's beginning.
-    """
-
-    lost: np.ndarray
-    swing: np.ndarray
-
-
-def disturbed(
+def losses(
     reader: Reader,
     image: Tensor,  # [N, D]
     suspects: Suspects,
     rows: np.ndarray,  # [n]
-    words: Words,
+    captions: Tensor,  # [U, D]
     which: np.ndarray,  # [views] places in ``views_of``
     progress: bool | None = False,
-) -> Disturbed:
-    """Show the pairs at these rows in some views."""
+) -> np.ndarray:
+    """[n, views] how much cosine with its caption the pair at each row loses in each view."""
     from tqdm.auto import tqdm
 
     if not len(rows):
-        return Disturbed(*(np.empty((0, len(which))) for _ in Disturbed._fields))
+        return np.empty((0, len(which)))
     views = [views_of(suspects.images.image_size)[i] for i in which]
-    lost, swing = [], []
+    found = []
     with tqdm(
         total=len(rows), desc="views of suspects", unit=" pairs",
         disable=None if progress is None else not progress, leave=False,
     ) as bar:  # fmt: skip
         for some, shown in reader.viewed(suspects, rows, views):
-            before, own = image[torch.from_numpy(some)], words.classes[some]
-            caption = words.captions[torch.from_numpy(suspects.caption[some])]
-            lost.append(((before - shown) * caption).sum(-1).T)
-            ahead = words.leads(before, own)[:, None]
-            behind = torch.stack([-words.leads(view, own) for view in shown], 1)
-            swing.append(torch.minimum(ahead, behind))
+            own = captions[torch.from_numpy(suspects.caption[some])]
+            found.append(((image[torch.from_numpy(some)] - shown) * own).sum(-1).T)
             bar.update(len(some))
-    return Disturbed(*(torch.cat(parts).double().numpy() for parts in (lost, swing)))
+    return torch.cat(found).double().numpy()
 
 
 class Picked(NamedTuple):

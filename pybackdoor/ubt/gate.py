@@ -13,7 +13,8 @@ are so alike that a trigger hardly adds to it. The p-value is (1 + sets that rea
 (1 + sets). Top picks of a clean model are also more alike than random ones, since they are picked:
 the gate therefore asks, besides p, for an excess over the sets' mean of at least ``excess``. And
 images that are alike, as of one make of car, are no poison: a ranking that knows how clearly the
-picks turn to another word once disturbed gives that swing, of which ``least_swing`` is wanted.
+picks are of their word, and how much of that they lose once disturbed, gives the smaller of both,
+their swing, of which ``least_swing`` is wanted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch.nn.functional import normalize
 from .suspects import Suspects
 from .words import WordReader
 
-LEAST_SWING = 0.85  # small models: poison of the tuning attacks from 1.0 on, clean ones to 0.7
+LEAST_SWING = 0.5  # two small clean models showed 0.2 at most, planted poison 0.7 and more
 CLASS = 20  # pairs that must share a caption or a word for it to be a class
 RARE = "(rare words only)"  # the class of captions without a common word
 _STREAM = 0x67617465
@@ -46,7 +47,7 @@ class Gate:
         matched, spread: mean and standard deviation of the random sets' statistics.
         p: of as large a statistic among the random sets.
         sets: how many random sets were drawn.
-        swing: how clearly the suspicious pairs turn from their word to another one once disturbed
+        swing: how clearly the suspicious pairs are of their word and lose it once disturbed
             (``fragility.Fragile``); None where the ranking does not say.
         alpha, excess, least_swing: the thresholds.
         classes: of the suspicious captions, by size: (word, pairs).
