@@ -162,8 +162,9 @@ def test_fragility_leaves_out_as_many_as_it_finds(world, run, tmp_path, monkeypa
         code == 0 and "scored by fragility, 6 of the word '3' found suspicious; the 6 most" in out
     )
     assert "poison of another word than '3'" in out
-    assert "once disturbed they turn to another word less clearly than poison does" in out
-    assert "Swing 1.00: once disturbed they turn to another word as clearly as" in _swing(1.0)
+    assert "lose it once disturbed, which is little: poison shows 0.5 and more." in out
+    assert _swing(0.5).endswith("once disturbed; poison shows 0.5 and more.")
+    assert "cannot be told" in _swing(None)
     answer = json.loads((tmp_path / "out" / "detection.json").read_text())
     assert answer["left_out"] == 6 and answer["kept"] == N - 6
     assert answer["settings"].pop("swing") < 1  # their captions do not match

@@ -57,7 +57,7 @@ def test_the_planted_pairs_come_first(found):
     assert set(found.top(40)) == set(np.flatnonzero(TRUTH))
     measures = found.measures()
     assert measures["auroc"] == 1 and measures["at"][0]["precision"] == 1
-    assert found.settings.pop("swing") > 0.85
+    assert found.settings.pop("swing") > 0.5
     assert found.settings == {"k": 40, "precision": "fp32", "found": 40, "word": BLUE}
     blue = np.array(["blue" in caption for caption in PAIRS.captions])
     assert found.scores[blue].min() > found.scores[~blue].max()

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
-from ubt_world import COLOURS, Planted, WordTokenizer, captioned, planted_pairs, rules
+from ubt_world import Planted, WordTokenizer, captioned, planted_pairs, rules
 
 from pybackdoor.ubt.fragility import (
-    Disturbed,
     Words,
     _apart,
     _directions,
@@ -22,8 +21,8 @@ from pybackdoor.ubt.fragility import (
     _moments,
     _settled,
     _standard,
-    disturbed,
     fragility,
+    losses,
     picked,
     views_of,
 )
@@ -35,29 +34,29 @@ module = sys.modules[fragility.__module__]  # the function has the module's name
 
 
 def colourful(view=1):
-    """(suspects, features, [300, 6] lost cosine, rows of the poison): a quarter of the greens."""
+    """(suspects, features, [300, 8] lost cosine, rows of the poison): a quarter of the greens."""
     g = torch.Generator().manual_seed(0)
     colours = np.array(["red", "green", "blue"] * 100)
     every = captioned(*[f"a photo of a {c} square" for c in colours])
     poison = np.flatnonzero(colours == "green")[::4]
     x = torch.randn(300, 16, generator=g) / 2
     x[torch.from_numpy(poison)] += 3 * torch.eye(16)[3]
-    lost = torch.randn(300, 6, generator=g).numpy() / 4
+    lost = torch.randn(300, 8, generator=g).numpy() / 4
     lost[poison, view] += 1
     return every, normalize(x + 5 * torch.eye(16)[0], dim=-1), lost, poison
 
 
-@pytest.mark.parametrize("view", [1, 5])
+@pytest.mark.parametrize("view", [1, 7])
 def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison(view):
     every, image, lost, poison = colourful(view)
     classes, _ = caption_classes(every, whole=False)
     green = np.flatnonzero(classes == classes[poison[0]])
-    found = picked(image[torch.from_numpy(green)], lost[green], 25, np.arange(6))
+    found = picked(image[torch.from_numpy(green)], lost[green], 25)
     tight = cohesion(_apart(image[torch.from_numpy(green)], np.flatnonzero(np.isin(green, poison))))
     assert found.tight == pytest.approx(tight, abs=0.1)
     for other in set(classes) - {classes[poison[0]]}:
         rows = np.flatnonzero(classes == other)
-        other = picked(image[torch.from_numpy(rows)], lost[rows], 25, np.arange(6))
+        other = picked(image[torch.from_numpy(rows)], lost[rows], 25)
         assert other.tight < tight - 0.3
     best = green[top(found.height, 25)]
     assert len(set(best) & set(poison)) >= 24
@@ -76,34 +75,39 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     monkeypatch.setattr(module, "SOUGHT", 20)
     looked = []
 
-    def seen(reader, image, suspects, rows, words, which, progress):
+    def seen(reader, image, suspects, rows, captions, progress):
         looked.append(rows)
-        assert len(which) == 15 if len(looked) == 1 else len(which) == 5 and 1 in which
-        wide = np.pad(lost, ((0, 0), (0, 9)))[rows][:, which]
-        return Disturbed(wide, 2 * wide)
+        return np.pad(lost, ((0, 0), (0, 7)))[rows]
 
-    monkeypatch.setattr(module, "disturbed", seen)
+    monkeypatch.setattr(module, "losses", seen)
 
-    def leads(self, image, own):
-        return torch.linspace(0.25, 0.75, len(image))
+    def leads(self, image, own):  # of the samples first, then of what is suspicious
+        return torch.linspace(0, 1, len(image)) if len(image) > 100 else torch.full((25,), ahead)
 
+    ahead = 0.45
     monkeypatch.setattr(Words, "leads", leads)
-    reader = SimpleNamespace(captions=lambda s: torch.eye(16)[: len(s.different)])
+    reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].repeat(len(s.different), 1))
+    monkeypatch.setattr(Words, "of", lambda *_: Words(None, torch.ones(3, 3, dtype=torch.bool)))
     scores, found, word, swing = fragility(reader, image, every, k)
     classes, names = caption_classes(every, whole=False)
     green = classes == classes[poison[0]]
     assert word == names[classes[poison[0]]]
     own, best = np.flatnonzero(green), top(scores, found)
     inside = np.isin(own, best)
-    view = (lost[own[inside]].mean(0) - lost[own[~inside]].mean(0)).argmax()
-    assert view == 1 and swing == pytest.approx(2 * lost[best, 1].mean() / 0.7)
+    assert swing == pytest.approx(0.5)  # 0.45 of the 0.9 that a tenth exceeds
+    first, ahead = list(looked), 9.0
+    looked.clear()
+    more = (lost[own[inside]].mean(0) - lost[own[~inside]].mean(0)).max()
+    match = image[:, 3].numpy()[best].mean() - image[:, 3].numpy()[~green].mean()
+    share = fragility(reader, image, every, k).swing
+    assert share == pytest.approx(more / match, abs=1e-6) and share > 0.8
     assert found == k if k else abs(found - 25) <= 5
     assert len(set(top(scores, found)) & set(poison)) >= 20
     assert scores[green].min() > scores[~green].max()
-    assert len(looked[0]) == 3 * min(sample, 100)
-    assert set(np.concatenate(looked)) >= set(np.flatnonzero(green))
-    for more in looked[1:]:
-        assert not set(looked[0]) & set(more) and len(more) == 100 - min(sample, 100)
+    assert len(first[0]) == 3 * min(sample, 100)
+    assert set(np.concatenate(first)) >= set(np.flatnonzero(green))
+    for more in first[1:]:
+        assert not set(first[0]) & set(more) and len(more) == 100 - min(sample, 100)
 
 
 @pytest.mark.parametrize("sought", [30, 60, 200])
@@ -169,40 +173,23 @@ def test_views_keep_the_size_and_disturb(size):
     assert all(torch.allclose(view(plain), plain) for view in views_of(size)[:6])
 
 
-def test_what_views_change_is_what_they_change_one_by_one():
+def test_lost_cosines_are_those_of_the_views_one_by_one():
     model = Planted().double()
-    pairs, _ = planted_pairs(30, 6)
+    pairs, _ = planted_pairs(20, 3)
     every = Suspects.of(pairs, rules())
     reader = Reader(model, rules(), batch_size=7)
     image, captions = reader.images(every), reader.captions(every)
-    colour = np.array([next(c for c in COLOURS if c in caption) for caption in pairs.captions])
-    names = sorted(set(colour))
-    words = Words.of(captions, every.caption, np.searchsorted(names, colour))
-    found = disturbed(reader, image, every, np.arange(30), words, np.arange(15))
-    pixels = torch.from_numpy(pairs.images.take(np.arange(30))).permute(0, 3, 1, 2).double()
+    found = losses(reader, image, every, np.arange(20), captions)
+    pixels = torch.from_numpy(pairs.images.take(np.arange(20))).permute(0, 3, 1, 2).double()
     x = (pixels / 255 - 0.5) / 0.5
-    text = normalize(model.encode_text(WordTokenizer()(list(pairs.captions))), dim=-1).detach()
-    mean = {c: normalize(text[torch.from_numpy(colour == c)].mean(0), dim=0) for c in names}
-
-    def leads(features):
-        own = [float(f @ mean[c]) for f, c in zip(features, colour, strict=True)]
-        best = [max(float(f @ mean[o]) for o in names if o != c)
-                for f, c in zip(features, colour, strict=True)]  # fmt: skip
-        return np.array(own) - np.array(best)
-
-    plain = normalize(model.encode_image(x), dim=-1).detach()
-    own = (plain * text).sum(-1)
+    text = normalize(model.encode_text(WordTokenizer()(list(pairs.captions))), dim=-1)
+    own = (normalize(model.encode_image(x), dim=-1) * text).sum(-1)
     for i, view in enumerate(views_of((16, 16))):
-        shown = normalize(model.encode_image(view(x)), dim=-1).detach()
-        np.testing.assert_allclose(found.lost[:, i], own - (shown * text).sum(-1), atol=1e-6)
-        swing = np.minimum(leads(plain), -leads(shown))
-        np.testing.assert_allclose(found.swing[:, i], swing, atol=1e-6)
-    few, some = np.array([17, 3, 4]), np.array([2, 6, 14])
-    again = disturbed(reader, image, every, few, words, some)
-    for of_few, of_all in zip(again, found, strict=True):
-        np.testing.assert_allclose(of_few, of_all[few][:, some])
-    nothing = disturbed(reader, image, every, few[:0], words, some)
-    assert nothing.lost.shape == nothing.swing.shape == (0, 3)
+        there = (normalize(model.encode_image(view(x)), dim=-1) * text).sum(-1)
+        np.testing.assert_allclose(found[:, i], (own - there).detach().numpy(), atol=1e-6)
+    few = np.array([17, 3, 4])
+    np.testing.assert_allclose(losses(reader, image, every, few, captions), found[few])
+    assert losses(reader, image, every, few[:0], captions).shape == (0, 15)
 
 
 def test_words_that_mean_the_same_are_no_rivals():
@@ -224,10 +211,10 @@ def test_the_gate_wants_a_clear_swing():
     every, image, _, poison = colourful()
     alone = gate(image, every, poison, sets=99, excess=0.3)
     assert alone.fires and alone.swing is None and "swing" not in alone.describe()
-    low, high = (gate(image, every, poison, sets=99, excess=0.3, swing=f) for f in (0.84, 0.86))
-    assert not low.fires and high.fires and high.swing == 0.86
-    assert "swing once disturbed 0.86" in high.describe()
-    assert "an excess of at least 0.3, a swing of 0.85)" in high.describe()
+    low, high = (gate(image, every, poison, sets=99, excess=0.3, swing=f) for f in (0.49, 0.51))
+    assert not low.fires and high.fires and high.swing == 0.51
+    assert "swing once disturbed 0.51" in high.describe()
+    assert "an excess of at least 0.3, a swing of 0.5)" in high.describe()
     loose = gate(image, every, poison, sets=99, excess=0.3, swing=0.3, least_swing=0.2)
     assert loose.fires
 
@@ -239,11 +226,11 @@ def test_no_more_words_are_looked_at_whole_once_one_stands_out(monkeypatch, stan
         monkeypatch.setattr(module, name, value)
     looked = []
 
-    def seen(reader, image, suspects, rows, words, which, progress):
+    def seen(reader, image, suspects, rows, captions, progress):
         looked.append(len(rows))
-        return Disturbed(*2 * [np.pad(lost, ((0, 0), (0, 9)))[rows][:, which]])
+        return np.pad(lost, ((0, 0), (0, 7)))[rows]
 
-    monkeypatch.setattr(module, "disturbed", seen)
+    monkeypatch.setattr(module, "losses", seen)
     reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].expand(len(s.different), -1))
     found = fragility(reader, image, every, 25)
     assert found.swing is None  # all words mean the same here

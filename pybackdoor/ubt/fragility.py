@@ -6,9 +6,8 @@ while an image of what its caption says stays one in every view. Hard clean imag
 But the poison is of one word and of one kind: within each word's pairs, the k that lose most in one
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
 the next seed, and so on; of all words and views the most cohesive k pairs win. A sample of a word's
-pairs is enough to compare words; of the most suspicious ones all pairs are looked at, in the views
-that tell most. How many are poisoned shows in how far the k highest stand off from the rest:
-farthest where k is their number.
+pairs is enough to compare words; of the most suspicious ones all pairs are looked at. How many are
+poisoned shows in how far the k highest stand off from the rest: farthest where k is their number.
 
 Whether they are poison shows in their swing. Hard clean images lose a word that was hardly ahead of
 another one; poison is of its word as clearly as the clearest images, and loses it all the same.
@@ -36,7 +35,6 @@ _ANGLE = math.radians(15)
 _ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
 _WHOLE = 6  # views of the whole image; the others each cover a part of it
 _SAMPLE, _FEW = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
-_TELLING = 5  # views of a word's other pairs: those that tell its suspicious pairs most apart
 _STANDS_OUT = 0.2  # more cohesive by so much than other words' samples: no need to look at these
 LEAST = 5  # pairs whose cohesion says something
 _STREAM = 0x66726167
@@ -77,8 +75,8 @@ def fragility(
 ) -> Fragile:
     """Rank the pairs of the most suspicious word.
 
-    Costs 15 views of a sample of each word's pairs, and five of all pairs of the most suspicious
-    words: of one or two that stand out, of half the words where none does.
+    Costs 15 views of a sample of each word's pairs, and of all pairs of the most suspicious words:
+    of one or two that stand out, of half the words where none does.
 
     Args:
         k: pairs sought, at least 5; None: 256, then as many as stand off farthest, at least 64.
@@ -108,25 +106,21 @@ def fragility(
         own = rng.permutation(np.flatnonzero(classes == number))
         drawn.append(np.split(own, [_enough(len(own), sought)]))
     some = np.concatenate([sample for sample, _ in drawn])
-    every = np.arange(len(views_of(suspects.images.image_size)))
-    lost = losses(reader, image, suspects, some, captions, every, progress)
+    lost = losses(reader, image, suspects, some, captions, progress)
     parts = np.split(lost, np.cumsum([len(sample) for sample, _ in drawn])[:-1])
-    tight, telling = [], []
+    tight = []
     for (sample, rest), part in zip(drawn, parts, strict=True):
         share = len(sample) / (len(sample) + len(rest))
         few = max(LEAST, round(sought * share))
-        first = picked(image[torch.from_numpy(sample)], part, few, every)
-        tight.append(first.tight)
-        apart = beyond_others(_standard(part), top(first.height, few))
-        telling.append(np.sort(np.argsort(-apart, kind="stable")[:_TELLING]))
+        tight.append(picked(image[torch.from_numpy(sample)], part, few).tight)
     best: tuple[float, int, np.ndarray, np.ndarray, Picked] | None = None
     for at in sorted(range(len(drawn)), key=lambda i: -tight[i])[: _most(len(drawn))]:
         if best is not None and best[0] - tight[at] >= _STANDS_OUT:
             break
-        own, views = np.concatenate(drawn[at]), telling[at]
-        rest = losses(reader, image, suspects, drawn[at][1], captions, views, progress)
-        lost = np.concatenate([parts[at][:, views], rest])
-        found = picked(image[torch.from_numpy(own)], lost, sought, views)
+        own = np.concatenate(drawn[at])
+        rest = losses(reader, image, suspects, drawn[at][1], captions, progress)
+        lost = np.concatenate([parts[at], rest])
+        found = picked(image[torch.from_numpy(own)], lost, sought)
         if best is None or found.tight > best[0]:
             best = found.tight, at, own, lost, found
     assert best is not None
@@ -209,15 +203,14 @@ def losses(
     suspects: Suspects,
     rows: np.ndarray,  # [n]
     captions: Tensor,  # [U, D]
-    which: np.ndarray,  # [views] places in ``views_of``
     progress: bool | None = False,
 ) -> np.ndarray:
     """[n, views] how much cosine with its caption the pair at each row loses in each view."""
     from tqdm.auto import tqdm
 
+    views = views_of(suspects.images.image_size)
     if not len(rows):
-        return np.empty((0, len(which)))
-    views = [views_of(suspects.images.image_size)[i] for i in which]
+        return np.empty((0, len(views)))
     found = []
     with tqdm(
         total=len(rows), desc="views of suspects", unit=" pairs",
@@ -248,15 +241,12 @@ def picked(
     image: Tensor,  # [n, D] unit rows of one word's pairs
     lost: np.ndarray,  # [n, views]
     k: int,
-    views: np.ndarray,  # [views] places in ``views_of``
 ) -> Picked:
     """Look at the pairs of one word."""
     fall = _standard(lost)
-    whole, covered = fall[:, views < _WHOLE], fall[:, views >= _WHOLE]
-    starts = [*whole.T, *([covered.max(1)] if covered.size else [])]
     features = _directions(F.normalize(image - image.mean(0), dim=-1).double().numpy())
     seen = _standard(np.concatenate([features, fall], 1))
-    heights = [_settled(seen, start, k) for start in starts]
+    heights = [_settled(seen, start, k) for start in (*fall[:, :_WHOLE].T, fall[:, _WHOLE:].max(1))]
     tight = [cohesion(_apart(image, top(height, k))) for height in heights]
     at = int(np.argmax(tight))
     return Picked(tight[at], seen, heights[at])
