@@ -162,12 +162,12 @@ def test_fragility_leaves_out_as_many_as_it_finds(world, run, tmp_path, monkeypa
         code == 0 and "scored by fragility, 6 of the word '3' found suspicious; the 6 most" in out
     )
     assert "poison of another word than '3'" in out
-    assert "lose it once disturbed, which is little: poison shows 0.5 and more." in out
+    assert _swing(0.49).endswith("once disturbed, which is little: poison shows 0.5 and more.")
     assert _swing(0.5).endswith("once disturbed; poison shows 0.5 and more.")
     assert "cannot be told" in _swing(None)
     answer = json.loads((tmp_path / "out" / "detection.json").read_text())
     assert answer["left_out"] == 6 and answer["kept"] == N - 6
-    assert answer["settings"].pop("swing") < 1  # their captions do not match
+    assert _swing(answer["settings"].pop("swing")) in out
     assert answer["settings"] == {"k": 6, "precision": "fp32", "found": 6, "word": "3"}
     assert run(*base, "--k", 6, "--top", 9)[0] == 0
     assert len(table(tmp_path / "out" / "kept.csv")) == 1 + N - 9
