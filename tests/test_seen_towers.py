@@ -334,3 +334,14 @@ def test_attention_in_bf16_is_as_exact_as_torch_at_least(units, causal, autocast
         assert (two - want).abs().max() <= 2 * (one - want).abs().max() + ulp
     same = all(torch.equal(one, two) for one, two in zip(own, got, strict=True))
     assert same == units  # fp32 in between gives other bits
+
+
+def test_attention_in_bf16_compiles_whole():
+    q, k, v = (torch.randn(2, 3, 9, 8).bfloat16() for _ in range(3))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q, k, v):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return seen.attention(q, k, v, is_causal=True)
+
+    assert torch.equal(compiled(q, k, v), seen.attention(q, k, v, is_causal=True))
