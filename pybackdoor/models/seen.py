@@ -29,8 +29,7 @@ QUERY, KEY_VALUE, ALL = slice(0, 1), slice(1, 3), slice(0, 3)
 def attention(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:  # [n, heads, Lq | L | L, d]
     """PyTorch's attention; on a CPU bf16 is widened to fp32 for it.
 
-    Without matrix units a CPU's bf16 kernels are the slower ones: forward and backward of 50 tokens
-    take three times as long as in fp32, of 16 tokens ten times.
+    Without matrix units a CPU's bf16 kernels are the slower ones, backwards most of all.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or _MATRIX_UNITS:
         return F.scaled_dot_product_attention(q, k, v, **mask)
