@@ -8,6 +8,7 @@ clock starts. `without` switches one lever off:
     kernels     PYBACKDOOR_BACKEND=reference: normalisation, augmentation and loss in plain torch
     shortcuts   towers compute the last block of every token, captions in groups of similar length
     products    on a CPU: the towers' matrix products are torch's own
+    heap        on a CPU: freed memory goes back to the system within the step
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from pybackdoor.data import (
     labelled_from_csv,
     pairs_from_csv,
 )
-from pybackdoor.engine import towers
+from pybackdoor.engine import loop, towers
 from pybackdoor.triggers import TriggerSpec, apply_trigger, trigger
 
-LEVERS = ("trim_text", "cache_text", "cache", "kernels", "shortcuts", "products")
+LEVERS = ("trim_text", "cache_text", "cache", "kernels", "shortcuts", "products", "heap")
 
 
 class Clocked:
@@ -141,6 +142,7 @@ class Ours:
                 for tower in ("image", "text")
             ],
             "products": [patch.object(towers, "fast_products", lambda model: nullcontext())],
+            "heap": [patch.object(loop, "kept_heap", lambda device: nullcontext())],
         }
         with ExitStack() as stack:
             for change in off.get(self.without, []):
@@ -217,7 +219,7 @@ def instrumented(stages: Callable) -> Iterator[None]:
     if isinstance(stages("loss"), nullcontext):
         yield
         return
-    from pybackdoor.engine import feed, gradients, guard, loop
+    from pybackdoor.engine import feed, gradients, guard
     from pybackdoor.methods.par import PerturbAndRecover
 
     places = (

@@ -180,8 +180,10 @@ class Benchmark:
         self.setting.steps = EPOCHS * epoch
         seconds: dict[str, list[float]] = {name: [] for name in self.trainers}
         parts = {}
-        for _ in range(repeats):
-            for name, trainer in self.trainers.items():
+        names = list(self.trainers)
+        for turn in range(repeats):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                trainer = self.trainers[name]
                 if isinstance(trainer, Published | Tuned):
                     trainer.taken = 0
                 began = time.perf_counter()
@@ -249,7 +251,7 @@ def benchmark(options, files: Files, size: Size, report: Report) -> None:
         if "train" in options.modes:
             found.train()
         if "run" in options.modes:
-            found.run(1 if options.quick or options.tiny else 3)
+            found.run(1 if options.tiny else 3)
         if options.trace:
             found.trace(options.trace)
         found.trainers.clear()

@@ -31,6 +31,7 @@ from .feed import Feed, Item
 from .gradients import Gradients
 from .groups import decay_groups, set_train_mode
 from .guard import Checked, Fault, Guard, NonFiniteError
+from .heap import kept_heap
 from .interrupts import DeferredInterrupt, exception_of
 from .known import Known
 from .lock import LockedText
@@ -92,12 +93,12 @@ def train(
         NonFiniteError: naming the cause; the model keeps its last good weights.
         KeyboardInterrupt: on Ctrl-C and SIGTERM, once the step in flight is complete.
     """
-    run = _Run(
-        model, loader, objective, schedule, settings, rules, device, on_step, track,
-        TrainLog() if log is None else log,
-    )  # fmt: skip
-    run.go(checkpoints, config or {})
-    return run.log
+    log = TrainLog() if log is None else log
+    with kept_heap(device):  # the run is gone when it ends, and what that frees goes back
+        _Run(
+            model, loader, objective, schedule, settings, rules, device, on_step, track, log
+        ).go(checkpoints, config or {})  # fmt: skip
+    return log
 
 
 class _Run:
