@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
-from ubt_world import Planted, WordTokenizer, captioned, planted_pairs, rules
+from ubt_world import Given, Planted, WordTokenizer, captioned, planted_pairs, rules
 
 from pybackdoor.ubt.fragility import (
     Words,
@@ -22,13 +22,12 @@ from pybackdoor.ubt.fragility import (
     _settled,
     _standard,
     fragility,
-    losses,
     picked,
-    views_of,
 )
 from pybackdoor.ubt.gate import caption_classes, cohesion, gate, top
 from pybackdoor.ubt.reading import Reader
 from pybackdoor.ubt.suspects import Suspects
+from pybackdoor.ubt.views import losses, views_of
 
 module = sys.modules[fragility.__module__]  # the function has the module's name
 
@@ -88,7 +87,7 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     monkeypatch.setattr(Words, "leads", leads)
     reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].repeat(len(s.different), 1))
     monkeypatch.setattr(Words, "of", lambda *_: Words(None, torch.ones(3, 3, dtype=torch.bool)))
-    scores, found, word, swing = fragility(reader, image, every, k)
+    scores, found, word, swing = fragility(reader, Given(image), every, k)
     classes, names = caption_classes(every, whole=False)
     green = classes == classes[poison[0]]
     assert word == names[classes[poison[0]]]
@@ -99,15 +98,15 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     looked.clear()
     more = (lost[own[inside]].mean(0) - lost[own[~inside]].mean(0)).max()
     match = image[:, 3].numpy()[best].mean() - image[:, 3].numpy()[~green].mean()
-    share = fragility(reader, image, every, k).swing
+    share = fragility(reader, Given(image), every, k).swing
     assert share == pytest.approx(more / match, abs=1e-6) and share > 0.8
     assert found == k if k else abs(found - 25) <= 5
     assert len(set(top(scores, found)) & set(poison)) >= 20
     assert scores[green].min() > scores[~green].max()
     assert len(first[0]) == 3 * min(sample, 100)
     assert set(np.concatenate(first)) >= set(np.flatnonzero(green))
-    for more in first[1:]:
-        assert not set(first[0]) & set(more) and len(more) == 100 - min(sample, 100)
+    times = np.unique(np.concatenate(first), return_counts=True)[1]
+    assert (times == 1).all() and len(times) == (180 if sample == 40 else 300)
 
 
 @pytest.mark.parametrize("sought", [30, 60, 200])
@@ -179,7 +178,7 @@ def test_lost_cosines_are_those_of_the_views_one_by_one():
     every = Suspects.of(pairs, rules())
     reader = Reader(model, rules(), batch_size=7)
     image, captions = reader.images(every), reader.captions(every)
-    found = losses(reader, image, every, np.arange(20), captions)
+    found = losses(reader, Given(image), every, np.arange(20), captions)
     pixels = torch.from_numpy(pairs.images.take(np.arange(20))).permute(0, 3, 1, 2).double()
     x = (pixels / 255 - 0.5) / 0.5
     text = normalize(model.encode_text(WordTokenizer()(list(pairs.captions))), dim=-1)
@@ -188,8 +187,8 @@ def test_lost_cosines_are_those_of_the_views_one_by_one():
         there = (normalize(model.encode_image(view(x)), dim=-1) * text).sum(-1)
         np.testing.assert_allclose(found[:, i], (own - there).detach().numpy(), atol=1e-6)
     few = np.array([17, 3, 4])
-    np.testing.assert_allclose(losses(reader, image, every, few, captions), found[few])
-    assert losses(reader, image, every, few[:0], captions).shape == (0, 15)
+    np.testing.assert_allclose(losses(reader, Given(image), every, few, captions), found[few])
+    assert losses(reader, Given(image), every, few[:0], captions).shape == (0, 15)
 
 
 def test_words_that_mean_the_same_are_no_rivals():
@@ -209,6 +208,7 @@ def test_words_that_mean_the_same_are_no_rivals():
 
 def test_the_gate_wants_a_clear_swing():
     every, image, _, poison = colourful()
+    image = Given(image)
     alone = gate(image, every, poison, sets=99, excess=0.3)
     assert alone.fires and alone.swing is None and "swing" not in alone.describe()
     low, high = (gate(image, every, poison, sets=99, excess=0.3, swing=f) for f in (0.49, 0.51))
@@ -219,8 +219,8 @@ def test_the_gate_wants_a_clear_swing():
     assert loose.fires
 
 
-@pytest.mark.parametrize(("stands_out", "looks"), [(-2.0, 1), (2.0, 3)])
-def test_no_more_words_are_looked_at_whole_once_one_stands_out(monkeypatch, stands_out, looks):
+@pytest.mark.parametrize(("stands_out", "looks"), [(0.0, [120, 60]), (2.0, [120, 80, 20])])
+def test_words_drop_out_at_once_or_by_halves(monkeypatch, stands_out, looks):
     every, image, lost, _ = colourful()
     for name, value in (("_SAMPLE", 40), ("_FEW", 8), ("_STANDS_OUT", stands_out)):
         monkeypatch.setattr(module, name, value)
@@ -232,12 +232,12 @@ def test_no_more_words_are_looked_at_whole_once_one_stands_out(monkeypatch, stan
 
     monkeypatch.setattr(module, "losses", seen)
     reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].expand(len(s.different), -1))
-    found = fragility(reader, image, every, 25)
+    found = fragility(reader, Given(image), every, 25)
     assert found.swing is None  # all words mean the same here
-    assert looked == [120] + [60] * looks
+    assert looked == looks
 
 
 def test_fragility_wants_a_word_of_twice_k_pairs():
     every, image, *_ = colourful()
     with pytest.raises(ValueError, match="at least 400 pairs, twice k, .* got 0 at most"):
-        fragility(None, image, every, 200)
+        fragility(None, Given(image), every, 200)

@@ -17,6 +17,7 @@ from ubt_world import (
     MEAN,
     STD,
     WORDS,
+    Given,
     Planted,
     WordTokenizer,
     captioned,
@@ -37,7 +38,7 @@ from pybackdoor.ubt.gate import (
 )
 from pybackdoor.ubt.localise import localise
 from pybackdoor.ubt.overfit import MeanCosine, overfit
-from pybackdoor.ubt.reading import Reader, pair_cosines
+from pybackdoor.ubt.reading import ImageRows, Reader, pair_cosines
 from pybackdoor.ubt.suspects import RowLoader, Suspects
 from pybackdoor.ubt.weak import priorities, weak_pool
 from pybackdoor.ubt.words import WordReader
@@ -168,6 +169,27 @@ def test_classes_are_the_rarest_common_words():
     assert set(classes) == {0} and names == ["(rare words only)"]
 
 
+def test_image_rows_are_encoded_once_when_asked_for():
+    every, asked = suspects(), []
+    reader = Reader(Planted(), rules())
+    whole = reader.images(every)
+
+    class Counting:
+        def images(self, suspects, rows):
+            asked.append(rows.tolist())
+            return reader.images(suspects, rows)
+
+    image = ImageRows(Counting(), every)
+    assert len(image) == len(every)
+    with pytest.raises(ValueError, match="at least one image"):
+        image.at(np.empty(0, int))
+    for rows in ([7, 3, 7], [3, 5], [5, 7]):
+        torch.testing.assert_close(image.at(np.array(rows)), whole[rows])
+    assert asked == [[3, 7], [5]]
+    torch.testing.assert_close(image.all(), whole)
+    assert sorted(sum(asked, [])) == list(range(len(every)))
+
+
 @given(st.integers(2, 30), st.integers(1, 5), st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_matched_sets_have_the_classes_of_the_chosen(k, kinds, seed):
@@ -184,13 +206,13 @@ def test_matched_sets_have_the_classes_of_the_chosen(k, kinds, seed):
 
 def test_gate_fires_on_poison_and_not_on_random_pairs():
     every = suspects()
-    image = Reader(Planted(), rules()).images(every)
+    image = ImageRows(Reader(Planted(), rules()), every)
     poison = np.flatnonzero(TRUTH)
     fired = gate(image, every, poison, sets=199)
     assert fired.fires and fired.p == 1 / 200 and fired.statistic - fired.matched > 0.3
     assert "gate fires" in fired.describe() and sum(n for _, n in fired.classes) == 40
     classes, _ = caption_classes(every)
-    rows = centred(image, classes)
+    rows = centred(image.all(), classes)
     sets = [cohesion(rows[d]) for d in map(torch.from_numpy, matched_sets(classes, poison, 199, 0))]
     assert math.isclose(fired.matched, np.mean(sets)) and math.isclose(fired.spread, np.std(sets))
     chance = gate(image, every, np.flatnonzero(~TRUTH)[::14], sets=199)
@@ -205,7 +227,7 @@ def test_gate_fires_on_poison_and_not_on_random_pairs():
 def test_p_is_as_rare_as_it_says_where_nothing_is_planted(size):
     g = torch.Generator().manual_seed(0)
     every = captioned(*[f"a photo of a {c} square" for c in ("red", "blue")] * (size // 2))
-    image = normalize(torch.randn(size, 16, generator=g) + 2 * torch.eye(16)[0], dim=-1)
+    image = Given(normalize(torch.randn(size, 16, generator=g) + 2 * torch.eye(16)[0], dim=-1))
     rng = np.random.default_rng(0)
     p = [
         gate(image, every, rng.choice(size, 30, replace=False), sets=39, alpha=0.05, seed=i).p

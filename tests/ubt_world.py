@@ -84,3 +84,16 @@ def captioned(*captions: str) -> Suspects:
     """Black images with these captions."""
     images = np.zeros((len(captions), 16, 16, 3), np.uint8)
     return Suspects.of(pairs_from_arrays(images, list(captions)), rules())
+
+
+class Given:
+    """[N, D] image features that are known, for what takes ImageRows."""
+
+    def __init__(self, features: Tensor) -> None:
+        self._features = features
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def at(self, rows: np.ndarray) -> Tensor:
+        return self._features[torch.from_numpy(rows)]

@@ -16,7 +16,6 @@ from ..data import Pairs
 from ..data.ondemand import shown
 from ..data.store import attempt
 from ..features import FeatureReader
-from ..ubt.reading import Reader
 from ..ubt.suspects import Suspects
 
 _CAPTIONS = 4096  # whose features are kept for when they come again
@@ -134,8 +133,8 @@ def _of_loader(loader: Iterable[Any], reader: FeatureReader) -> Iterator[_Chunk]
         start += len(batch)
 
 
-def read_suspects(reader: Reader, source: Pairs | Iterable[Any], suspects: Suspects) -> Reading:
-    """What ``read`` gives, of pairs that are read more than once.
+def read_suspects(source: Pairs | Iterable[Any], suspects: Suspects) -> Reading:
+    """What ``read`` gives, without features: of pairs that are read more than once.
 
     Args:
         suspects: the source's pairs that can be used.
@@ -144,7 +143,7 @@ def read_suspects(reader: Reader, source: Pairs | Iterable[Any], suspects: Suspe
     if isinstance(source, Pairs):
         ids, lost = source.ids, np.setdiff1d(np.arange(len(source)), suspects.rows)
         broken = {int(row): attempt(source.images, [row])[1][0] for row in lost}
-    return Reading(ids, suspects.rows, broken, reader.images(suspects), None)
+    return Reading(ids, suspects.rows, broken, None, None)
 
 
 class _Captions:

@@ -15,7 +15,7 @@ from ..data import PairLoader, Pairs
 from ..data.ondemand import shown
 from ..features import FeatureReader
 from ..ubt.fragility import LEAST
-from ..ubt.reading import Reader
+from ..ubt.reading import ImageRows, Reader
 from ..ubt.suspects import Suspects
 from .metrics import auroc, precision_at, recall_at
 from .neighbours import nearest
@@ -180,7 +180,7 @@ def detect_samples(
         rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
         reader = Reader(model, rules, precision, batch_size)
         suspects = Suspects.of(pairs, rules, progress, "pairs")
-        reading = read_suspects(reader, pairs, suspects)
+        reading = read_suspects(pairs, suspects)
     else:
         given = {"mean": mean, "std": std}
         readers = [
@@ -200,7 +200,7 @@ def detect_samples(
             )
     scores = np.full(len(reading.ids), np.nan)
     if chosen.takes == "views":
-        found = chosen.function(reader, reading.images, suspects, k, progress)
+        found = chosen.function(reader, ImageRows(reader, suspects), suspects, k, progress)
         scores[reading.rows] = found.scores
         settings |= {"found": found.k, "word": found.word, "swing": found.swing}
     elif reading.images is not None:

@@ -45,7 +45,7 @@ from ..ubt.fragility import SOUGHT, fragility
 from ..ubt.gate import Gate, check_gate, gate, top
 from ..ubt.localise import Localisation, check_share, localise
 from ..ubt.overfit import LOSSES, overfit
-from ..ubt.reading import Reader, pair_cosines
+from ..ubt.reading import ImageRows, Reader, pair_cosines
 from ..ubt.region import Region, patch_size, suspicious_cells
 from ..ubt.suspects import RowLoader, Suspects
 from ..ubt.unlearn import (
@@ -218,14 +218,14 @@ def ubt_clean(
     score = None if scores is None else _given(scores, suspects)
     before = frozen_copy(trainable_copy(model, device))
     reader = Reader(before, rules, precision)
-    image = reader.images(suspects)
+    image = ImageRows(reader, suspects)
 
     swing: float | None = None
     if ranked_by == "fragility":
         score, sought, _, swing = fragility(reader, image, suspects, k, progress)
     elif score is None:
         captions = reader.captions(suspects)
-        cosines = pair_cosines(image, captions, suspects)
+        cosines = pair_cosines(image.all(), captions, suspects)
         pool = weak_pool(cosines, weak_share, tail)
         exposed = overfit(
             before, suspects, pool, rules=rules, device=device, steps=overfit_steps,
@@ -263,9 +263,7 @@ def ubt_clean(
         return UbtResult(model, [], report, suspects, score, chosen, judged, None)
 
     _check_sizes(suspects, k, retain_loader is None)  # more may have been found than sought
-    found = localise(
-        reader, suspects, chosen, share=token_share, image=image[torch.from_numpy(chosen)]
-    )
+    found = localise(reader, suspects, chosen, share=token_share, image=image.at(chosen))
     region = None
     if image_share is not None:
         region = suspicious_cells(

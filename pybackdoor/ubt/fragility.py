@@ -5,8 +5,8 @@ no longer fires (turned by some degrees, stretched, a ninth of it covered) is no
 while an image of what its caption says stays one in every view. Hard clean images are fragile too.
 But the poison is of one word and of one kind: within each word's pairs, the k that lose most in one
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
-the next seed, and so on; of all words and views the most cohesive k pairs win. A sample of a word's
-pairs is enough to compare words; of the most suspicious ones all pairs are looked at. How many are
+the next seed, and so on; of all words and views the most cohesive k pairs win. Samples are enough
+to tell most words from the most suspicious one, of which all pairs are looked at. How many are
 poisoned shows in how far the k highest stand off from the rest: farthest where k is their number.
 
 Whether they are poison shows in their swing. Hard clean images lose a word that was hardly ahead of
@@ -27,15 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gate import RARE, caption_classes, cohesion, top
-from .reading import Reader, View
+from .reading import ImageRows, Reader
 from .suspects import Suspects
+from .views import WHOLE, losses
 
 SOUGHT = 256  # suspicious pairs, where their number is not given
-_ANGLE = math.radians(15)
-_ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
-_WHOLE = 6  # views of the whole image; the others each cover a part of it
 _SAMPLE, _FEW = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
-_STANDS_OUT = 0.2  # more cohesive by so much than other words' samples: no need to look at these
+_STANDS_OUT = 0.2  # a word less cohesive by so much than another one is not looked at again
+_OTHERS = 2048  # images of other words whose mean is theirs
 LEAST = 5  # pairs whose cohesion says something
 _STREAM = 0x66726167
 _ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
@@ -68,15 +67,15 @@ class Fragile(NamedTuple):
 
 def fragility(
     reader: Reader,
-    image: Tensor,  # [N, D] unit rows, by the reader's model
+    image: ImageRows,  # of the reader's model
     suspects: Suspects,
     k: int | None = None,
     progress: bool | None = False,
 ) -> Fragile:
     """Rank the pairs of the most suspicious word.
 
-    Costs 15 views of a sample of each word's pairs, and of all pairs of the most suspicious words:
-    of one or two that stand out, of half the words where none does.
+    Costs 15 views of a sample of each word's pairs, of twice as many of the better half of the
+    words, and so on until one is left or stands out, and of all pairs of that one.
 
     Args:
         k: pairs sought, at least 5; None: 256, then as many as stand off farthest, at least 64.
@@ -101,45 +100,83 @@ def fragility(
         )
     captions = reader.captions(suspects)
     rng = np.random.default_rng(_STREAM)
-    drawn = []
-    for number in large:
-        own = rng.permutation(np.flatnonzero(classes == number))
-        drawn.append(np.split(own, [_enough(len(own), sought)]))
-    some = np.concatenate([sample for sample, _ in drawn])
-    lost = losses(reader, image, suspects, some, captions, progress)
-    parts = np.split(lost, np.cumsum([len(sample) for sample, _ in drawn])[:-1])
-    tight = []
-    for (sample, rest), part in zip(drawn, parts, strict=True):
-        share = len(sample) / (len(sample) + len(rest))
-        few = max(LEAST, round(sought * share))
-        tight.append(picked(image[torch.from_numpy(sample)], part, few).tight)
-    best: tuple[float, int, np.ndarray, np.ndarray, Picked] | None = None
-    for at in sorted(range(len(drawn)), key=lambda i: -tight[i])[: _most(len(drawn))]:
-        if best is not None and best[0] - tight[at] >= _STANDS_OUT:
-            break
-        own = np.concatenate(drawn[at])
-        rest = losses(reader, image, suspects, drawn[at][1], captions, progress)
-        lost = np.concatenate([parts[at], rest])
-        found = picked(image[torch.from_numpy(own)], lost, sought)
-        if best is None or found.tight > best[0]:
-            best = found.tight, at, own, lost, found
-    assert best is not None
-    _, at, own, lost, (_, seen, height) = best
+    every = [_Looked(word, rng.permutation(np.flatnonzero(classes == word))) for word in large]
+    best = _most_cohesive(every, reader, image, suspects, captions, sought, progress)
+    height, own, word = best.picked.height, best.rows, best.word
+    some = np.concatenate([w.rows[: _enough(len(w.rows), sought)] for w in every])
     if k is None:
-        height, sought = _grown(seen, height, sought)
+        height, sought = _grown(best.picked.seen, height, sought)
     scores = np.full(len(image), height.min() - 1)
     scores[own] = height
-    chosen, word = top(height, sought), large[at]
+    chosen = top(height, sought)
     words = Words.of(captions, suspects.caption, classes)
-    clear = float(words.leads(image[torch.from_numpy(some)], classes[some]).quantile(_CLEAR))
+    clear = float(words.leads(image.at(some), classes[some]).quantile(_CLEAR))
     if clear <= 0 or not words.rival[word].any():
         return Fragile(scores, sought, names[word], None)
-    lead = float(words.leads(image[torch.from_numpy(own[chosen])], classes[own[chosen]]).mean())
+    lead = float(words.leads(image.at(own[chosen]), classes[own[chosen]]).mean())
     text = captions[torch.from_numpy(suspects.caption[own])]
-    match = (image[torch.from_numpy(own)] * text).sum(-1).double().numpy()
-    others = image[torch.from_numpy(classes != word)]
-    match -= float(others.double().mean(0) @ text.double().mean(0))
-    return Fragile(scores, sought, names[word], min(lead / clear, fall_of(lost, match, chosen)))
+    match = (image.at(own) * text).sum(-1).double().numpy()
+    others = rng.permutation(np.flatnonzero(classes != word))[:_OTHERS]
+    match -= float(image.at(others).double().mean(0) @ text.double().mean(0))
+    swing = min(lead / clear, fall_of(best.lost, match, chosen))
+    return Fragile(scores, sought, names[word], swing)
+
+
+class _Looked:
+    """The pairs of one word, of which the first ones have been looked at.
+
+    Attributes:
+        word: its number.
+        rows: [n] its pairs, in random order.
+        lost: [seen, views] of the first of them.
+        picked: of those; the most cohesive ones.
+    """
+
+    def __init__(self, word: int, rows: np.ndarray) -> None:
+        self.word, self.rows = word, rows
+        self.lost: np.ndarray | None = None
+        self.picked: Picked
+
+    def look(self, lost: np.ndarray, image: ImageRows, k: int) -> None:
+        """Takes the losses of the pairs that follow; k: sought among all of the word's."""
+        self.lost = lost if self.lost is None else np.concatenate([self.lost, lost])
+        seen = len(self.lost)
+        few = max(LEAST, round(k * seen / len(self.rows)))
+        self.picked = picked(image.at(self.rows[:seen]), self.lost, few)
+
+
+def _most_cohesive(
+    words: list[_Looked],
+    reader: Reader,
+    image: ImageRows,
+    suspects: Suspects,
+    captions: Tensor,
+    k: int,
+    progress: bool | None,
+) -> _Looked:
+    """The word whose k most cohesive fragile pairs are the most cohesive, looked at whole.
+
+    Of each word a sample; of the better half of them twice as many pairs, and so on. A word that
+    another one of the round leaves clearly behind drops out at once.
+    """
+    stage = 0
+    while True:
+        alone = len(words) == 1
+        new = []
+        for word in words:
+            seen = 0 if word.lost is None else len(word.lost)
+            count = None if alone else _enough(len(word.rows), k) << stage
+            new.append(word.rows[seen:count])
+        lost = losses(reader, image, suspects, np.concatenate(new), captions, progress)
+        ends = np.cumsum([len(rows) for rows in new])[:-1]
+        for word, part in zip(words, np.split(lost, ends), strict=True):
+            word.look(part, image, k)
+        words = sorted(words, key=lambda word: -word.picked.tight)
+        if alone:
+            return words[0]
+        least = words[0].picked.tight - _STANDS_OUT
+        words = [w for w in words[: math.ceil(len(words) / 2)] if w.picked.tight >= least]
+        stage += 1
 
 
 def fall_of(lost: np.ndarray, match: np.ndarray, chosen: np.ndarray) -> float:
@@ -187,40 +224,9 @@ def beyond_others(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:  # [n, views
     return x[inside].mean(0) - x[~inside].mean(0)
 
 
-def _most(words: int) -> int:
-    """How many words are looked at whole where none stands out."""
-    return max(3, math.ceil(words / 2))
-
-
 def _enough(size: int, k: int) -> int:
     """Pairs of a word that show whether k of all its ``size`` are poisoned."""
     return max(_SAMPLE, math.ceil(_FEW * size / k))
-
-
-def losses(
-    reader: Reader,
-    image: Tensor,  # [N, D]
-    suspects: Suspects,
-    rows: np.ndarray,  # [n]
-    captions: Tensor,  # [U, D]
-    progress: bool | None = False,
-) -> np.ndarray:
-    """[n, views] how much cosine with its caption the pair at each row loses in each view."""
-    from tqdm.auto import tqdm
-
-    views = views_of(suspects.images.image_size)
-    if not len(rows):
-        return np.empty((0, len(views)))
-    found = []
-    with tqdm(
-        total=len(rows), desc="views of suspects", unit=" pairs",
-        disable=None if progress is None else not progress, leave=False,
-    ) as bar:  # fmt: skip
-        for some, shown in reader.viewed(suspects, rows, views):
-            own = captions[torch.from_numpy(suspects.caption[some])]
-            found.append(((image[torch.from_numpy(some)] - shown) * own).sum(-1).T)
-            bar.update(len(some))
-    return torch.cat(found).double().numpy()
 
 
 class Picked(NamedTuple):
@@ -246,7 +252,7 @@ def picked(
     fall = _standard(lost)
     features = _directions(F.normalize(image - image.mean(0), dim=-1).double().numpy())
     seen = _standard(np.concatenate([features, fall], 1))
-    heights = [_settled(seen, start, k) for start in (*fall[:, :_WHOLE].T, fall[:, _WHOLE:].max(1))]
+    heights = [_settled(seen, start, k) for start in (*fall[:, :WHOLE].T, fall[:, WHOLE:].max(1))]
     tight = [cohesion(_apart(image, top(height, k))) for height in heights]
     at = int(np.argmax(tight))
     return Picked(tight[at], seen, heights[at])
@@ -325,47 +331,3 @@ def _directions(x: np.ndarray) -> np.ndarray:  # [n, D] -> [n, at most _DIMS]
 def _standard(x: np.ndarray) -> np.ndarray:
     spread = x.std(0)
     return (x - x.mean(0)) / np.where(spread > 0, spread, 1)
-
-
-def views_of(size: tuple[int, int]) -> tuple[View, ...]:
-    """Turned, enlarged, stretched, mirrored and coarse ones; nine with a ninth covered."""
-    height, width = size
-    down, across = ([round(i * side / 3) for i in range(4)] for side in size)
-    boxes = [
-        (slice(down[i], down[i + 1]), slice(across[j], across[j + 1]))
-        for i in range(3)
-        for j in range(3)
-    ]
-    return (
-        lambda x: _turned(x, height / width),
-        lambda x: _resized(x[..., _middle(height, _ENLARGED), _middle(width, _ENLARGED)], size),
-        lambda x: _resized(x[..., _middle(width, _STRETCHED)], size),
-        lambda x: _resized(x[..., _middle(height, _STRETCHED), :], size),
-        lambda x: x.flip(3),
-        lambda x: _resized(F.avg_pool2d(x, 2, ceil_mode=True), size),
-        *(lambda x, box=box: _covered(x, *box) for box in boxes),
-    )
-
-
-def _turned(x: Tensor, ratio: float) -> Tensor:
-    """Turned by 15 degrees about the middle, mirrored at its edges; ratio: height to width."""
-    c, s = math.cos(_ANGLE), math.sin(_ANGLE)
-    turn = torch.tensor([[c, -s * ratio, 0], [s / ratio, c, 0]], dtype=x.dtype, device=x.device)
-    grid = F.affine_grid(turn.expand(len(x), 2, 3), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-
-
-def _middle(side: int, share: float) -> slice:
-    cut = round(side * (1 - share) / 2)
-    return slice(cut, side - cut)
-
-
-def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
-def _covered(x: Tensor, rows: slice, columns: slice) -> Tensor:
-    """With the mean colour of the training images, 0 after normalisation."""
-    covered = x.clone()
-    covered[:, :, rows, columns] = 0
-    return covered

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .reading import ImageRows
 from .suspects import Suspects
 from .words import WordReader
 
@@ -140,7 +141,7 @@ def centred(image: Tensor, classes: np.ndarray) -> Tensor:  # [N, D] unit rows, 
 
 
 def gate(
-    image: Tensor,  # [N, D] unit rows, by the model that was trained on the pairs
+    image: ImageRows,  # of the model that was trained on the pairs
     suspects: Suspects,
     chosen: np.ndarray,  # [k] rows of D_sus
     *,
@@ -154,15 +155,19 @@ def gate(
     """Compare the chosen pairs with random sets of the same captions; see the file's beginning."""
     check_gate(sets, alpha, excess)
     classes, names = caption_classes(suspects)
-    rows = centred(image, classes)
-    found = cohesion(rows[torch.from_numpy(chosen)])
-    draws = matched_sets(classes, chosen, sets, seed)
-    others = np.array([cohesion(rows[torch.from_numpy(draw)]) for draw in draws])
+    near = np.flatnonzero(np.isin(classes, classes[chosen]))  # no other class is drawn from
+    rows = centred(image.at(near), classes[near])
+
+    def alike(some: np.ndarray) -> float:
+        return cohesion(rows[torch.from_numpy(np.searchsorted(near, some))])
+
+    found = alike(chosen)
+    others = np.array([alike(draw) for draw in matched_sets(classes, chosen, sets, seed)])
     p = (1 + int((others >= found).sum())) / (1 + sets)
     sizes = Counter(classes[chosen].tolist()).most_common()
-    alike = p <= alpha and found - float(others.mean()) >= excess
+    together = p <= alpha and found - float(others.mean()) >= excess
     return Gate(
-        alike and (swing is None or swing >= least_swing), found, float(others.mean()),
+        together and (swing is None or swing >= least_swing), found, float(others.mean()),
         float(others.std()), p, sets, swing, alpha, excess, least_swing,
         tuple((names[number], count) for number, count in sizes),
     )  # fmt: skip

@@ -81,6 +81,39 @@ class Reader:
         return torch.cat(parts)[place]
 
 
+class ImageRows:
+    """The suspects' image features by one model, each encoded when it is first asked for.
+
+    Args:
+        reader: of the model.
+    """
+
+    def __init__(self, reader: Reader, suspects: Suspects) -> None:
+        self._reader, self._suspects = reader, suspects
+        self._known = np.zeros(len(suspects), bool)
+        self._rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def at(self, rows: np.ndarray) -> Tensor:
+        """[n, D] fp32 unit rows on the CPU, of the images at [n] rows."""
+        new = np.unique(rows[~self._known[rows]])
+        if len(new):
+            found = self._reader.images(self._suspects, new)
+            if self._rows is None:
+                self._rows = torch.empty(len(self), found.shape[1])
+            self._rows[torch.from_numpy(new)] = found
+            self._known[new] = True
+        if self._rows is None:
+            raise ValueError("rows must name at least one image, got none")
+        return self._rows[torch.from_numpy(rows)]
+
+    def all(self) -> Tensor:
+        """[N, D]."""
+        return self.at(np.arange(len(self)))
+
+
 def pair_cosines(image: Tensor, captions: Tensor, suspects: Suspects) -> np.ndarray:
     """[N] float64 cosines of the pairs; image [N, D], captions [U, D], unit rows."""
     found = []
