@@ -189,7 +189,7 @@ def clean(
             p.grad = None
         report = _report(method, settings, own, log, where) | {"repair": mended}
         whole = joined(student, full_precision_copy(model).cpu()) if split else student
-        return CleanResult(whole.eval(), log.steps, report)
+        return CleanResult(whole.eval(), list(log.steps), report)
 
     with carrying(result, log):
         train(

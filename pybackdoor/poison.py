@@ -195,7 +195,11 @@ def poison(
         own = {"lr": lr, "warmup": warmup, **_planted(manifest)}
         config = identity("poison", student, loader, settings, own, rules)
     log = TrainLog()
-    with carrying(lambda: PoisonResult(student.eval(), manifest, log.steps, None, None), log):
+
+    def result(manifest: Manifest, *found: Any) -> PoisonResult:
+        return PoisonResult(student.eval(), manifest, list(log.steps), *found)
+
+    with carrying(lambda: result(manifest, None, None), log):
         train(
             student, loader, Contrastive(loss_precision(settings.precision)), schedule, settings,
             rules=rules, device=where, on_step=on_step, log=log, checkpoints=checkpoints,
@@ -203,14 +207,14 @@ def poison(
         )  # fmt: skip
     student.eval()
     if test is None:
-        return PoisonResult(student, manifest, log.steps, None, None)
+        return result(manifest, None, None)
     found = evaluate(
         student, test, tokenizer=tokenizer, templates=templates, trigger=trigger, target=target,
         mean=mean, std=std,
     )  # fmt: skip
     held = verdict(found)
     results: dict[str, Any] = {**found.to_dict(), "verdict": held.verdict}
-    return PoisonResult(student, replace(manifest, results=results), log.steps, found, held)
+    return result(replace(manifest, results=results), found, held)
 
 
 def _planted(manifest: Manifest) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from .gradients import Gradients
 from .groups import decay_groups, set_train_mode
 from .guard import Checked, Fault, Guard, NonFiniteError
 from .heap import kept_heap
+from .history import History
 from .interrupts import DeferredInterrupt, exception_of
 from .known import Known
 from .lock import LockedText
@@ -43,7 +44,7 @@ from .towers import Encoder, TextTrim
 from .watch import Watch
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound on the learned temperature
-_KEPT_OF_LOG = ("steps", "pairs", "faults", "seconds", "waiting")
+_KEPT_OF_LOG = ("pairs", "faults", "seconds", "waiting")
 _OBJECTIVE = "objective/"  # what the names of its tensors begin with in a checkpoint
 
 
@@ -375,7 +376,8 @@ class _Run:
             if self.folder is not None:
                 content = {
                     "position": self.feed.position,
-                    "log": {n: getattr(self.log, n) for n in _KEPT_OF_LOG},
+                    "log": {"steps": list(self.log.steps)}
+                    | {n: getattr(self.log, n) for n in _KEPT_OF_LOG},
                 }
                 self.folder.save(step, tensors, content)
 
@@ -393,8 +395,9 @@ class _Run:
             self.kept = {}
         self.feed.position = content["position"]
         faults = self.log.faults
-        for name, value in content["log"].items():
-            setattr(self.log, name, value)
+        self.log.steps = History(content["log"]["steps"])
+        for name in _KEPT_OF_LOG:
+            setattr(self.log, name, content["log"][name])
         self.log.faults = max(faults, self.log.faults, key=len)
         self.started = time.perf_counter() - self.log.seconds
         self.guard.lower()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..ops import Augment
+from .history import History
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16}
 LOCKS = ("text",)
@@ -105,7 +106,7 @@ class Settings:
 
 @dataclass
 class TrainLog:
-    """What a run did: one dict per step, how many batches it could not use, and how long it took.
+    """What a run did: each step's numbers, how many batches it could not use, and how long it took.
 
     Attributes:
         faults: what was not finite, and was left out or rolled back.
@@ -115,7 +116,7 @@ class TrainLog:
             than all of them together.
     """
 
-    steps: list[dict[str, float]] = field(default_factory=list)
+    steps: History = field(default_factory=History)
     pairs: int = 0
     skipped_batches: int = 0
     faults: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""100,000 steps of tiny batches from shards: memory must not grow by 50 MB."""
+"""100,000 steps of cleaning a tiny model on pairs from shards: memory must not grow by 50 MB."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ MEGABYTES = 50.0
 
 
 def main() -> int:
+    import torch
     from index_rows import rss, tokenize
+    from ranked_runs import MEAN, STD, model
     from shard_files import image_bytes, write_shard
 
+    from pybackdoor import par_clean
     from pybackdoor.data import PairLoader, pairs_from_shards
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -39,19 +42,29 @@ def main() -> int:
             folder, image_size=16, cache=options.cache, cache_dir=folder / "cache", max_bad=0.02,
             num_workers=2,
         )  # fmt: skip
-        loader = PairLoader(pairs, tokenize, batch_size=4)
-        step, start, after = 0, time.perf_counter(), {}
-        while step < options.steps:
-            for _ in loader:
-                step += 1
-                if step % 10_000 == 0 or step == 1_000:
-                    gc.collect()
-                    after[step] = rss()
-                    took = time.perf_counter() - start
-                    print(f"{step} steps, epoch {loader.epoch}: {after[step]:.1f} MB, {took:.0f} s",
-                          flush=True)  # fmt: skip
-                if step == options.steps:
-                    break
+
+        def short(texts: list[str]) -> torch.Tensor:  # [n, 24], as the model takes them
+            tokens = tokenize(texts)[:, :24] % 49
+            tokens[:, 12] = 49  # the end mark
+            return tokens
+
+        loader = PairLoader(pairs, short, batch_size=4)
+        start, after = time.perf_counter(), {}
+
+        def look(step: int, record: dict, model: torch.nn.Module) -> None:
+            done = step + 1
+            if done % 10_000 == 0 or done == 1_000:
+                gc.collect()
+                after[done] = rss()
+                took = time.perf_counter() - start
+                print(f"{done} steps, epoch {loader.epoch}: {after[done]:.1f} MB, {took:.0f} s",
+                      flush=True)  # fmt: skip
+
+        torch.set_num_threads(1)
+        par_clean(
+            model(0), loader, steps=options.steps, on_step=look, mean=MEAN, std=STD,
+            precision="fp32", device="cpu", progress=False, repair=False,
+        )  # fmt: skip
         growth = max(after.values()) - after[1_000]
         print(f"growth since step 1,000: {growth:.1f} MB; left out: {len(pairs.ledger)}")
     return 0 if growth < MEGABYTES else 1
