@@ -11,6 +11,7 @@ from _quality_cells import INSTALLED
 from _quality_setting import CLEAN, TUNING
 from _tables import table
 
+from pybackdoor.methods.ubt import EXCESS
 from pybackdoor.ubt.gate import LEAST_SWING
 
 FILES = ("ubt.json", "ubt_gate.json")  # below benchmarks/results
@@ -22,7 +23,10 @@ recall among the k most suspicious pairs by each ranking (`truth`: an oracle's),
 these are of their word and lose it once disturbed, of which the gate wants {least:g}. `ubt_clean`
 has no clean pairs; PAR beside it has 10,000. Seconds are of one core, and those of a ranking hold
 detection. (t): settings were chosen on this attack."""
-GATE = """The gate on separately trained models ({steps} steps), `bench_ubt.py --gate-only`:"""
+GATE = f"""The gate on separately trained models, `bench_ubt.py --gate-only`: how many pairs are
+poisoned is not given but found, as for a user. Lowest to highest of these runs: precision of the
+pairs found; excess of cohesion, of which the gate by fragility wants {EXCESS["fragility"]:g};
+swing, of which it wants {LEAST_SWING:g}."""
 
 
 def sections(folder: Path) -> list[str]:
@@ -75,23 +79,24 @@ def _percent(estimate: dict[str, float]) -> str:
 
 def _gate(found: dict[str, Any]) -> list[str]:
     """How often each ranking's gate fires, on models without and with a backdoor."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups: dict[tuple[str, int], list[dict]] = {}
     for cell in found["cells"]:
-        if cell["attack"] == CLEAN or cell["status"] == INSTALLED:
-            for ranking, run in cell["runs"].items():
-                groups.setdefault((cell["attack"], ranking), []).append(run["gate"])
-    rows = [
-        [
-            attack,
-            ranking,
-            f"{sum(gate['fires'] for gate in gates)} of {len(gates)}",
-            _reach(gate["statistic"] - gate["matched"] for gate in gates),
-            _reach(gate["swing"] for gate in gates if gate["swing"] is not None),
-        ]
-        for (attack, ranking), gates in groups.items()
-    ]
-    header = ["attack", "ranking", "fires", "excess of cohesion", "swing"]
-    return [GATE.format(steps=found["cells"][0]["steps"]), table(header, rows)]
+        groups.setdefault((cell["attack"], cell["steps"]), []).append(cell)
+    rows = []
+    for (attack, steps), cells in sorted(groups.items(), key=lambda group: group[0][0] != CLEAN):
+        held = [cell for cell in cells if cell["attack"] == CLEAN or cell["status"] == INSTALLED]
+        for ranking in sorted({ranking for cell in held for ranking in cell["runs"]}):
+            runs = [cell["runs"][ranking] for cell in held if ranking in cell["runs"]]
+            gates = [run["gate"] for run in runs]
+            rows.append([
+                attack, str(steps), f"{len(held)} of {len(cells)}", ranking,
+                f"{sum(gate['fires'] for gate in gates)} of {len(gates)}",
+                _reach(run["precision_at_k"] for run in runs if "precision_at_k" in run),
+                _reach(gate["statistic"] - gate["matched"] for gate in gates),
+                _reach(gate["swing"] for gate in gates if gate["swing"] is not None),
+            ])  # fmt: skip
+    header = ["attack", "steps", "installed", "ranking", "fires", "precision", "excess", "swing"]
+    return [GATE, table(header, rows)]
 
 
 def _reach(values: Iterable[float]) -> str:
