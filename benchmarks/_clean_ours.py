@@ -38,7 +38,7 @@ from pybackdoor.data import (
     labelled_from_csv,
     pairs_from_csv,
 )
-from pybackdoor.engine import loop, towers
+from pybackdoor.engine import heap, towers
 from pybackdoor.triggers import TriggerSpec, apply_trigger, trigger
 
 LEVERS = ("trim_text", "cache_text", "cache", "kernels", "shortcuts", "products", "heap")
@@ -142,7 +142,7 @@ class Ours:
                 for tower in ("image", "text")
             ],
             "products": [patch.object(towers, "fast_products", lambda model: nullcontext())],
-            "heap": [patch.object(loop, "kept_heap", lambda device: nullcontext())],
+            "heap": [patch.object(heap, "_glibc", lambda: None)],
         }
         with ExitStack() as stack:
             for change in off.get(self.without, []):
@@ -219,7 +219,7 @@ def instrumented(stages: Callable) -> Iterator[None]:
     if isinstance(stages("loss"), nullcontext):
         yield
         return
-    from pybackdoor.engine import feed, gradients, guard
+    from pybackdoor.engine import feed, gradients, guard, loop
     from pybackdoor.methods.par import PerturbAndRecover
 
     places = (

@@ -79,23 +79,27 @@ def _percent(estimate: dict[str, float]) -> str:
 
 def _gate(found: dict[str, Any]) -> list[str]:
     """How often each ranking's gate fires, on models without and with a backdoor."""
-    groups: dict[tuple[str, int], list[dict]] = {}
+    groups: dict[tuple[str, str, int], list[dict]] = {}
     for cell in found["cells"]:
-        groups.setdefault((cell["attack"], cell["steps"]), []).append(cell)
+        groups.setdefault((cell["arch"], cell["attack"], cell["steps"]), []).append(cell)
     rows = []
-    for (attack, steps), cells in sorted(groups.items(), key=lambda group: group[0][0] != CLEAN):
-        held = [cell for cell in cells if cell["attack"] == CLEAN or cell["status"] == INSTALLED]
-        for ranking in sorted({ranking for cell in held for ranking in cell["runs"]}):
+    order = sorted(groups.items(), key=lambda group: (group[0][0], group[0][1] != CLEAN))
+    for (arch, attack, steps), cells in order:
+        held = [cell for cell in cells if attack == CLEAN or cell["status"] == INSTALLED]
+        installed = "-" if attack == CLEAN else f"{len(held)} of {len(cells)}"
+        for ranking in found["rankings"]:
             runs = [cell["runs"][ranking] for cell in held if ranking in cell["runs"]]
             gates = [run["gate"] for run in runs]
             rows.append([
-                attack, str(steps), f"{len(held)} of {len(cells)}", ranking,
+                arch, attack, str(steps), installed, ranking,
                 f"{sum(gate['fires'] for gate in gates)} of {len(gates)}",
                 _reach(run["precision_at_k"] for run in runs if "precision_at_k" in run),
                 _reach(gate["statistic"] - gate["matched"] for gate in gates),
                 _reach(gate["swing"] for gate in gates if gate["swing"] is not None),
             ])  # fmt: skip
-    header = ["attack", "steps", "installed", "ranking", "fires", "precision", "excess", "swing"]
+    header = [
+        "model", "attack", "steps", "installed", "ranking", "fires", "precision", "excess", "swing"
+    ]  # fmt: skip
     return [GATE, table(header, rows)]
 
 

@@ -27,6 +27,7 @@ from .engine import (
     StepHook,
     Tracker,
     TrainLog,
+    kept_heap,
     pick_device,
     train,
 )
@@ -191,24 +192,14 @@ def clean(
         whole = joined(student, full_precision_copy(model).cpu()) if split else student
         return CleanResult(whole.eval(), list(log.steps), report)
 
-    with carrying(result, log):
+    with kept_heap(where), carrying(result, log):
         train(
-            student,
-            loader,
-            objective(student, settings),
-            schedule,
-            settings,
-            rules=rules,
-            device=where,
-            on_step=on_step,
-            track=track,
-            log=log,
-            checkpoints=kept,
-            config=config,
-        )
+            student, loader, objective(student, settings), schedule, settings, rules=rules,
+            device=where, on_step=on_step, track=track, log=log, checkpoints=kept, config=config,
+        )  # fmt: skip
         if repair:
             _repair(student.eval(), model, loader, rules, where, mended)
-    return result()
+        return result()
 
 
 def kept_in(

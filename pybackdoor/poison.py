@@ -28,6 +28,7 @@ from .engine import (
     Settings,
     StepHook,
     TrainLog,
+    kept_heap,
     loss_precision,
     pick_device,
     train,
@@ -196,10 +197,12 @@ def poison(
         config = identity("poison", student, loader, settings, own, rules)
     log = TrainLog()
 
-    def result(manifest: Manifest, *found: Any) -> PoisonResult:
-        return PoisonResult(student.eval(), manifest, list(log.steps), *found)
+    def result(
+        manifest: Manifest, found: Evaluation | None = None, held: Verdict | None = None
+    ) -> PoisonResult:
+        return PoisonResult(student.eval(), manifest, list(log.steps), found, held)
 
-    with carrying(lambda: result(manifest, None, None), log):
+    with kept_heap(where), carrying(lambda: result(manifest), log):
         train(
             student, loader, Contrastive(loss_precision(settings.precision)), schedule, settings,
             rules=rules, device=where, on_step=on_step, log=log, checkpoints=checkpoints,
@@ -207,7 +210,7 @@ def poison(
         )  # fmt: skip
     student.eval()
     if test is None:
-        return result(manifest, None, None)
+        return result(manifest)
     found = evaluate(
         student, test, tokenizer=tokenizer, templates=templates, trigger=trigger, target=target,
         mean=mean, std=std,

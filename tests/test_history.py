@@ -6,7 +6,9 @@ import json
 import pickle
 import sys
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +37,21 @@ def test_records_come_back_as_they_were(records, part):
     for beyond in (len(records), -len(records) - 1):
         with pytest.raises(IndexError):
             kept[beyond]
+
+
+@pytest.mark.parametrize(
+    "bad, error, text",
+    [
+        (None, TypeError, "loss must be a float or an int, got NoneType"),
+        (torch.tensor(1.0), TypeError, "loss must be a float or an int, got Tensor"),
+        (2**53 + 1, ValueError, r"loss must be within 2\*\*53, got 9007199254740993"),
+    ],
+)
+def test_what_is_no_number_is_refused_whole(bad, error, text):
+    kept = History([{"step": 0, "on": True, "cosine": np.float64(0.5)}])
+    with pytest.raises(error, match=text):
+        kept.append({"step": 1, "loss": bad})
+    assert list(kept) == [{"step": 0, "on": True, "cosine": 0.5}] and kept[0]["on"] is True
 
 
 def test_a_number_takes_eight_bytes():

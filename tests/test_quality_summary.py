@@ -147,7 +147,7 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
     assert "| sig (t) | PAR | - | - | - | 71.0 | 70.0 | 99.0 | 1.0 | 50 |" in rows
     assert "badnet" not in rows
     clean = [
-        {"attack": "clean", "status": NO_ATTACK, "steps": 1500,
+        {"attack": "clean", "arch": "resnet", "status": NO_ATTACK, "steps": 1500,
          "runs": {"fragility": {"gate": gated(fires, swing)}}}
         for fires, swing in ((False, 0.1), (True, 0.4), (False, 0.2))
     ]  # fmt: skip
@@ -156,13 +156,18 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
          "runs": {"fragility": {"gate": gated(True, swing), "precision_at_k": share}}}
         for steps, swing, share in ((4000, 0.8, 1.0), (2000, 0.7, 0.9), (4000, 0.6, 0.98))
     ]  # fmt: skip
-    gates = {"cells": [*fires, *clean, {**failed, "steps": 2000, "runs": {}}]}
+    missed = [{**failed, "steps": steps, "runs": {}} for steps in (2000, 1500)]
+    gates = {"rankings": ["fragility"], "cells": [*fires, *clean, *missed]}
+    gates["cells"].append({**clean[0], "arch": "vit"})
     (tmp_path / "ubt_gate.json").write_text(json.dumps(gates))
     *_, text, rows = _quality_ubt.sections(tmp_path)
     assert "swing, of which it wants 0.5." in text
-    shown = "fragility | 1 of 3 | - | 0.40 to 0.40 | 0.10 to 0.40 |"
-    assert f"| clean | 1500 | 3 of 3 | {shown}" in rows
-    shown = "fragility | 2 of 2 | 0.98 to 1.00 | 0.40 to 0.40 | 0.60 to 0.80 |"
-    assert f"| badnet | 4000 | 2 of 2 | {shown}" in rows
-    assert "| badnet | 2000 | 1 of 2 | fragility | 1 of 1 |" in rows
-    assert rows.index("clean") < rows.index("badnet")
+    assert rows.splitlines()[2:] == [
+        "| resnet | clean | 1500 | - | fragility | 1 of 3 | - | 0.40 to 0.40 | 0.10 to 0.40 |",
+        "| resnet | badnet | 4000 | 2 of 2 | fragility | 2 of 2 | 0.98 to 1.00 | 0.40 to 0.40 "
+        "| 0.60 to 0.80 |",
+        "| resnet | badnet | 2000 | 1 of 2 | fragility | 1 of 1 | 0.90 to 0.90 | 0.40 to 0.40 "
+        "| 0.70 to 0.70 |",
+        "| resnet | badnet | 1500 | 0 of 1 | fragility | 0 of 0 | - | - | - |",
+        "| vit | clean | 1500 | - | fragility | 0 of 1 | - | 0.40 to 0.40 | 0.10 to 0.10 |",
+    ]

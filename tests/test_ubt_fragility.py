@@ -13,12 +13,15 @@ from torch.nn.functional import normalize
 from ubt_world import Given, Planted, WordTokenizer, captioned, planted_pairs, rules
 
 from pybackdoor.ubt.fragility import (
+    Picked,
     Words,
     _apart,
     _directions,
     _discriminant,
     _grown,
+    _Looked,
     _moments,
+    _most_cohesive,
     _settled,
     _standard,
     fragility,
@@ -235,6 +238,28 @@ def test_words_drop_out_at_once_or_by_halves(monkeypatch, stands_out, looks):
     found = fragility(reader, Given(image), every, 25)
     assert found.swing is None  # all words mean the same here
     assert looked == looks
+
+
+def test_words_of_unequal_sizes_are_compared_by_like_shares(monkeypatch):
+    """60 pairs are seen whole by the second look, of 400 the most cohesive half at first is not."""
+    sizes, tight = {0: 60, 1: 200, 2: 400}, {0: 0.30, 1: 0.35, 2: 0.28}
+    rows = np.split(np.arange(660), np.cumsum(list(sizes.values()))[:-1])
+    looks = []
+
+    def fake(image, lost, k):
+        word = int(lost[0, 0])
+        looks.append((word, len(lost), k))
+        return Picked(tight[word] - (word == 1 and len(lost) > 40) * 0.1, lost, lost[:, 0])
+
+    monkeypatch.setattr(module, "_SAMPLE", 40)
+    monkeypatch.setattr(module, "_FEW", 1)
+    monkeypatch.setattr(module, "picked", fake)
+    word = np.repeat([0, 1, 2], list(sizes.values()))
+    monkeypatch.setattr(module, "losses", lambda r, i, s, some, *_: word[some][:, None] / 1.0)
+    words = [_Looked(at, own) for at, own in enumerate(rows)]
+    best = _most_cohesive(words, None, Given(torch.zeros(660, 4)), None, None, 20, False)
+    assert best.word == 0 and best.lost.shape == (60, 1)
+    assert looks == [(0, 40, 13), (1, 40, 5), (2, 40, 5), (1, 80, 8), (0, 60, 20)]
 
 
 def test_fragility_wants_a_word_of_twice_k_pairs():

@@ -186,6 +186,8 @@ def test_image_rows_are_encoded_once_when_asked_for():
     for rows in ([7, 3, 7], [3, 5], [5, 7]):
         torch.testing.assert_close(image.at(np.array(rows)), whole[rows])
     assert asked == [[3, 7], [5]]
+    with pytest.raises(ValueError, match="at least one image"):
+        image.at(np.empty(0, int))
     torch.testing.assert_close(image.all(), whole)
     assert sorted(sum(asked, [])) == list(range(len(every)))
 
@@ -215,6 +217,17 @@ def test_gate_fires_on_poison_and_not_on_random_pairs():
     rows = centred(image.all(), classes)
     sets = [cohesion(rows[d]) for d in map(torch.from_numpy, matched_sets(classes, poison, 199, 0))]
     assert math.isclose(fired.matched, np.mean(sets)) and math.isclose(fired.spread, np.std(sets))
+    asked = []
+
+    class Watched(ImageRows):
+        def at(self, rows):
+            asked.extend(classes[rows])
+            return super().at(rows)
+
+    few = poison[classes[poison] == classes[poison[0]]][::-1].copy()  # unsorted
+    own = gate(Watched(Reader(Planted(), rules()), every), every, few, sets=9, alpha=0.1)
+    assert set(asked) == {classes[poison[0]]}
+    assert math.isclose(own.statistic, cohesion(rows[torch.from_numpy(few)]))
     chance = gate(image, every, np.flatnonzero(~TRUTH)[::14], sets=199)
     assert not chance.fires and "does not fire" in chance.describe()
     assert not gate(image, every, poison, sets=199, excess=1.5).fires  # a p-value alone is too easy

@@ -1,8 +1,8 @@
 """Find what was poisoned: training pairs, by how suspicious they are.
 
 neighbours.py finds the nearest images, scores.py has the formulas and the table of all methods
-(fragility's own is `pybackdoor.ubt.fragility`), reading.py encodes the pairs, samples.py puts them
-together; metrics.py and truth.py judge scores by what is known to be planted.
+(fragility's own is `pybackdoor.ubt.fragility`), reading.py reads and encodes the pairs, samples.py
+puts them together; metrics.py and truth.py judge scores by what is known to be planted.
 """
 
 from .metrics import auroc, precision_at, recall_at

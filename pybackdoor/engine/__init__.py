@@ -2,13 +2,14 @@
 
 loop.py walks the steps, gradients.py computes one, guard.py keeps what is not finite from being
 applied, feed.py reads the batches, checkpoints.py keeps the state of a run, towers.py encodes,
-texts.py and images.py keep what a frozen model has encoded.
+texts.py and images.py keep what a frozen model has encoded, heap.py what a step has freed.
 """
 
 from .checkpoints import Checkpoints
 from .contrastive import Contrastive
 from .groups import decay_groups
 from .guard import NonFiniteError
+from .heap import kept_heap
 from .interrupts import DeferredInterrupt
 from .loop import train
 from .objective import Frozen, Given, Objective, Preparation
@@ -43,6 +44,7 @@ __all__ = [
     "Tracker",
     "TrainLog",
     "decay_groups",
+    "kept_heap",
     "loss_precision",
     "pick_device",
     "train",

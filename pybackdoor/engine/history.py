@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import overload
 
 _Fields = tuple[tuple[str, type], ...]
 
 
 class History(Sequence[dict[str, float]]):
-    """Records that each become a dict again when looked at; 8 bytes a number instead of some 60.
+    """Records that become dicts again when looked at: 8 bytes a number, 16 a record.
 
-    A number stays the float or the int that it was, ints up to 2^53.
+    A number stays the float or the int that it was.
     """
 
     def __init__(self, records: Iterable[Mapping[str, float]] = ()) -> None:
@@ -23,7 +23,16 @@ class History(Sequence[dict[str, float]]):
             self.append(record)
 
     def append(self, record: Mapping[str, float]) -> None:
-        """Writes down one step's."""
+        """Writes down one step's.
+
+        Raises:
+            TypeError, ValueError: naming what is no number, or no float could hold.
+        """
+        for name, value in record.items():
+            if not isinstance(value, float | int):
+                raise TypeError(f"{name} must be a float or an int, got {type(value).__name__}")
+            if isinstance(value, int) and abs(value) > 2**53:
+                raise ValueError(f"{name} must be within 2**53, got {value}")
         fields = tuple((name, type(value)) for name, value in record.items())
         if fields not in self._kinds:
             self._kinds[fields] = len(self._fields)
@@ -48,6 +57,3 @@ class History(Sequence[dict[str, float]]):
         start, fields = self._starts[at], self._fields[self._kind[at]]
         own = self._values[start : start + len(fields)]
         return {name: kind(value) for (name, kind), value in zip(fields, own, strict=True)}
-
-    def __iter__(self) -> Iterator[dict[str, float]]:
-        return (self[i] for i in range(len(self)))

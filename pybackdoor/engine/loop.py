@@ -31,7 +31,6 @@ from .feed import Feed, Item
 from .gradients import Gradients
 from .groups import decay_groups, set_train_mode
 from .guard import Checked, Fault, Guard, NonFiniteError
-from .heap import kept_heap
 from .history import History
 from .interrupts import DeferredInterrupt, exception_of
 from .known import Known
@@ -44,7 +43,7 @@ from .towers import Encoder, TextTrim
 from .watch import Watch
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound on the learned temperature
-_KEPT_OF_LOG = ("pairs", "faults", "seconds", "waiting")
+_KEPT_OF_LOG = ("steps", "pairs", "faults", "seconds", "waiting")
 _OBJECTIVE = "objective/"  # what the names of its tensors begin with in a checkpoint
 
 
@@ -94,12 +93,12 @@ def train(
         NonFiniteError: naming the cause; the model keeps its last good weights.
         KeyboardInterrupt: on Ctrl-C and SIGTERM, once the step in flight is complete.
     """
-    log = TrainLog() if log is None else log
-    with kept_heap(device):  # the run is gone when it ends, and what that frees goes back
-        _Run(
-            model, loader, objective, schedule, settings, rules, device, on_step, track, log
-        ).go(checkpoints, config or {})  # fmt: skip
-    return log
+    run = _Run(
+        model, loader, objective, schedule, settings, rules, device, on_step, track,
+        TrainLog() if log is None else log,
+    )  # fmt: skip
+    run.go(checkpoints, config or {})
+    return run.log
 
 
 class _Run:
@@ -376,8 +375,8 @@ class _Run:
             if self.folder is not None:
                 content = {
                     "position": self.feed.position,
-                    "log": {"steps": list(self.log.steps)}
-                    | {n: getattr(self.log, n) for n in _KEPT_OF_LOG},
+                    "log": {n: getattr(self.log, n) for n in _KEPT_OF_LOG}
+                    | {"steps": list(self.log.steps)},
                 }
                 self.folder.save(step, tensors, content)
 
@@ -395,9 +394,8 @@ class _Run:
             self.kept = {}
         self.feed.position = content["position"]
         faults = self.log.faults
-        self.log.steps = History(content["log"]["steps"])
-        for name in _KEPT_OF_LOG:
-            setattr(self.log, name, content["log"][name])
+        for name, value in content["log"].items():
+            setattr(self.log, name, History(value) if name == "steps" else value)
         self.log.faults = max(faults, self.log.faults, key=len)
         self.started = time.perf_counter() - self.log.seconds
         self.guard.lower()

@@ -10,7 +10,7 @@ from pybackdoor.ops._contrastive_par_problem import Problem
 from pybackdoor.ops._matmul import matmul_nt
 
 # Elements of one block: it stays in a core's share of the cache between product and pass, and
-# below the 32 MiB from which malloc would return its pages to the system after each block.
+# below the 32 MiB from which malloc may return its pages to the system after each block.
 _BLOCK = 1 << 21
 BUDGET = 256 << 20  # bytes of E kept for the backward pass, unless the caller says otherwise
 

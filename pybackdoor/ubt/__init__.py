@@ -1,10 +1,10 @@
 """UBT-style token-level local unlearning (experimental), stage by stage; each stands by itself.
 
-suspects.py reads the pairs, reading.py encodes them; weak.py (A) pools the weakest, overfit.py (B)
-overfits on the pool, gate.py (C) asks whether the top pairs belong together (fragility.py
-ranks them without A and B), words.py and
-localise.py (D) find their words, region.py their patches, unlearn.py (E) forgets them; evidence.py
-shows what was found.
+suspects.py reads the pairs, reading.py encodes them when they are asked for; weak.py (A) pools the
+weakest, overfit.py (B) overfits on the pool, gate.py (C) asks whether the top pairs belong together
+(fragility.py ranks them without A and B, by the views of views.py), words.py and localise.py (D)
+find their words, region.py their patches, unlearn.py (E) forgets them; evidence.py shows what was
+found.
 `pybackdoor.ubt_clean` puts them together.
 """
 
@@ -13,7 +13,7 @@ from .fragility import fragility
 from .gate import Gate, gate, top
 from .localise import Localisation, Token, localise
 from .overfit import overfit
-from .reading import Reader, pair_cosines
+from .reading import ImageRows, Reader, pair_cosines
 from .region import Region, patch_size, suspicious_cells
 from .suspects import Suspects
 from .unlearn import LocalUnlearning, Portions, StoppingRule
@@ -22,6 +22,7 @@ from .words import WordReader
 
 __all__ = [
     "Gate",
+    "ImageRows",
     "Localisation",
     "LocalUnlearning",
     "Portions",

@@ -5,9 +5,10 @@ no longer fires (turned by some degrees, stretched, a ninth of it covered) is no
 while an image of what its caption says stays one in every view. Hard clean images are fragile too.
 But the poison is of one word and of one kind: within each word's pairs, the k that lose most in one
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
-the next seed, and so on; of all words and views the most cohesive k pairs win. Samples are enough
-to tell most words from the most suspicious one, of which all pairs are looked at. How many are
-poisoned shows in how far the k highest stand off from the rest: farthest where k is their number.
+the next seed, and so on; of all starts and words the most cohesive k pairs win. Words are compared
+by samples, that grow while fewer words are left, and of the last one all pairs are looked at. How
+many are poisoned shows in how far the k highest stand off from the rest: farthest where k is their
+number.
 
 Whether they are poison shows in their swing. Hard clean images lose a word that was hardly ahead of
 another one; poison is of its word as clearly as the clearest images, and loses it all the same.
@@ -34,7 +35,7 @@ from .views import WHOLE, losses
 SOUGHT = 256  # suspicious pairs, where their number is not given
 _SAMPLE, _FEW = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
 _STANDS_OUT = 0.2  # a word less cohesive by so much than another one is not looked at again
-_OTHERS = 2048  # images of other words whose mean is theirs
+_OTHERS = 2048  # so many images of other words stand for all of them
 LEAST = 5  # pairs whose cohesion says something
 _STREAM = 0x66726167
 _ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
@@ -53,10 +54,10 @@ class Fragile(NamedTuple):
         k: how many are suspicious.
         word: that they have in common, as people read it.
         swing: the smaller of two. Their mean lead, how far an image's word is ahead of the best
-            other one, in units of the lead that only a tenth of all images exceed. And in the view
-            that tells them most apart, how much more they lose on average than the other pairs of
-            their word, as a share of their match: of what their cosine is above that of other
-            words' images. None where no other word means something else, or no image leads.
+            other one, in units of the lead that only a tenth of all words' samples exceed. And in
+            the view that tells them most apart, how much more they lose on average than the other
+            pairs of their word, as a share of their match: of what their cosine is above that of
+            other words' images. None where no other word means something else, or no image leads.
     """
 
     scores: np.ndarray
@@ -75,7 +76,8 @@ def fragility(
     """Rank the pairs of the most suspicious word.
 
     Costs 15 views of a sample of each word's pairs, of twice as many of the better half of the
-    words, and so on until one is left or stands out, and of all pairs of that one.
+    words, and so on until one is left or stands out, and of all pairs of that one. A sample is of
+    512 pairs, or so many that 32 of k poisoned ones are in it: of all where k is 32 or less.
 
     Args:
         k: pairs sought, at least 5; None: 256, then as many as stand off farthest, at least 64.
@@ -100,10 +102,13 @@ def fragility(
         )
     captions = reader.captions(suspects)
     rng = np.random.default_rng(_STREAM)
-    every = [_Looked(word, rng.permutation(np.flatnonzero(classes == word))) for word in large]
-    best = _most_cohesive(every, reader, image, suspects, captions, sought, progress)
+    drawn = [rng.permutation(np.flatnonzero(classes == word)) for word in large]
+    best = _most_cohesive(
+        [_Looked(*word) for word in zip(large, drawn, strict=True)],
+        reader, image, suspects, captions, sought, progress,
+    )  # fmt: skip
     height, own, word = best.picked.height, best.rows, best.word
-    some = np.concatenate([w.rows[: _enough(len(w.rows), sought)] for w in every])
+    some = np.concatenate([rows[: _enough(len(rows), sought)] for rows in drawn])
     if k is None:
         height, sought = _grown(best.picked.seen, height, sought)
     scores = np.full(len(image), height.min() - 1)
@@ -129,17 +134,24 @@ class _Looked:
         word: its number.
         rows: [n] its pairs, in random order.
         lost: [seen, views] of the first of them.
-        picked: of those; the most cohesive ones.
+        picked: of those, the most cohesive ones; from the first look on.
     """
+
+    picked: Picked
 
     def __init__(self, word: int, rows: np.ndarray) -> None:
         self.word, self.rows = word, rows
-        self.lost: np.ndarray | None = None
-        self.picked: Picked
+        self.lost = np.empty((0, 0))
+
+    def unseen(self, count: int) -> np.ndarray:
+        """The rows to look at, so that so many are seen."""
+        return self.rows[len(self.lost) : count]
 
     def look(self, lost: np.ndarray, image: ImageRows, k: int) -> None:
         """Takes the losses of the pairs that follow; k: sought among all of the word's."""
-        self.lost = lost if self.lost is None else np.concatenate([self.lost, lost])
+        if not len(lost):
+            return
+        self.lost = np.concatenate([self.lost, lost]) if len(self.lost) else lost
         seen = len(self.lost)
         few = max(LEAST, round(k * seen / len(self.rows)))
         self.picked = picked(image.at(self.rows[:seen]), self.lost, few)
@@ -154,25 +166,25 @@ def _most_cohesive(
     k: int,
     progress: bool | None,
 ) -> _Looked:
-    """The word whose k most cohesive fragile pairs are the most cohesive, looked at whole.
+    """The word that is left, looked at whole, when the others have dropped out.
 
-    Of each word a sample; of the better half of them twice as many pairs, and so on. A word that
-    another one of the round leaves clearly behind drops out at once.
+    All words are compared by a sample of each, the better half by samples twice as large, and so
+    on; one that another of the round leaves clearly behind drops out at once. None returns: small
+    samples are more cohesive than large ones, so that only like samples can be compared.
     """
     stage = 0
     while True:
         alone = len(words) == 1
-        new = []
-        for word in words:
-            seen = 0 if word.lost is None else len(word.lost)
-            count = None if alone else _enough(len(word.rows), k) << stage
-            new.append(word.rows[seen:count])
+        new = [
+            word.unseen(len(word.rows) if alone else _enough(len(word.rows), k) << stage)
+            for word in words
+        ]
         lost = losses(reader, image, suspects, np.concatenate(new), captions, progress)
         ends = np.cumsum([len(rows) for rows in new])[:-1]
         for word, part in zip(words, np.split(lost, ends), strict=True):
             word.look(part, image, k)
         words = sorted(words, key=lambda word: -word.picked.tight)
-        if alone:
+        if all(len(word.lost) == len(word.rows) for word in words):
             return words[0]
         least = words[0].picked.tight - _STANDS_OUT
         words = [w for w in words[: math.ceil(len(words) / 2)] if w.picked.tight >= least]

@@ -156,13 +156,11 @@ def gate(
     check_gate(sets, alpha, excess)
     classes, names = caption_classes(suspects)
     near = np.flatnonzero(np.isin(classes, classes[chosen]))  # no other class is drawn from
-    rows = centred(image.at(near), classes[near])
-
-    def alike(some: np.ndarray) -> float:
-        return cohesion(rows[torch.from_numpy(np.searchsorted(near, some))])
-
-    found = alike(chosen)
-    others = np.array([alike(draw) for draw in matched_sets(classes, chosen, sets, seed)])
+    chosen, classes = np.searchsorted(near, chosen), classes[near]
+    rows = centred(image.at(near), classes)
+    found = cohesion(rows[torch.from_numpy(chosen)])
+    draws = matched_sets(classes, chosen, sets, seed)
+    others = np.array([cohesion(rows[torch.from_numpy(draw)]) for draw in draws])
     p = (1 + int((others >= found).sum())) / (1 + sets)
     sizes = Counter(classes[chosen].tolist()).most_common()
     together = p <= alpha and found - float(others.mean()) >= excess

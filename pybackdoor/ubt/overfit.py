@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..batches import InputRules
 from ..clean import trainable_copy
 from ..distributed import Ranks
-from ..engine import Contrastive, Given, Objective, Settings, train
+from ..engine import Contrastive, Given, Objective, Settings, kept_heap, train
 from .suspects import RowLoader, Suspects
 from .weak import one_of, priorities
 
@@ -66,5 +66,6 @@ def overfit(
         suspects, pool, batch_size=batch_size, seed=seed, priority=priorities(len(pool))
     )
     objective = MeanCosine() if loss == "cosine" else Contrastive()
-    train(copy, loader, objective, lambda k, n: lr, settings, rules=rules, device=device)
+    with kept_heap(device):
+        train(copy, loader, objective, lambda k, n: lr, settings, rules=rules, device=device)
     return copy.eval()

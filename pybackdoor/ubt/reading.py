@@ -97,20 +97,24 @@ class ImageRows:
         return len(self._known)
 
     def at(self, rows: np.ndarray) -> Tensor:
-        """[n, D] fp32 unit rows on the CPU, of the images at [n] rows."""
+        """[n, D] fp32 unit rows on the CPU, of the images at [n] rows, at least one."""
+        if not len(rows):
+            raise ValueError("rows must name at least one image, got none")
         new = np.unique(rows[~self._known[rows]])
         if len(new):
             found = self._reader.images(self._suspects, new)
             if self._rows is None:
-                self._rows = torch.empty(len(self), found.shape[1])
+                self._rows = found.new_empty(len(self), found.shape[1])
             self._rows[torch.from_numpy(new)] = found
             self._known[new] = True
-        if self._rows is None:
-            raise ValueError("rows must name at least one image, got none")
+        assert self._rows is not None
         return self._rows[torch.from_numpy(rows)]
 
     def all(self) -> Tensor:
         """[N, D]."""
+        if not self._known.any():
+            self._rows = self._reader.images(self._suspects)
+            self._known[:] = True
         return self.at(np.arange(len(self)))
 
 

@@ -31,15 +31,14 @@ def losses(
     views = views_of(suspects.images.image_size)
     if not len(rows):
         return np.empty((0, len(views)))
-    found, start, plain = [], 0, image.at(rows)
+    found = []
     with tqdm(
         total=len(rows), desc="views of suspects", unit=" pairs",
         disable=None if progress is None else not progress, leave=False,
     ) as bar:  # fmt: skip
         for some, shown in reader.viewed(suspects, rows, views):
             own = captions[torch.from_numpy(suspects.caption[some])]
-            found.append(((plain[start : start + len(some)] - shown) * own).sum(-1).T)
-            start += len(some)
+            found.append(((image.at(some) - shown) * own).sum(-1).T)
             bar.update(len(some))
     return torch.cat(found).double().numpy()
 

@@ -28,6 +28,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--cache", default="disk")
     options = parser.parse_args()
+    if options.steps < 10_000:
+        parser.error(f"--steps must be at least 10000, got {options.steps}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for shard in range(20):
