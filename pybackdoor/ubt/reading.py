@@ -42,6 +42,10 @@ class Reader:
         some = suspects if rows is None else subset(suspects, rows)
         return self._features.images(some.images, some.ids)
 
+    def check_pixels(self, image_size: tuple[int, int]) -> None:
+        """Refuse uint8 images of (H, W) that the model does not take."""
+        self._features.check_pixels(image_size)
+
     def pixels(
         self,
         images: Tensor,  # [n, H, W, 3] uint8, or normalised floats
@@ -86,9 +90,12 @@ class ImageRows:
 
     Args:
         reader: of the model.
+    Raises:
+        ValueError: images of a size that the model does not take, pixels of unknown mean and std.
     """
 
     def __init__(self, reader: Reader, suspects: Suspects) -> None:
+        reader.check_pixels(suspects.images.image_size)
         self._reader, self._suspects = reader, suspects
         self._known = np.zeros(len(suspects), bool)
         self._rows: Tensor | None = None
