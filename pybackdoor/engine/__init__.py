@@ -7,8 +7,8 @@ texts.py and images.py keep what a frozen model has encoded, heap.py what a step
 
 from .checkpoints import Checkpoints
 from .contrastive import Contrastive
+from .faults import NonFiniteError
 from .groups import decay_groups
-from .guard import NonFiniteError
 from .heap import kept_heap
 from .interrupts import DeferredInterrupt
 from .loop import train

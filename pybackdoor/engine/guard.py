@@ -17,22 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Ranks
+from .faults import Fault
 from .gradients import Outcome
 
 _BATCHNORM = nn.modules.batchnorm._BatchNorm
 _SHOWN = 3  # causes that a message lists, and sample ids
-
-
-class NonFiniteError(RuntimeError):
-    """A feature, loss, gradient or weight is not finite; the model keeps its last good weights."""
-
-
-class Fault(NamedTuple):
-    """What was not finite at a step, in words, and whether the weights themselves are."""
-
-    step: int
-    cause: str
-    weights: bool
 
 
 class Checked(NamedTuple):

@@ -27,11 +27,11 @@ from .checkpoints import (
     restore,
     train_state,
 )
+from .faults import Fault, NonFiniteError
 from .feed import Feed, Item
 from .gradients import Gradients
 from .groups import decay_groups, set_train_mode
-from .guard import Checked, Fault, Guard, NonFiniteError
-from .history import History
+from .guard import Checked, Guard
 from .interrupts import DeferredInterrupt, exception_of
 from .known import Known
 from .lock import LockedText
@@ -43,7 +43,6 @@ from .towers import Encoder, TextTrim
 from .watch import Watch
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound on the learned temperature
-_KEPT_OF_LOG = ("steps", "pairs", "faults", "seconds", "waiting")
 _OBJECTIVE = "objective/"  # what the names of its tensors begin with in a checkpoint
 
 
@@ -373,11 +372,7 @@ class _Run:
                 cause = f"after step {step - 1}: not finite: {broken or 'a weight of another rank'}"
                 self._count(Fault(step, cause, True))
             if self.folder is not None:
-                content = {
-                    "position": self.feed.position,
-                    "log": {n: getattr(self.log, n) for n in _KEPT_OF_LOG}
-                    | {"steps": list(self.log.steps)},
-                }
+                content = {"position": self.feed.position, "log": self.log.kept()}
                 self.folder.save(step, tensors, content)
 
     def _return_to(self, state: State | None) -> bool:
@@ -393,10 +388,7 @@ class _Run:
             self.objective.load(self.kept)
             self.kept = {}
         self.feed.position = content["position"]
-        faults = self.log.faults
-        for name, value in content["log"].items():
-            setattr(self.log, name, History(value) if name == "steps" else value)
-        self.log.faults = max(faults, self.log.faults, key=len)
+        self.log.return_to(content["log"])
         self.started = time.perf_counter() - self.log.seconds
         self.guard.lower()
         return True

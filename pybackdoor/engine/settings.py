@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from .history import History
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16}
 LOCKS = ("text",)
+_KEPT = ("pairs", "faults", "seconds", "waiting")  # of a log, in a checkpoint, besides its steps
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 Schedule = Callable[[int, int], float]  # (step, steps) -> learning rate
@@ -123,6 +125,18 @@ class TrainLog:
     seconds: float = 0.0
     waiting: float = 0.0
     scattered: bool = False
+
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint holds of it; JSON-ready."""
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {**kept, "steps": list(self.steps)}
+
+    def return_to(self, kept: Mapping[str, Any]) -> None:
+        """Back to a checkpoint's; what was not finite since then stays told."""
+        faults = self.faults
+        for name, value in kept.items():
+            setattr(self, name, value)
+        self.steps, self.faults = History(kept["steps"]), max(faults, self.faults, key=len)
 
 
 def loss_precision(precision: str) -> str:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 from ..distributed import Ranks
-from .guard import NonFiniteError
+from .faults import NonFiniteError
 
 LIMIT = 30.0  # seconds
 _PATIENCE = 20  # times the longest step so far: what a step may take
