@@ -163,15 +163,23 @@ def test_the_pages_are_kept_and_go_back(asked):
     assert resident() - before < 20 << 20
 
 
-def test_a_run_keeps_it(libc):
-    seen = []
+def test_a_run_keeps_it_until_its_own_memory_is_gone(libc):
+    seen, ran, left = [], [], []
+
+    def on_step(step: int, record: dict, model: torch.nn.Module) -> None:
+        seen.append(list(libc.told))
+        ran[:] = [model]
+
+    libc.malloc_trim = lambda pad: (
+        left.extend(p.grad for p in ran[0].parameters()), libc.told.append(f"trim {pad}")
+    )  # fmt: skip
     par_clean(
         model(0), loader(), epochs=1, mean=MEAN, std=STD, device="cpu", progress=False,
-        repair=False,
-        on_step=lambda step, record, model: seen.append(list(libc.told)),
+        repair=False, on_step=on_step,
     )  # fmt: skip
     assert seen and all(told == KEEP for told in seen)
     assert libc.told == KEEP + BACK
+    assert left and all(grad is None for grad in left)
 
 
 def test_weights_are_the_same_bit_for_bit(asked, monkeypatch):
@@ -188,33 +196,3 @@ def test_weights_are_the_same_bit_for_bit(asked, monkeypatch):
     assert heap._glibc() is None
     plain = cleaned()
     assert plain and all(torch.equal(kept[name], plain[name]) for name in plain)
-
-
-class Wide(torch.nn.Module):
-    """96 MiB of weights, so that gradients and moments are three times as much."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
-        self.image = torch.nn.Linear(3 * 8 * 8, 65536)
-        self.narrow = torch.nn.Linear(65536, 8, bias=False)
-        self.text = torch.nn.Embedding(50, 8)
-        self.drawn = torch.nn.Parameter(torch.randn(12 << 20))
-
-    def encode_image(self, x: torch.Tensor) -> torch.Tensor:
-        return self.narrow(self.image(x.flatten(1))) + 0 * self.drawn.sum()
-
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.text(tokens).mean(1)
-
-
-@needs_glibc
-def test_what_a_run_leaves_goes_back(asked):
-    batch = (torch.rand(4, 3, 8, 8), torch.randint(0, 50, (4, 6)))
-    given = Wide()
-    options = {"device": "cpu", "precision": "fp32", "progress": False, "repair": False}
-    par_clean(given, [batch], epochs=1, **options)
-    before = resident()
-    result = par_clean(given, [batch] * 2, epochs=1, **options)
-    size = sum(4 * p.numel() for p in result.model.parameters())
-    assert resident() - before < 1.5 * size  # its own weights, neither gradients nor moments
