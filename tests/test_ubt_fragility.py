@@ -24,6 +24,7 @@ from pybackdoor.ubt.fragility import (
     _most_cohesive,
     _settled,
     _standard,
+    fall_of,
     fragility,
     picked,
 )
@@ -99,10 +100,11 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     assert swing == pytest.approx(0.5)  # 0.45 of the 0.9 that a tenth exceeds
     first, ahead = list(looked), 9.0
     looked.clear()
-    more = (lost[own[inside]].mean(0) - lost[own[~inside]].mean(0)).max()
-    match = image[:, 3].numpy()[best].mean() - image[:, 3].numpy()[~green].mean()
+    match = image[:, 3].numpy() - image[:, 3].numpy()[~green].mean()
+    whole = match[best].mean()
+    gone = [np.clip(lost[rows].mean(0) / whole, 0, 1) for rows in (best, own[~inside])]
     share = fragility(reader, Given(image), every, k).swing
-    assert share == pytest.approx(more / match, abs=1e-6) and share > 0.8
+    assert share == pytest.approx((gone[0] * (1 - gone[1])).max(), abs=1e-6) and share > 0.8
     assert found == k if k else abs(found - 25) <= 5
     assert len(set(top(scores, found)) & set(poison)) >= 20
     assert scores[green].min() > scores[~green].max()
@@ -110,6 +112,23 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     assert set(np.concatenate(first)) >= set(np.flatnonzero(green))
     times = np.unique(np.concatenate(first), return_counts=True)[1]
     assert (times == 1).all() and len(times) == (180 if sample == 40 else 300)
+
+
+@pytest.mark.parametrize(
+    "theirs, rest, fall",
+    [
+        ([0.5, 0.1], [0.1, 0.1], 0.8),  # they lose all of 0.5, the others a fifth
+        ([0.9, 0.1], [0.1, 0.1], 0.8),  # what is gone is gone
+        ([0.5, 0.1], [0.4, 0.1], 0.2),  # the view leaves little of any image of the word
+        ([0.5, 0.3], [0.5, 0.0], 0.6),  # of the views, the one that tells them apart
+        ([-0.2, 0.1], [0.0, -0.3], 0.2),  # nothing is gained by what is matched better
+    ],
+)
+def test_a_fall_counts_where_the_others_keep_their_match(theirs, rest, fall):
+    lost = np.array([theirs] * 3 + [rest] * 7)
+    match = np.full(10, 0.5)
+    assert fall_of(lost, match, np.arange(3)) == pytest.approx(fall)
+    assert fall_of(lost, -match, np.arange(3)) == 0
 
 
 @pytest.mark.parametrize("sought", [30, 60, 200])

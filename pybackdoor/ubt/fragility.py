@@ -11,7 +11,8 @@ many are poisoned shows in how far the k highest stand off from the rest: farthe
 number.
 
 Whether they are poison shows in their swing. Hard clean images lose a word that was hardly ahead of
-another one; poison is of its word as clearly as the clearest images, and loses it all the same.
+another one, or in a view that few images of their word bear; poison is of its word as clearly as
+the clearest images, and loses it where they keep it.
 
 Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.06531).
 """
@@ -54,10 +55,11 @@ class Fragile(NamedTuple):
         k: how many are suspicious.
         word: that they have in common, as people read it.
         swing: the smaller of two. Their mean lead, how far an image's word is ahead of the best
-            other one, in units of the lead that only a tenth of all words' samples exceed. And in
-            the view that tells them most apart, how much more they lose on average than the other
-            pairs of their word, as a share of their match: of what their cosine is above that of
-            other words' images. None where no other word means something else, or no image leads.
+            other one, in units of the lead that only a tenth of all words' samples exceed. And, in
+            the view that tells them most apart, the share of their match that they lose, times the
+            share of it that the other pairs of their word would keep: a match is what a cosine is
+            above that of other words' images. None where no other word means something else, or no
+            image leads.
     """
 
     scores: np.ndarray
@@ -193,8 +195,13 @@ def _most_cohesive(
 
 def fall_of(lost: np.ndarray, match: np.ndarray, chosen: np.ndarray) -> float:
     """What ``Fragile.swing`` says of loss; [n, views], [n], [k] rows. 0 without a match."""
-    own = match[chosen].mean()
-    return float(beyond_others(lost, chosen).max() / own) if own > 0 else 0.0
+    inside = np.zeros(len(lost), bool)
+    inside[chosen] = True
+    whole = match[inside].mean()
+    if whole <= 0:
+        return 0.0
+    own, others = (np.clip(lost[rows].mean(0) / whole, 0, 1) for rows in (inside, ~inside))
+    return float((own * (1 - others)).max())
 
 
 @dataclass(frozen=True)
@@ -227,13 +234,6 @@ class Words:
         best = cosine.masked_fill(~self.rival[word], -math.inf).max(1).values
         best = best.masked_fill(best.isinf(), 0.0)
         return cosine.gather(1, word[:, None])[:, 0] - best
-
-
-def beyond_others(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:  # [n, views], [k] rows
-    """[views] the chosen rows' mean above that of the others."""
-    inside = np.zeros(len(x), bool)
-    inside[chosen] = True
-    return x[inside].mean(0) - x[~inside].mean(0)
 
 
 def _enough(size: int, k: int) -> int:
