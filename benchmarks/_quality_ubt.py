@@ -26,7 +26,8 @@ detection. (t): settings were chosen on this attack."""
 GATE = f"""The gate on separately trained models, `bench_ubt.py --gate-only`: how many pairs are
 poisoned is not given but found, as for a user. Lowest to highest of these runs: precision of the
 pairs found; excess of cohesion, of which the gate by fragility wants {EXCESS["fragility"]:g};
-swing, of which it wants {LEAST_SWING:g}."""
+swing, of which it wants {LEAST_SWING:g}. What the swing is was changed once, after one of the clean
+models of seeds 0 to 8 had fired; those from 9 on had not been looked at."""
 
 
 def sections(folder: Path) -> list[str]:
