@@ -58,8 +58,8 @@ from ..ubt.unlearn import (
 )
 from ..ubt.weak import RANKINGS, check_pool, one_of, weak_pool
 
-# Excess of cohesion that the gate wants of each ranking: above what clean models show, of which few
-# were looked at (benchmarks/bench_ubt.py --gate-only calibrates).
+# Excess of cohesion that the gate wants of each ranking. By fragility clean models exceed it, too
+# (benchmarks/bench_ubt.py --gate-only): it keeps out what is no group at all, the swing judges.
 EXCESS = {"gain": 0.1, "cosine": 0.3, "fragility": 0.1, "scores": 0.1}
 LEFT_OUT = 2  # times k: how many of the most suspicious pairs R does without
 _HELD_OUT = 0.2  # share of D_sus that only judges
