@@ -6,7 +6,8 @@ clock starts. `without` switches one lever off:
     cache_text  the poisoned model encodes the captions of each batch
     cache       images are decoded at every visit
     kernels     PYBACKDOOR_BACKEND=reference: normalisation, augmentation and loss in plain torch
-    shortcuts   towers compute the last block of every token, captions in groups of similar length
+    shortcuts   towers compute the last block of every token, captions in groups of similar length,
+                a ResNet its batch norms and its pool's answers to every place
     products    on a CPU: the towers' matrix products are torch's own
     heap        on a CPU: freed memory goes back to the system within the step
 """

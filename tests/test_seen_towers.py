@@ -182,7 +182,8 @@ def test_what_is_not_known_to_be_the_same_computes_itself(change, left):
         (lambda: clip(CustomTextCLIP, text={"no_causal_mask": True}), True, False),
         (lambda: Doubled(16, VISION, TEXT), False, False),
         (lambda: tiny(vision_cfg={"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}).model,
-         False, True),
+         True, True),
+        (lambda: clip(vision={"timm_model_name": "resnet18", "timm_pool": "avg"}), False, True),
         (lambda: hf(attention_dropout=0.1), True, False),
     ],
 )  # fmt: skip

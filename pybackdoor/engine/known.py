@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Ranks
+from .groups import evaluating
 from .images import ImageFeatures, recurring
 from .settings import Settings
 from .texts import CaptionFeatures, worth_it
-from .towers import Encoder, TextTrim, evaluating
+from .towers import Encoder, TextTrim
 from .watch import Watch
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models import text_features
-from .towers import Captions, Encoder, evaluating
+from .groups import evaluating
+from .towers import Captions, Encoder
 
 
 class LockedText:

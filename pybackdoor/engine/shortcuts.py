@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models import (
-    ImageTower,
     TextTower,
     image_features,
     image_tower,
     text_features,
     text_tower,
 )
+from .groups import evaluating
 
 # Distances of unit rows by rounding. Another token, or a padding that shows, moves them by 0.2.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -36,7 +36,10 @@ def ways(model: nn.Module) -> dict[str, bool]:
     return {name: tower is not None and found.get(name, False) for name, tower in towers.items()}
 
 
-def image_shortcut(model: nn.Module, x: Tensor) -> ImageTower | None:  # x [n, 3, H, W]
+def image_shortcut(
+    model: nn.Module,
+    x: Tensor,  # [n, 3, H, W]
+) -> Callable[[Tensor], Tensor] | None:
     """The tower to encode x with, or None: encode_image."""
     tower = _look(image_tower, model)
     if tower is None or not _agree(model, "image", image_features, x[:1], tower):
@@ -71,7 +74,8 @@ def _agree(
     if name not in found and len(sample):
         weight = next(p for p in model.parameters() if p.is_floating_point())
         sample = sample.to(weight.device)
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        plain = torch.autocast(weight.device.type, enabled=False)
+        with torch.no_grad(), plain, evaluating(model):  # else batch norm would learn from it
             own, short = features(model, sample), features(model, sample, encode)
         if own.isfinite().all():  # else it shows nothing
             found[name] = same(own, short, weight.dtype)

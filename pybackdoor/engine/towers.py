@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Ranks
-from ..models import ImageTower, TextTower, image_features, text_features
+from ..models import image_features, text_features
 from ..ops._matmul import fast_products
+from .groups import evaluating
 from .shortcuts import image_shortcut, same, text_shortcut
 
 _STEP = 8  # lengths of captions are multiples of it
@@ -131,7 +132,7 @@ class Encoder:
         return [rows_of_turn(rows, start, size) for start in range(0, ends, size)]
 
     def _function(
-        self, model: nn.Module, features: Callable, tower: ImageTower | TextTower | None
+        self, model: nn.Module, features: Callable, tower: Callable[[Tensor], Tensor] | None
     ) -> Callable[[nn.Module, Tensor], Tensor]:
         def eager(model: nn.Module, x: Tensor) -> Tensor:
             return features(model, x, tower)
@@ -157,19 +158,6 @@ def _grouped(encode: Callable, model: nn.Module, captions: Captions) -> Tensor: 
     parts = captions.tokens[order].split([len(rows) for rows, _ in groups])
     cut = [part[:, :length] for part, (_, length) in zip(parts, groups, strict=True)]
     return torch.cat([encode(model, part) for part in cut])[order.argsort()]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode, module by module as it was after."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def rows_of_turn(rows: Tensor | Captions, start: int, size: int) -> Tensor | Captions:

@@ -18,7 +18,7 @@ from .protocol import (
     weights_sha256,
 )
 from .save import MANIFEST, save
-from .seen import ImageTower, TextTower
+from .seen import TextTower
 from .seen_towers import image_tower, text_tower
 from .sniff import CheckpointError
 from .tokenizer import Tokenizer
@@ -27,7 +27,6 @@ __all__ = [
     "MANIFEST",
     "CheckpointError",
     "HFClip",
-    "ImageTower",
     "LoadedModel",
     "Preprocess",
     "TextTower",

@@ -1,4 +1,4 @@
-"""Finds the towers that `seen` computes, by exact class; every other model computes itself.
+"""Finds what `seen` and `seen_resnet` compute, by exact class; every other tower computes itself.
 
 Exact classes, because a subclass may compute something else; no hooks, because they would see
 other values or none; nothing random; no gradient checkpointing, which is asked for to save memory.
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hf import HFClip
-from .seen import ALL, Block, ImageTower, TextTower
+from .seen import ALL, Block, ImageTower, Map, TextTower
+from .seen_resnet import ResNetTower
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OUT = nn.modules.linear.NonDynamicallyQuantizableLinear  # of nn.MultiheadAttention
@@ -25,7 +26,7 @@ _TOKENWISE = {nn.Linear, nn.LayerNorm, nn.Identity, nn.Sequential, nn.ModuleList
 _TOKENWISE |= {nn.GELU, nn.ReLU, nn.SiLU}
 
 
-def image_tower(model: nn.Module) -> ImageTower | None:
+def image_tower(model: nn.Module) -> Map | None:
     """The function of a model's image tower, or None: its own is the only one.
 
     Args:
@@ -35,7 +36,7 @@ def image_tower(model: nn.Module) -> ImageTower | None:
         return None
     clip, transformer = _open_clip()
     if clip is not None and type(model) in (clip.CLIP, clip.CustomTextCLIP):
-        return _open_clip_image(transformer, model.visual)
+        return _open_clip_image(transformer, model.visual) or _resnet(model.visual)
     return _hf_image(model.model) if type(model) is HFClip else None
 
 
@@ -138,6 +139,17 @@ def _open_clip_image(library: ModuleType, visual: nn.Module) -> ImageTower | Non
         return visual.ln_pre(torch.cat([first, x], 1) + visual.positional_embedding.to(x.dtype))
 
     return ImageTower(embed, blocks, lambda x: _projected(visual.ln_post(x), visual.proj))
+
+
+def _resnet(visual: nn.Module) -> ResNetTower | None:
+    library = sys.modules.get("open_clip.modified_resnet")
+    if library is None or type(visual) is not library.ModifiedResNet:
+        return None
+    known = {library.ModifiedResNet, library.Bottleneck, library.AttentionPool2d, nn.Conv2d}
+    known |= {nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.Identity, nn.Sequential, nn.Linear}
+    every = _all(visual)
+    plain = all(m.padding_mode == "zeros" for m in every if type(m) is nn.Conv2d)
+    return ResNetTower(visual) if plain and _usable(every, known) else None
 
 
 def _open_clip_text(

@@ -1,0 +1,96 @@
+"""A ResNet's features, computed without what no feature shows.
+
+open_clip's ``ModifiedResNet``, with batch norm in evaluation mode:
+
+- Batch norm is an affine map by channel, and goes into the weights and the bias of the convolution
+  before it: one pass over the activations less, forwards and backwards, and one copy of them less
+  that waits for the backward pass. Gradients reach the same parameters.
+- The attention pool gives every place a query, a key and a value, and uses the first place's answer
+  alone. With one query q of a head, q · (K x) = (q K) · x and Σ a (V x) = V (Σ a x): nothing is
+  projected place by place. Of RN50 that is an eighth of the products.
+
+The images are laid out channels last, which the convolutions keep; the weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ResNetTower:
+    """The function of a ``ModifiedResNet``, by its modules and parameters as they are now."""
+
+    visual: nn.Module
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[n, D] of [n, 3, H, W]; not normalised."""
+        own = self.visual
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = own.act1(_convolved(x, own.conv1, own.bn1))
+        x = own.act2(_convolved(x, own.conv2, own.bn2))
+        x = own.act3(_convolved(x, own.conv3, own.bn3))
+        x = own.avgpool(x)
+        for block in blocks(own):
+            x = _residual(x, block)
+        return _pooled(x, own.attnpool)
+
+
+def blocks(visual: nn.Module) -> Iterator[nn.Module]:
+    """A ModifiedResNet's bottlenecks in their order."""
+    for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+        yield from layer
+
+
+def _convolved(
+    x: Tensor,  # [n, C, h, w]
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+) -> Tensor:
+    """norm(conv(x)), in one convolution where the norm is fixed."""
+    if norm.training or norm.running_mean is None or norm.weight is None:
+        return norm(conv(x))
+    wide = torch.promote_types(norm.weight.dtype, torch.float32)
+    scale = norm.weight.to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    weight = (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype)
+    if conv.bias is not None:
+        shift = shift + conv.bias * scale
+    return F.conv2d(
+        x, weight, shift.to(weight.dtype), conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+
+
+def _residual(x: Tensor, block: nn.Module) -> Tensor:
+    """A Bottleneck's output."""
+    out = block.act1(_convolved(x, block.conv1, block.bn1))
+    out = block.act2(_convolved(out, block.conv2, block.bn2))
+    out = _convolved(block.avgpool(out), block.conv3, block.bn3)
+    if block.downsample is not None:
+        pool, conv, norm = block.downsample
+        x = _convolved(x if getattr(pool, "kernel_size", 0) == 1 else pool(x), conv, norm)
+    return block.act3(out.add_(x))
+
+
+def _pooled(x: Tensor, pool: nn.Module) -> Tensor:  # [n, C, h, w] -> [n, D]
+    """An AttentionPool2d's output: the query of the places' mean, asked of them all."""
+    rows = x.flatten(2).transpose(1, 2)
+    rows = torch.cat([rows.mean(1, keepdim=True), rows], 1)  # [n, T, C]
+    rows = rows + pool.positional_embedding.to(x.dtype)
+    heads = pool.num_heads
+    q = pool.q_proj(rows[:, 0]).unflatten(-1, (heads, -1))  # [n, heads, d]
+    key, value = (p.weight.unflatten(0, (heads, -1)) for p in (pool.k_proj, pool.v_proj))
+    asked = (q.transpose(0, 1) @ key).transpose(0, 1)  # [n, heads, C]
+    with torch.autocast(x.device.type, enabled=False):  # scores in bf16 would be coarse
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        bias = pool.k_proj.bias.unflatten(0, (heads, -1)).to(wide)
+        score = asked.to(wide) @ rows.to(wide).transpose(1, 2)  # [n, heads, T]
+        score = (score + (q.to(wide) * bias).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+        seen = score.softmax(-1) @ rows.to(wide)  # [n, heads, C]
+    seen = seen.to(rows.dtype).transpose(0, 1) @ value.transpose(1, 2)  # [heads, n, d]
+    return pool.c_proj(seen.transpose(0, 1).flatten(1) + pool.v_proj.bias.to(seen.dtype))
