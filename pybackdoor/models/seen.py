@@ -1,10 +1,10 @@
 """A transformer tower's features, computed without what no feature shows.
 
 A tower pools one token: an image's class token, a caption's end mark. Of its last block only that
-token's query, output, residual and MLP reach the feature, about 1/12 of a 12-layer tower's work
-less keys and values. Of a caption under a causal mask only the tokens up to the end mark do, and
-captions with the same beginning share what it becomes, layer after layer. Leaving the rest out
-changes values by rounding alone, and gradients too: what is left out has none.
+token's query, output, residual and MLP reach the feature, and no token needs a key or a value
+(``answer``): 1/12 of a 12-layer tower's work. Of a caption under a causal mask only the tokens up
+to the end mark do, and captions with the same beginning share what it becomes, layer after layer.
+Leaving the rest out changes values by rounding alone, and gradients too: what is left out has none.
 
 These are functions beside a model, of its own parameters; `seen_towers` finds them.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 Map = Callable[[Tensor], Tensor]
 # Whether this CPU multiplies tiles of bf16 (AMX), which torch's kernels then use.
 _MATRIX_UNITS = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-QUERY, KEY_VALUE, ALL = slice(0, 1), slice(1, 3), slice(0, 3)
+Affine = tuple[Tensor, Tensor | None]  # weight [k, D] and bias [k]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:  # [n, heads, Lq | L | L, d]
@@ -38,16 +38,48 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:  # [n, heads, 
     return wide.to(q.dtype)
 
 
+def answer(
+    query: Tensor,  # [n, C]
+    rows: Tensor,  # [n, L, D]
+    key: Affine,
+    value: Affine,
+    heads: int,
+    seen: Tensor | None = None,  # [n, 1, L] bool: the places that are asked; None: all
+) -> Tensor:  # [n, C]
+    """Attention of one query per row of places: softmax(q · K x) V x, place by place.
+
+    With a single query q of a head, q · (K x) = (q K) · x and Σ a (V x) = V (Σ a x): keys and
+    values of the places are not computed. Scores are in at least fp32, as within PyTorch's own.
+    """
+    q = query.unflatten(-1, (heads, -1))  # [n, heads, d]
+    by_head = [None if p is None else p.unflatten(0, (heads, -1)) for p in (*key, *value)]
+    key_weight, key_bias, value_weight, _ = by_head
+    asked = (q.transpose(0, 1) @ key_weight).transpose(0, 1)  # [n, heads, D]
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    with torch.autocast(rows.device.type, enabled=False):
+        score = asked.to(wide) @ rows.to(wide).transpose(1, 2)  # [n, heads, L]
+        if key_bias is not None:
+            score = score + (q.to(wide) * key_bias.to(wide)).sum(-1, keepdim=True)
+        score = score / q.shape[-1] ** 0.5
+        if seen is not None:
+            score = score.masked_fill(~seen, -torch.inf)
+        mean = (score.softmax(-1) @ rows.to(wide)).to(rows.dtype)  # [n, heads, D]
+    out = (mean.transpose(0, 1) @ value_weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+    return out if value[1] is None else out + value[1].to(out.dtype)
+
+
 class Block(NamedTuple):
     """A pre-norm residual block: x + scale1(attention(norm1(x))), then x + scale2(mlp(norm2(x))).
 
     Attributes:
-        project: (x, part) -> those of query, key and value that part slices.
+        project: x -> query, key and value.
+        maps: the weights and biases of these three.
         out: of the attention.
     """
 
     norm1: Map
-    project: Callable[[Tensor, slice], tuple[Tensor, ...]]
+    project: Callable[[Tensor], tuple[Tensor, ...]]
+    maps: Callable[[], tuple[Affine, ...]]
     heads: int
     out: Map
     norm2: Map
@@ -55,9 +87,19 @@ class Block(NamedTuple):
     scale1: Map = nn.Identity()
     scale2: Map = nn.Identity()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:  # [n, Lq | L | L, D]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:  # [n, L, D] each
         split = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         return attention(*split, **mask).transpose(1, 2).flatten(2)
+
+    def answer(
+        self,
+        own: Tensor,  # [n, D] of the pooled tokens, normed
+        rows: Tensor,  # [n, L, D] of all, normed
+        seen: Tensor | None = None,  # [n, 1, L] bool
+    ) -> Tensor:
+        """[n, D]: what the pooled tokens attend to."""
+        query, key, value = self.maps()
+        return answer(F.linear(own, *query), rows, key, value, self.heads, seen)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.scale1(self.out(attended))
@@ -81,11 +123,9 @@ class ImageTower:
         """[n, D] of [n, 3, H, W]; not normalised."""
         x = self.embed(images)
         for block in self.blocks[:-1]:
-            x = block.finish(x, block.attend(*block.project(block.norm1(x), ALL)))
+            x = block.finish(x, block.attend(*block.project(block.norm1(x))))
         last, normed = self.blocks[-1], self.blocks[-1].norm1(x)
-        (q,) = last.project(normed[:, :1], QUERY)
-        pooled = last.attend(q, *last.project(normed, KEY_VALUE))
-        return self.finish(last.finish(x[:, 0], pooled[:, 0]))
+        return self.finish(last.finish(x[:, 0], last.answer(normed[:, 0], normed)))
 
 
 class Layout(Protocol):
@@ -106,7 +146,7 @@ class Layout(Protocol):
         """[n, D] of what is carried: the pooled tokens."""
 
     def seen(self) -> Tensor:
-        """[n, 1, 1, L] bool: the positions up to the pooled token."""
+        """[n, 1, L] bool: the positions up to the pooled token."""
 
 
 class Whole:
@@ -128,7 +168,7 @@ class Whole:
 
     def seen(self) -> Tensor:
         order = torch.arange(self.tokens.shape[1], device=self._ends.device)
-        return (order <= self._ends[:, None])[:, None, None]
+        return (order <= self._ends[:, None])[:, None]
 
 
 class Shared:
@@ -169,7 +209,7 @@ class Shared:
         return F.embedding(self._ends, x)
 
     def seen(self) -> Tensor:
-        return (torch.arange(self._place.shape[1]) <= self._stops[:, None])[:, None, None]
+        return (torch.arange(self._place.shape[1]) <= self._stops[:, None])[:, None]
 
 
 @dataclass(frozen=True)
@@ -201,10 +241,8 @@ class TextTower:
         """[n, D] of the captions in a layout."""
         x = self.embed(layout.tokens, layout.positions(self.table))
         for block in self.blocks[:-1]:
-            qkv = (layout.spread(part) for part in block.project(block.norm1(x), ALL))
+            qkv = (layout.spread(part) for part in block.project(block.norm1(x)))
             x = block.finish(x, layout.gather(block.attend(*qkv, is_causal=True)))
         last, normed = self.blocks[-1], self.blocks[-1].norm1(x)
-        (q,) = last.project(layout.ends(normed)[:, None], QUERY)
-        k, v = (layout.spread(part) for part in last.project(normed, KEY_VALUE))
-        pooled = last.attend(q, k, v, attn_mask=layout.seen())
-        return self.finish(last.finish(layout.ends(x), pooled[:, 0]))
+        pooled = last.answer(layout.ends(normed), layout.spread(normed), layout.seen())
+        return self.finish(last.finish(layout.ends(x), pooled))

@@ -6,8 +6,8 @@ open_clip's ``ModifiedResNet``, with batch norm in evaluation mode:
   before it: one pass over the activations less, forwards and backwards, and one copy of them less
   that waits for the backward pass. Gradients reach the same parameters.
 - The attention pool gives every place a query, a key and a value, and uses the first place's answer
-  alone. With one query q of a head, q · (K x) = (q K) · x and Σ a (V x) = V (Σ a x): nothing is
-  projected place by place. Of RN50 that is an eighth of the products.
+  alone: nothing is projected place by place (``seen.answer``). Of RN50 that is an eighth of the
+  products.
 
 The images are laid out channels last, which the convolutions keep; the weights stay as they are.
 """
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .seen import answer
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,9 @@ def _residual(x: Tensor, block: nn.Module) -> Tensor:
 
 
 def _pooled(x: Tensor, pool: nn.Module) -> Tensor:  # [n, C, h, w] -> [n, D]
-    """An AttentionPool2d's output: the query of the places' mean, asked of them all."""
+    """An AttentionPool2d's output: what the places' mean is answered by it and by them."""
     rows = x.flatten(2).transpose(1, 2)
-    rows = torch.cat([rows.mean(1, keepdim=True), rows], 1)  # [n, T, C]
+    rows = torch.cat([rows.mean(1, keepdim=True), rows], 1)
     rows = rows + pool.positional_embedding.to(x.dtype)
-    heads = pool.num_heads
-    q = pool.q_proj(rows[:, 0]).unflatten(-1, (heads, -1))  # [n, heads, d]
-    key, value = (p.weight.unflatten(0, (heads, -1)) for p in (pool.k_proj, pool.v_proj))
-    asked = (q.transpose(0, 1) @ key).transpose(0, 1)  # [n, heads, C]
-    with torch.autocast(x.device.type, enabled=False):  # scores in bf16 would be coarse
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        bias = pool.k_proj.bias.unflatten(0, (heads, -1)).to(wide)
-        score = asked.to(wide) @ rows.to(wide).transpose(1, 2)  # [n, heads, T]
-        score = (score + (q.to(wide) * bias).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
-        seen = score.softmax(-1) @ rows.to(wide)  # [n, heads, C]
-    seen = seen.to(rows.dtype).transpose(0, 1) @ value.transpose(1, 2)  # [heads, n, d]
-    return pool.c_proj(seen.transpose(0, 1).flatten(1) + pool.v_proj.bias.to(seen.dtype))
+    key, value = ((p.weight, p.bias) for p in (pool.k_proj, pool.v_proj))
+    return pool.c_proj(answer(pool.q_proj(rows[:, 0]), rows, key, value, pool.num_heads))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hf import HFClip
-from .seen import ALL, Block, ImageTower, Map, TextTower
+from .seen import Affine, Block, ImageTower, Map, TextTower
 from .seen_resnet import ResNetTower
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -105,22 +105,25 @@ def _open_clip_blocks(library: ModuleType, stack: nn.Module) -> tuple[Block, ...
             return None
     return tuple(
         Block(
-            block.ln_1, _packed(block.attn), block.attn.num_heads, block.attn.out_proj, block.ln_2,
+            block.ln_1, *_packed(block.attn), block.attn.num_heads, block.attn.out_proj, block.ln_2,
             block.mlp, block.ls_1, block.ls_2,
         )
         for block in stack.resblocks
     )  # fmt: skip
 
 
-def _packed(attn: nn.MultiheadAttention) -> Callable[[Tensor, slice], tuple[Tensor, ...]]:
-    def project(x: Tensor, part: slice) -> tuple[Tensor, ...]:
-        weight, bias, width = attn.in_proj_weight, attn.in_proj_bias, attn.embed_dim
-        if part != ALL:
-            rows = slice(part.start * width, part.stop * width)
-            weight, bias = weight[rows], bias[rows]
-        return F.linear(x, weight, bias).chunk(part.stop - part.start, -1)
+Projections = tuple[Callable[[Tensor], tuple[Tensor, ...]], Callable[[], tuple[Affine, ...]]]
 
-    return project
+
+def _packed(attn: nn.MultiheadAttention) -> Projections:
+    def project(x: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
+
+    def maps() -> tuple[Affine, ...]:
+        parts = zip(attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3), strict=True)
+        return tuple(parts)
+
+    return project, maps
 
 
 def _open_clip_image(library: ModuleType, visual: nn.Module) -> ImageTower | None:
@@ -203,16 +206,19 @@ def _hf_blocks(stack: nn.Module) -> tuple[Block, ...] | None:
         return None
     return tuple(
         Block(
-            layer.layer_norm1, _apart(layer.self_attn), layer.self_attn.num_heads,
+            layer.layer_norm1, *_apart(layer.self_attn), layer.self_attn.num_heads,
             layer.self_attn.out_proj, layer.layer_norm2, layer.mlp,
         )
         for layer in stack.layers
     )  # fmt: skip
 
 
-def _apart(attn: nn.Module) -> Callable[[Tensor, slice], tuple[Tensor, ...]]:
+def _apart(attn: nn.Module) -> Projections:
     maps = (attn.q_proj, attn.k_proj, attn.v_proj)
-    return lambda x, part: tuple(project(x) for project in maps[part])
+    return (
+        lambda x: tuple(project(x) for project in maps),
+        lambda: tuple((project.weight, project.bias) for project in maps),
+    )
 
 
 def _hf_model(model: nn.Module, method: str) -> ModuleType | None:
