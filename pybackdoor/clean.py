@@ -29,6 +29,7 @@ from .engine import (
     TrainLog,
     kept_heap,
     pick_device,
+    same_model,
     train,
 )
 from .engine.sharding import joined
@@ -287,7 +288,7 @@ def trainable_copy(model: nn.Module, device: torch.device, *, shard: bool = Fals
 
 def full_precision_copy(model: nn.Module) -> nn.Module:
     """A copy, every floating-point parameter trainable, none in half."""
-    student = copy.deepcopy(model)
+    student = copied(model)
     for p in student.parameters():
         if p.is_floating_point():
             if p.dtype in (torch.float16, torch.bfloat16):
@@ -302,7 +303,14 @@ def full_precision_copy(model: nn.Module) -> nn.Module:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode that takes no gradient."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    return copied(model).eval().requires_grad_(False)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy, which is encoded the way that was found to do for the model."""
+    student = copy.deepcopy(model)
+    same_model(student, model)
+    return student
 
 
 def augmentation(augment: bool | Augment) -> Augment | None:

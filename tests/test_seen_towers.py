@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import nn
 
-from pybackdoor.engine import towers
+from pybackdoor.clean import frozen_copy, full_precision_copy
+from pybackdoor.engine import shortcuts, towers
 from pybackdoor.engine.shortcuts import image_shortcut, text_shortcut, ways
 from pybackdoor.engine.towers import Encoder, TextTrim
 from pybackdoor.features import FeatureReader
@@ -218,6 +219,29 @@ def test_the_first_batch_decides():
     torch.testing.assert_close(got, text_features(sees_all, tokens), rtol=0, atol=0)
 
 
+def test_what_is_known_of_a_model_is_known_of_its_copies(monkeypatch):
+    model = clip()
+    student = full_precision_copy(model)
+    frozen = frozen_copy(student)
+    assert image_shortcut(frozen, IMAGES) is not None  # the last one is the first to look
+    assert ways(model) == ways(student) == ways(frozen) == {"image": True, "text": False}
+    half = full_precision_copy(clip().bfloat16())
+    monkeypatch.setattr(shortcuts, "same", lambda *_: pytest.fail("it is known already"))
+    assert image_shortcut(model, IMAGES) is not None
+    hooked("visual")(student)  # a copy that was changed since is looked at by itself
+    assert image_shortcut(student, IMAGES) is None and image_shortcut(model, IMAGES) is not None
+    with pytest.raises(pytest.fail.Exception):
+        image_shortcut(half, IMAGES)
+
+
+def test_another_dtype_is_looked_at_anew():
+    model = clip().bfloat16()
+    assert image_shortcut(model, IMAGES.bfloat16()) is not None
+    wide = full_precision_copy(model)
+    assert ways(model)["image"] and not ways(wide)["image"]
+    assert image_shortcut(wide, IMAGES) is not None and ways(wide)["image"]
+
+
 def test_a_batch_that_shows_nothing_decides_nothing():
     model = clip()
     assert image_shortcut(model, IMAGES[:0]) is None
@@ -282,15 +306,15 @@ def test_a_cleaning_run_is_the_plain_run(name, micro_batch, monkeypatch):
     common = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "precision": "fp32", "progress": False}
     common |= {"device": "cpu", "lr_start": 1e-3, "lr": 1e-3, "steps": 3, "augment": False}
 
-    def run():
+    def run(model):
         batches = [(pixels, tokens)] * 3
         return par_clean(model, batches, micro_batch=micro_batch, **common)
 
-    got = run()
-    assert ways(got.model) == {"image": True, "text": True}
+    got = run(model)
+    assert ways(got.model) == ways(model) == {"image": True, "text": True}
     monkeypatch.setattr(towers, "image_shortcut", lambda *_: None)
     monkeypatch.setattr(towers, "text_shortcut", lambda *_: None)
-    want = run()
+    want = run(copy.deepcopy(model))  # a copy of the user's own, of which nothing is known
     assert ways(want.model) == {"image": False, "text": False}
     for one, other in zip(got.history, want.history, strict=True):
         for key in ("loss", "s_image", "s_text"):

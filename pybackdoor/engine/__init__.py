@@ -23,6 +23,7 @@ from .settings import (
     loss_precision,
     pick_device,
 )
+from .shortcuts import same_model
 from .towers import Captions, Encoder, TextTrim
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
     "kept_heap",
     "loss_precision",
     "pick_device",
+    "same_model",
     "train",
 ]

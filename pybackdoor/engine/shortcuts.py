@@ -26,14 +26,23 @@ from .groups import evaluating
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 5e-2  # of towers in bf16 or fp16, and of TF32
 
-_same: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()  # what was found out
+# What was found out, by tower and dtype. A model and its copies share the dict.
+_same: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], bool]] = WeakKeyDictionary()
 
 
 def ways(model: nn.Module) -> dict[str, bool]:
     """Whether its "image" and its "text" tower have been found to have a shortcut."""
-    found = _same.get(model, {})
+    found, dtype = _same.get(model, {}), _weight(model).dtype
     towers = {"image": _look(image_tower, model), "text": _look(text_tower, model)}
-    return {name: tower is not None and found.get(name, False) for name, tower in towers.items()}
+    return {
+        name: tower is not None and found.get((name, dtype), False)
+        for name, tower in towers.items()
+    }
+
+
+def same_model(copied: nn.Module, model: nn.Module) -> None:
+    """What is found out about one of them holds for the other: a copy computes what it copies."""
+    _same[copied] = _same.setdefault(model, {})
 
 
 def image_shortcut(
@@ -70,16 +79,20 @@ def _agree(
     sample: Tensor,
     encode: Callable[[Tensor], Tensor],
 ) -> bool:
-    found = _same.setdefault(model, {})
-    if name not in found and len(sample):
-        weight = next(p for p in model.parameters() if p.is_floating_point())
+    found, weight = _same.setdefault(model, {}), _weight(model)
+    key = name, weight.dtype
+    if key not in found and len(sample):
         sample = sample.to(weight.device)
         plain = torch.autocast(weight.device.type, enabled=False)
         with torch.no_grad(), plain, evaluating(model):  # else batch norm would learn from it
             own, short = features(model, sample), features(model, sample, encode)
         if own.isfinite().all():  # else it shows nothing
-            found[name] = same(own, short, weight.dtype)
-    return found.get(name, False)
+            found[key] = same(own, short, weight.dtype)
+    return found.get(key, False)
+
+
+def _weight(model: nn.Module) -> Tensor:
+    return next(p for p in model.parameters() if p.is_floating_point())
 
 
 def same(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> bool:  # [n, D] unit rows
