@@ -3,9 +3,9 @@
 Images are decoded once into an array of uint8, captions tokenised once; a thread reads one batch
 ahead. Augmentation is vectorised on the device, captions are cut to the longest of the batch
 (rounded up), the frozen towers' matrices are kept in the precision of the step, AdamW is fused, one
-matrix of logits serves both directions, and no number is read back before the end. With compile,
-both towers of both models go through torch.compile. Evaluation: one zero-shot head of all prompts
-for clean and triggered images, both of which are kept as uint8.
+matrix of logits serves both directions, ResNets are laid out channels last, and no number is read
+back before the end. With compile, both towers of both models go through torch.compile. Evaluation:
+one zero-shot head of all prompts for clean and triggered images, both of which are kept as uint8.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ class Tuned:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.student, self.frozen = setting.pair()
+        transformer = hasattr(self.student.visual, "transformer")
+        self.layout = torch.contiguous_format if transformer else torch.channels_last
+        for model in (self.student, self.frozen):
+            model.to(memory_format=self.layout)
         if setting.precision == "bf16":
             from open_clip.model import convert_weights_to_lp
 
@@ -92,7 +96,7 @@ class Tuned:
 
     def augmented(self, pixels: Tensor, augment: bool) -> Tensor:
         """[n, 3, H, W] of [n, H, W, 3] uint8 on the device; chances are drawn on the host."""
-        x = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
+        x = pixels.permute(0, 3, 1, 2).contiguous(memory_format=self.layout).float().div_(255)
         n, _, height, width = x.shape
         if augment:
             rows = (torch.rand(n, generator=self.generator) < NOISE_P).nonzero()[:, 0].to(x.device)
