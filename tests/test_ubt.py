@@ -362,6 +362,17 @@ def test_so_many_suspects_that_nothing_is_left_to_keep(monkeypatch):
         pybackdoor.ubt_clean(Planted(), PAIRS, batch_size=64, **OPTIONS | open_gate)
 
 
+@pytest.mark.parametrize(("wanted", "fires"), [(0.3, True), (0.35, False)])
+def test_the_swing_that_the_gate_wants_is_the_users(monkeypatch, wanted, fires):
+    found = Fragile(SCORES, 40, "blue", 0.33)
+    monkeypatch.setattr(sys.modules["pybackdoor.methods.ubt"], "fragility", lambda *_: found)
+    options = OPTIONS | {"rank": "fragility", "steps": 1}
+    result = pybackdoor.ubt_clean(
+        Planted(), PAIRS, batch_size=64, gate_swing=wanted, gate_excess=-2.0, **options
+    )
+    assert result.backdoor_found == fires and result.gate.least_swing == wanted
+
+
 def test_a_clean_model_is_returned_as_it_is():
     model = Planted(poisoned=False)
     pairs, _ = planted_pairs(poisoned=0)
@@ -400,6 +411,8 @@ BAD = {
     "forget": ({"forget": "hing"}, "did you mean 'hinge'"),
     "option": ({"stepps": 3}, "unknown option 'stepps' .did you mean 'steps'"),
     "gate": ({"gate_p": 0.001}, "gate_sets must be at least 999"),
+    "swing": ({"gate_swing": 1.5}, "gate_swing must be at most 1, .*got 1.5"),
+    "no swing": ({"gate_swing": float("nan")}, "gate_swing must be at most 1, .*got nan"),
 }
 
 

@@ -233,7 +233,7 @@ def test_gate_fires_on_poison_and_not_on_random_pairs():
     chance = gate(image, every, np.flatnonzero(~TRUTH)[::14], sets=199)
     assert not chance.fires and "does not fire" in chance.describe()
     assert not gate(image, every, poison, sets=199, excess=1.5).fires  # a p-value alone is too easy
-    for bad in ((99, 0.001, 0), (99, 0, 0), (99, 0.05, 3)):
+    for bad in ((99, 0.001, 0, 0.5), (99, 0, 0, 0.5), (99, 0.05, 3, 0.5), (99, 0.05, 0, 2)):
         with pytest.raises(ValueError, match="gate_"):
             check_gate(*bad)
 

@@ -9,6 +9,7 @@ from ..engine.settings import COMPILE_MODES, LOCKS
 from ..methods import METHODS
 from ..options import REQUIRED, option
 from ..poison import MODES
+from ..ubt.gate import LEAST_SWING
 from ..ubt.weak import RANKINGS, TAILS
 
 
@@ -137,6 +138,9 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
     gate_excess: float | None = option(
         None,
         "ubt: how much more alike than random ones the images must be (default: by rank)",
+    )
+    gate_swing: float = option(
+        LEAST_SWING, "ubt: how clearly by fragility pairs must lose their word once disturbed"
     )
     image_share: float | None = option(
         None, "ubt: share of an image's patches that words are forgotten on (default: the image)"

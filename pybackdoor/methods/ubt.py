@@ -42,7 +42,7 @@ from ..distributed import Ranks
 from ..engine import Settings, loss_precision, pick_device
 from ..ubt.evidence import save_picture, save_table
 from ..ubt.fragility import SOUGHT, fragility
-from ..ubt.gate import Gate, check_gate, gate, top
+from ..ubt.gate import LEAST_SWING, Gate, check_gate, gate, top
 from ..ubt.localise import Localisation, check_share, localise
 from ..ubt.overfit import LOSSES, overfit
 from ..ubt.reading import ImageRows, Reader, pair_cosines
@@ -124,6 +124,7 @@ def ubt_clean(
     gate_sets: int = 999,
     gate_p: float = 0.01,
     gate_excess: float | None = None,
+    gate_swing: float = LEAST_SWING,
     token_share: float = 0.3,
     image_share: float | None = None,
     alpha: float = 1.0,
@@ -158,8 +159,9 @@ def ubt_clean(
         rank: by "fragility", without stages A and B (``pybackdoor.ubt.fragility``); by "gain" in
             cosine through overfitting; or by the "cosine" after it.
         gate_sets, gate_p, gate_excess: random sets, the p-value and the excess in mean pairwise
-            cosine that the gate wants (None: by the ranking); by fragility it wants a swing
-            besides; see ``pybackdoor.ubt.gate``.
+            cosine that the gate wants (None: by the ranking); see ``pybackdoor.ubt.gate``.
+        gate_swing: by fragility, how clearly the suspicious pairs must be of their word and lose it
+            once disturbed, at most 1.
         token_share: of the words of a caption that are kept, at least one. Words are whole where
             the tokenizer marks them; the portions are encoded as captions of their own, so that no
             features of single tokens are needed.
@@ -191,7 +193,7 @@ def ubt_clean(
     check_pool(weak_share, tail)
     ranked_by = rank if scores is None else "scores"
     excess = EXCESS[ranked_by] if gate_excess is None else gate_excess
-    check_gate(gate_sets, gate_p, excess)
+    check_gate(gate_sets, gate_p, excess, gate_swing)
     check_share(token_share)
     if image_share is not None:
         check_share(image_share, "image_share")
@@ -242,7 +244,7 @@ def ubt_clean(
     k = len(chosen)
     judged = gate(
         image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed,
-        swing=swing,
+        swing=swing, least_swing=gate_swing,
     )  # fmt: skip
     judged = replace(judged, fires=ranks.from_first(judged.fires))
     own = {

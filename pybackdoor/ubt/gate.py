@@ -153,7 +153,7 @@ def gate(
     least_swing: float = LEAST_SWING,
 ) -> Gate:
     """Compare the chosen pairs with random sets of the same captions; see the file's beginning."""
-    check_gate(sets, alpha, excess)
+    check_gate(sets, alpha, excess, least_swing)
     classes, names = caption_classes(suspects)
     near = np.flatnonzero(np.isin(classes, classes[chosen]))  # no other class is drawn from
     chosen, classes = np.searchsorted(near, chosen), classes[near]
@@ -171,7 +171,7 @@ def gate(
     )  # fmt: skip
 
 
-def check_gate(sets: int, alpha: float, excess: float) -> None:
+def check_gate(sets: int, alpha: float, excess: float, least_swing: float) -> None:
     """Refuse thresholds that are none."""
     if not 0 < alpha < 1:
         raise ValueError(f"gate_p must be in (0, 1), got {alpha}")
@@ -182,6 +182,8 @@ def check_gate(sets: int, alpha: float, excess: float) -> None:
         )
     if not -2 <= excess <= 2:
         raise ValueError(f"gate_excess must be a difference of cosines in [-2, 2], got {excess}")
+    if not least_swing <= 1:
+        raise ValueError(f"gate_swing must be at most 1, which no swing exceeds, got {least_swing}")
 
 
 def matched_sets(classes: np.ndarray, chosen: np.ndarray, sets: int, seed: int) -> list[np.ndarray]:
