@@ -112,7 +112,8 @@ FULL = Setting(
     },
     rebound_at=(100, 200, 300),
     seeds={("cifar10", "resnet"): (0, 1, 2)},
-    own={"pretrained": PRETRAINED},
+    # At the ResNet's 3e-3 the ViT stays at a CA of 50 %, and learns no small trigger.
+    own={"vit": {"train": {"lr": 1e-3}}, "pretrained": PRETRAINED},
 )  # fmt: skip
 # A self-check in seconds, whose figures say nothing.
 TINY = Setting(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
 import os
@@ -27,9 +26,9 @@ from .engine import (
     StepHook,
     Tracker,
     TrainLog,
+    copied,
     kept_heap,
     pick_device,
-    same_model,
     train,
 )
 from .engine.sharding import joined
@@ -304,13 +303,6 @@ def full_precision_copy(model: nn.Module) -> nn.Module:
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode that takes no gradient."""
     return copied(model).eval().requires_grad_(False)
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A copy, which is encoded the way that was found to do for the model."""
-    student = copy.deepcopy(model)
-    same_model(student, model)
-    return student
 
 
 def augmentation(augment: bool | Augment) -> Augment | None:

@@ -14,7 +14,6 @@ embeddings that they know. Reflections are allowed: they keep similarities just 
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from .batches import InputRules, Tokenizer, model_input
 from .distributed import Ranks
-from .engine import DeferredInterrupt, Encoder, TextTrim, pick_device
+from .engine import DeferredInterrupt, Encoder, TextTrim, copied, pick_device
 from .engine.again import has_len, standing
 from .engine.feed import Feed, Item
 from .engine.interrupts import exception_of
@@ -101,7 +100,7 @@ def repair_drift(
     where = pick_device(device)
     rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
     ranks = Ranks.start(where)
-    turned, old = (copy.deepcopy(m).to(where).eval() for m in (model, reference))
+    turned, old = (copied(m).to(where).eval() for m in (model, reference))
     for each in (turned, old):
         ranks.same_start(each, where)
     report: dict[str, Any] = {}

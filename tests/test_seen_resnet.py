@@ -11,11 +11,11 @@ from torch import nn
 
 from pybackdoor.engine import Settings, towers
 from pybackdoor.engine.groups import set_train_mode
-from pybackdoor.engine.shortcuts import image_shortcut, ways
+from pybackdoor.engine.shortcuts import image_shortcut, same, ways
 from pybackdoor.engine.towers import Encoder
 from pybackdoor.methods.par import par_clean
 from pybackdoor.models import image_features, image_tower
-from pybackdoor.models.seen_resnet import ResNetTower, blocks
+from pybackdoor.models.seen_resnet import ResNetTower, blocks, norms
 
 CPU = torch.device("cpu")
 VISION = {"image_size": 64, "layers": (2, 1, 1, 2), "width": 8, "head_width": 16}
@@ -83,14 +83,13 @@ def test_features_and_gradients_are_the_plain_ones(count, side, layers, last, le
         lambda bn: bn.train(),
         lambda bn: setattr(bn, "running_mean", None),
         lambda bn: setattr(bn, "weight", None),
+        lambda bn: setattr(bn, "bias", None),
     ],
 )
 def test_a_norm_that_is_not_fixed_is_computed_itself(change):
     model = resnet().double()
     norm = model.visual.layer2[0].bn2
     change(norm)
-    if norm.weight is None:
-        norm.bias = None
     if norm.running_mean is None:
         norm.running_var = None
     x = images(3).double()
@@ -209,12 +208,94 @@ def replaced(visual):
     visual.layer1.forward = lambda x: x
 
 
-@pytest.mark.parametrize("change", [hooked, synchronised, random, mirrored_edges, replaced])
+def fused_by_the_user(visual):
+    visual.conv1 = nn.utils.fusion.fuse_conv_bn_eval(visual.conv1, visual.bn1)
+    visual.bn1 = nn.Identity()
+
+
+def another_side(visual):
+    visual.layer2[0].downsample = visual.layer2[0].downsample[:2]
+
+
+def a_side_without_a_pool(visual):
+    visual.layer1[0].downsample[0] = nn.Identity()
+
+
+def a_layer_with_more(visual):
+    visual.layer1.append(nn.Identity())
+
+
+def another_pool(visual):
+    visual.attnpool = nn.Identity()
+
+
+def unlike_eps(visual):
+    visual.bn3.eps = 1e-3
+
+
+CHANGES = [
+    hooked, synchronised, random, mirrored_edges, replaced, fused_by_the_user, another_side,
+    a_side_without_a_pool, a_layer_with_more, another_pool, unlike_eps,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_known_to_be_the_same_computes_itself(change):
     model = resnet()
     assert isinstance(image_tower(model), ResNetTower) and len([*blocks(model.visual)]) == 6
+    assert len([*norms(model.visual)]) == 3 + 3 * 6 + 4
     change(model.visual)
     assert image_tower(model) is None
+
+
+def test_a_tower_that_the_look_cannot_compute_keeps_its_own_way(monkeypatch):
+    """Half convolutions and whole norms need autocast, which the look is without."""
+    model, x = resnet(), images(2)
+    for module in model.visual.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.bfloat16()
+    encode = Encoder(torch.bfloat16, CPU)
+    with torch.no_grad():
+        got = encode.image(model, x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            want = image_features(model, x)
+    torch.testing.assert_close(got, want)
+    assert not ways(model)["image"]
+    model = resnet()
+
+    def full(self, x):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(ResNetTower, "__call__", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        image_shortcut(model, x)
+
+
+def test_the_rounding_of_tf32_is_no_difference_on_a_gpu():
+    torch.manual_seed(0)
+    a = nn.functional.normalize(torch.randn(4, 64), dim=1)
+    near = nn.functional.normalize(a + 4e-4 * torch.randn(4, 64), dim=1)
+    other = nn.functional.normalize(a + 3e-2 * torch.randn(4, 64), dim=1)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    assert not same(a, near) and same(a.as_subclass(OnGpu), near)
+    assert not same(a.as_subclass(OnGpu), other)
+    assert not same(a.double().as_subclass(OnGpu), near.double(), torch.float64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_way_is_taken_on_a_gpu(autocast):
+    model, x = resnet().cuda(), images(8).cuda()
+    exact = image_features(copy.deepcopy(model).double(), x.double())
+    with torch.no_grad():
+        with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
+            plain = (image_features(model, x) - exact).norm(dim=1).max()
+        got = Encoder(autocast, torch.device("cuda")).image(model, x)
+    assert ways(model)["image"]
+    assert (got - exact).norm(dim=1).max() <= 2 * plain + 1e-5
 
 
 @pytest.mark.parametrize("micro_batch", [None, 3])

@@ -228,7 +228,7 @@ def test_what_is_known_of_a_model_is_known_of_its_copies(monkeypatch):
     half = full_precision_copy(clip().bfloat16())
     monkeypatch.setattr(shortcuts, "same", lambda *_: pytest.fail("it is known already"))
     assert image_shortcut(model, IMAGES) is not None
-    hooked("visual")(student)  # a copy that was changed since is looked at by itself
+    hooked("visual")(student)  # a copy whose classes or hooks were changed since has its own way
     assert image_shortcut(student, IMAGES) is None and image_shortcut(model, IMAGES) is not None
     with pytest.raises(pytest.fail.Exception):
         image_shortcut(half, IMAGES)

@@ -23,7 +23,7 @@ from .settings import (
     loss_precision,
     pick_device,
 )
-from .shortcuts import same_model
+from .shortcuts import copied
 from .towers import Captions, Encoder, TextTrim
 
 __all__ = [
@@ -44,10 +44,10 @@ __all__ = [
     "TextTrim",
     "Tracker",
     "TrainLog",
+    "copied",
     "decay_groups",
     "kept_heap",
     "loss_precision",
     "pick_device",
-    "same_model",
     "train",
 ]

@@ -6,6 +6,7 @@ is encoded both ways, says whether it is the same. Where it is not, the model's 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,23 +27,30 @@ from .groups import evaluating
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 5e-2  # of towers in bf16 or fp16, and of TF32
 
-# What was found out, by tower and dtype. A model and its copies share the dict.
-_same: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], bool]] = WeakKeyDictionary()
+# What was found out, by tower, dtype and kind of device. A model and its copies share the dict.
+_Key = tuple[str, torch.dtype, str]
+_found: WeakKeyDictionary[nn.Module, dict[_Key, bool]] = WeakKeyDictionary()
 
 
 def ways(model: nn.Module) -> dict[str, bool]:
     """Whether its "image" and its "text" tower have been found to have a shortcut."""
-    found, dtype = _same.get(model, {}), _weight(model).dtype
+    found = _found.get(model, {})
     towers = {"image": _look(image_tower, model), "text": _look(text_tower, model)}
     return {
-        name: tower is not None and found.get((name, dtype), False)
+        name: tower is not None and found.get(_key(name, model), False)
         for name, tower in towers.items()
     }
 
 
-def same_model(copied: nn.Module, model: nn.Module) -> None:
-    """What is found out about one of them holds for the other: a copy computes what it copies."""
-    _same[copied] = _same.setdefault(model, {})
+def copied(model: nn.Module) -> nn.Module:
+    """A copy: what is found out about it holds for the model, and the reverse.
+
+    As for a model that was looked at, values that are changed later are not noticed, such as those
+    of a mask; changed classes and hooks are.
+    """
+    found = copy.deepcopy(model)
+    _found[found] = _found.setdefault(model, {})
+    return found
 
 
 def image_shortcut(
@@ -79,25 +87,32 @@ def _agree(
     sample: Tensor,
     encode: Callable[[Tensor], Tensor],
 ) -> bool:
-    found, weight = _same.setdefault(model, {}), _weight(model)
-    key = name, weight.dtype
+    found, key = _found.setdefault(model, {}), _key(name, model)
     if key not in found and len(sample):
-        sample = sample.to(weight.device)
-        plain = torch.autocast(weight.device.type, enabled=False)
-        with torch.no_grad(), plain, evaluating(model):  # else batch norm would learn from it
-            own, short = features(model, sample), features(model, sample, encode)
-        if own.isfinite().all():  # else it shows nothing
-            found[key] = same(own, short, weight.dtype)
+        _, dtype, device = key
+        sample = sample.to(next(model.parameters()).device)
+        plain = torch.autocast(device, enabled=False)
+        try:
+            with torch.no_grad(), plain, evaluating(model):  # else batch norm would learn from it
+                own, short = features(model, sample), features(model, sample, encode)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError):  # autocast may be needed
+            found[key] = False
+        else:
+            if own.isfinite().all():  # else it shows nothing
+                found[key] = same(own, short, dtype)
     return found.get(key, False)
 
 
-def _weight(model: nn.Module) -> Tensor:
-    return next(p for p in model.parameters() if p.is_floating_point())
+def _key(name: str, model: nn.Module) -> _Key:
+    floats = (p for p in model.parameters() if p.is_floating_point())
+    weight = next(floats, torch.empty(0))
+    return name, weight.dtype, weight.device.type
 
 
 def same(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> bool:  # [n, D] unit rows
     """Whether they differ by no more than rounding in a tower of this dtype."""
-    limit = _ROUNDING.get(dtype, _COARSE)
-    if a.is_cuda and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        limit = _COARSE
+    # On a GPU fp32 may be TF32 within convolutions and products, by several switches.
+    limit = _COARSE if a.is_cuda and dtype == torch.float32 else _ROUNDING.get(dtype, _COARSE)
     return bool((a - b).norm(dim=-1).max() <= limit)

@@ -1,4 +1,4 @@
-"""A transformer tower's features, computed without what no feature shows.
+"""Towers' features, of transformers, computed without what no feature shows.
 
 A tower pools one token: an image's class token, a caption's end mark. Of its last block only that
 token's query, output, residual and MLP reach the feature, and no token needs a key or a value
@@ -52,18 +52,18 @@ def answer(
     values of the places are not computed. Scores are in at least fp32, as within PyTorch's own.
     """
     q = query.unflatten(-1, (heads, -1))  # [n, heads, d]
-    by_head = [None if p is None else p.unflatten(0, (heads, -1)) for p in (*key, *value)]
-    key_weight, key_bias, value_weight, _ = by_head
+    q = q / q.shape[-1] ** 0.5
+    key_weight, value_weight = (part[0].unflatten(0, (heads, -1)) for part in (key, value))
     asked = (q.transpose(0, 1) @ key_weight).transpose(0, 1)  # [n, heads, D]
-    wide = torch.promote_types(rows.dtype, torch.float32)
     with torch.autocast(rows.device.type, enabled=False):
-        score = asked.to(wide) @ rows.to(wide).transpose(1, 2)  # [n, heads, L]
-        if key_bias is not None:
-            score = score + (q.to(wide) * key_bias.to(wide)).sum(-1, keepdim=True)
-        score = score / q.shape[-1] ** 0.5
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        score = asked.to(wide.dtype) @ wide.transpose(1, 2)  # [n, heads, L]
+        if key[1] is not None:
+            bias = key[1].unflatten(0, (heads, -1)).to(wide.dtype)
+            score = score + (q.to(wide.dtype) * bias).sum(-1, keepdim=True)
         if seen is not None:
             score = score.masked_fill(~seen, -torch.inf)
-        mean = (score.softmax(-1) @ rows.to(wide)).to(rows.dtype)  # [n, heads, D]
+        mean = (score.softmax(-1) @ wide).to(rows.dtype)  # [n, heads, D]
     out = (mean.transpose(0, 1) @ value_weight.transpose(1, 2)).transpose(0, 1).flatten(1)
     return out if value[1] is None else out + value[1].to(out.dtype)
 

@@ -14,7 +14,7 @@ The images are laid out channels last, which the convolutions keep; the weights 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .seen import answer
+
+Fixed = Mapping[nn.BatchNorm2d, tuple[Tensor, Tensor]]  # [C] scale and shift of fixed norms
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ class ResNetTower:
 
     def __call__(self, images: Tensor) -> Tensor:
         """[n, D] of [n, 3, H, W]; not normalised."""
-        own = self.visual
+        own, fixed = self.visual, _fixed(self.visual)
         x = images.contiguous(memory_format=torch.channels_last)
-        x = own.act1(_convolved(x, own.conv1, own.bn1))
-        x = own.act2(_convolved(x, own.conv2, own.bn2))
-        x = own.act3(_convolved(x, own.conv3, own.bn3))
+        x = own.act1(_convolved(x, own.conv1, own.bn1, fixed))
+        x = own.act2(_convolved(x, own.conv2, own.bn2, fixed))
+        x = own.act3(_convolved(x, own.conv3, own.bn3, fixed))
         x = own.avgpool(x)
         for block in blocks(own):
-            x = _residual(x, block)
+            x = _residual(x, block, fixed)
         return _pooled(x, own.attnpool)
 
 
@@ -49,17 +51,46 @@ def blocks(visual: nn.Module) -> Iterator[nn.Module]:
         yield from layer
 
 
+def norms(visual: nn.Module) -> Iterator[nn.BatchNorm2d]:
+    """Its batch norms."""
+    yield from (visual.bn1, visual.bn2, visual.bn3)
+    for block in blocks(visual):
+        yield from (block.bn1, block.bn2, block.bn3)
+        if block.downsample is not None:
+            yield block.downsample[2]
+
+
+def _fixed(visual: nn.Module) -> Fixed:
+    """What its norms in evaluation mode do; of all at once, as each operator costs a launch.
+
+    They have the same eps.
+    """
+    found = [
+        norm
+        for norm in norms(visual)
+        if not norm.training and None not in (norm.running_mean, norm.weight, norm.bias)
+    ]
+    if not found:
+        return {}
+    wide = torch.promote_types(found[0].weight.dtype, torch.float32)
+    parts = zip(*[(n.weight, n.bias, n.running_mean, n.running_var) for n in found], strict=True)
+    weight, bias, mean, variance = (torch.cat(part).to(wide) for part in parts)
+    scale = weight * (variance + found[0].eps).rsqrt()
+    sizes = [norm.num_features for norm in found]
+    both = (x.split(sizes) for x in (scale, bias - mean * scale))
+    return dict(zip(found, zip(*both, strict=True), strict=True))
+
+
 def _convolved(
     x: Tensor,  # [n, C, h, w]
     conv: nn.Conv2d,
     norm: nn.BatchNorm2d,
+    fixed: Fixed,
 ) -> Tensor:
     """norm(conv(x)), in one convolution where the norm is fixed."""
-    if norm.training or norm.running_mean is None or norm.weight is None:
+    if norm not in fixed:
         return norm(conv(x))
-    wide = torch.promote_types(norm.weight.dtype, torch.float32)
-    scale = norm.weight.to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
+    scale, shift = fixed[norm]
     weight = (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype)
     if conv.bias is not None:
         shift = shift + conv.bias * scale
@@ -68,14 +99,16 @@ def _convolved(
     )
 
 
-def _residual(x: Tensor, block: nn.Module) -> Tensor:
+def _residual(x: Tensor, block: nn.Module, fixed: Fixed) -> Tensor:
     """A Bottleneck's output."""
-    out = block.act1(_convolved(x, block.conv1, block.bn1))
-    out = block.act2(_convolved(out, block.conv2, block.bn2))
-    out = _convolved(block.avgpool(out), block.conv3, block.bn3)
+    out = block.act1(_convolved(x, block.conv1, block.bn1, fixed))
+    out = block.act2(_convolved(out, block.conv2, block.bn2, fixed))
+    out = _convolved(block.avgpool(out), block.conv3, block.bn3, fixed)
     if block.downsample is not None:
         pool, conv, norm = block.downsample
-        x = _convolved(x if getattr(pool, "kernel_size", 0) == 1 else pool(x), conv, norm)
+        if not pool.kernel_size == pool.stride == 1:  # a pool of 1 copies
+            x = pool(x)
+        x = _convolved(x, conv, norm, fixed)
     return block.act3(out.add_(x))
 
 

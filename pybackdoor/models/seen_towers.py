@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from .hf import HFClip
 from .seen import Affine, Block, ImageTower, Map, TextTower
-from .seen_resnet import ResNetTower
+from .seen_resnet import ResNetTower, blocks, norms
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OUT = nn.modules.linear.NonDynamicallyQuantizableLinear  # of nn.MultiheadAttention
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 _TOKENWISE = {nn.Linear, nn.LayerNorm, nn.Identity, nn.Sequential, nn.ModuleList}
 _TOKENWISE |= {nn.GELU, nn.ReLU, nn.SiLU}
+# Block's project and maps.
+Projections = tuple[Callable[[Tensor], tuple[Tensor, ...]], Callable[[], tuple[Affine, ...]]]
 
 
 def image_tower(model: nn.Module) -> Map | None:
@@ -112,9 +114,6 @@ def _open_clip_blocks(library: ModuleType, stack: nn.Module) -> tuple[Block, ...
     )  # fmt: skip
 
 
-Projections = tuple[Callable[[Tensor], tuple[Tensor, ...]], Callable[[], tuple[Affine, ...]]]
-
-
 def _packed(attn: nn.MultiheadAttention) -> Projections:
     def project(x: Tensor) -> tuple[Tensor, ...]:
         return F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
@@ -150,9 +149,28 @@ def _resnet(visual: nn.Module) -> ResNetTower | None:
         return None
     known = {library.ModifiedResNet, library.Bottleneck, library.AttentionPool2d, nn.Conv2d}
     known |= {nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.Identity, nn.Sequential, nn.Linear}
-    every = _all(visual)
-    plain = all(m.padding_mode == "zeros" for m in every if type(m) is nn.Conv2d)
-    return ResNetTower(visual) if plain and _usable(every, known) else None
+    if not _usable(_all(visual), known) or type(visual.attnpool) is not library.AttentionPool2d:
+        return None
+    every = [*blocks(visual)]
+    if {type(block) for block in every} != {library.Bottleneck}:
+        return None
+    if not all(map(_convolutions, [visual, *every])) or len({n.eps for n in norms(visual)}) > 1:
+        return None
+    return ResNetTower(visual)
+
+
+def _convolutions(part: nn.Module) -> bool:
+    """Whether a stem or a bottleneck has, where they belong, convolutions and their norms."""
+    pairs = [(part.conv1, part.bn1), (part.conv2, part.bn2), (part.conv3, part.bn3)]
+    side = getattr(part, "downsample", None)
+    if side is not None:
+        if len(side) != 3 or type(side[0]) is not nn.AvgPool2d:
+            return False
+        pairs.append((side[1], side[2]))
+    return all(
+        type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and conv.padding_mode == "zeros"
+        for conv, norm in pairs
+    )
 
 
 def _open_clip_text(

@@ -14,7 +14,7 @@ from .reading import ImageRows, Reader, View
 from .suspects import Suspects
 
 WHOLE = 6  # views of the whole image, the first ones; the others each cover a band of it
-BANDS = 3  # one of them has all of a small trigger, or most of it
+_BANDS = 3  # one of them has all of a small trigger, or most of it
 _ANGLE = math.radians(15)
 _ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
 
@@ -48,7 +48,7 @@ def losses(
 def views_of(size: tuple[int, int]) -> tuple[View, ...]:
     """Turned, enlarged, stretched, mirrored and coarse ones; three with a band covered."""
     height, width = size
-    edges = [round(i * height / BANDS) for i in range(BANDS + 1)]
+    edges = [round(i * height / _BANDS) for i in range(_BANDS + 1)]
     bands = [slice(*ends) for ends in itertools.pairwise(edges)]
     return (
         lambda x: _turned(x, height / width),
