@@ -8,40 +8,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from clip_models import tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.nn.functional import normalize
 from ubt_world import (
-    COLOURS,
     MEAN,
     STD,
-    WORDS,
-    Given,
     Planted,
     WordTokenizer,
     captioned,
     planted_pairs,
     rules,
+    unit,
 )
 
 from pybackdoor.batches import InputRules
 from pybackdoor.data import PairLoader
-from pybackdoor.ubt.gate import (
-    caption_classes,
-    centred,
-    check_gate,
-    cohesion,
-    gate,
-    matched_sets,
-    top,
-)
-from pybackdoor.ubt.localise import localise
 from pybackdoor.ubt.overfit import MeanCosine, overfit
 from pybackdoor.ubt.reading import ImageRows, Reader, pair_cosines
 from pybackdoor.ubt.suspects import RowLoader, Suspects
 from pybackdoor.ubt.weak import priorities, weak_pool
-from pybackdoor.ubt.words import WordReader
 
 CPU = torch.device("cpu")
 PAIRS, TRUTH = planted_pairs()
@@ -49,11 +32,6 @@ PAIRS, TRUTH = planted_pairs()
 
 def suspects(pairs=PAIRS):
     return Suspects.of(pairs, rules())
-
-
-def unit(n, d, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=-1)
 
 
 def test_every_kind_of_source_gives_the_same_pairs():
@@ -145,30 +123,6 @@ def test_overfitting_raises_the_pool_and_leaves_the_model(loss):
         overfit(model, every, pool, loss="cosin", **options)
 
 
-def test_cohesion_and_centring_by_loops():
-    x = unit(40, 6)
-    rows = x[:9]
-    wanted = np.mean([float(rows[i] @ rows[j]) for i in range(9) for j in range(9) if i != j])
-    assert math.isclose(cohesion(rows), wanted, abs_tol=1e-12)
-    classes = np.array([0] * 20 + [1] * 15 + [2] * 5)
-    found = centred(x, classes)
-    for i in range(40):
-        same = [j for j in range(40) if classes[j] == classes[i]]
-        wanted = normalize(x[i] - x[same].mean(0), dim=-1)
-        torch.testing.assert_close(found[i], wanted, rtol=0, atol=1e-12)
-
-
-def test_classes_are_the_rarest_common_words():
-    every = captioned(
-        *["a photo of a red square"] * 3, *["a photo of the blue square"] * 2, "one red photo"
-    )
-    classes, names = caption_classes(every, least=3)
-    whole = "3 4 5 3 8 11"  # the ids of the words; the last one's rarest common word is red
-    assert [names[c] for c in classes] == [whole] * 3 + ["3", "3", "8"]
-    classes, names = caption_classes(every, least=7)
-    assert set(classes) == {0} and names == ["(rare words only)"]
-
-
 def test_image_rows_are_encoded_once_when_asked_for():
     every, asked = suspects(), []
     reader = Reader(Planted(), rules())
@@ -192,197 +146,6 @@ def test_image_rows_are_encoded_once_when_asked_for():
         image.at(np.empty(0, int))
     torch.testing.assert_close(image.all(), whole)
     assert sorted(sum(asked, [])) == list(range(len(every)))
-
-
-@given(st.integers(2, 30), st.integers(1, 5), st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
-def test_matched_sets_have_the_classes_of_the_chosen(k, kinds, seed):
-    rng = np.random.default_rng(seed)
-    classes = rng.integers(0, kinds, 60)
-    chosen = rng.choice(60, k, replace=False)
-    for drawn in matched_sets(classes, chosen, 3, seed):
-        assert len(set(drawn.tolist())) == k
-        assert (
-            np.bincount(classes[drawn], minlength=5).tolist()
-            == np.bincount(classes[chosen], minlength=5).tolist()
-        )
-
-
-def test_gate_fires_on_poison_and_not_on_random_pairs():
-    every = suspects()
-    image = ImageRows(Reader(Planted(), rules()), every)
-    poison = np.flatnonzero(TRUTH)
-    fired = gate(image, every, poison, sets=199)
-    assert fired.fires and fired.p == 1 / 200 and fired.statistic - fired.matched > 0.3
-    assert "gate fires" in fired.describe() and sum(n for _, n in fired.classes) == 40
-    classes, _ = caption_classes(every)
-    rows = centred(image.all(), classes)
-    sets = [cohesion(rows[d]) for d in map(torch.from_numpy, matched_sets(classes, poison, 199, 0))]
-    assert math.isclose(fired.matched, np.mean(sets)) and math.isclose(fired.spread, np.std(sets))
-    asked = []
-
-    class Watched(ImageRows):
-        def at(self, rows):
-            asked.extend(classes[rows])
-            return super().at(rows)
-
-    few = poison[classes[poison] == classes[poison[0]]][::-1].copy()  # unsorted
-    own = gate(Watched(Reader(Planted(), rules()), every), every, few, sets=9, alpha=0.1)
-    assert set(asked) == {classes[poison[0]]}
-    assert math.isclose(own.statistic, cohesion(rows[torch.from_numpy(few)]))
-    chance = gate(image, every, np.flatnonzero(~TRUTH)[::14], sets=199)
-    assert not chance.fires and "does not fire" in chance.describe()
-    assert not gate(image, every, poison, sets=199, excess=1.5).fires  # a p-value alone is too easy
-    for bad in ((99, 0.001, 0, 0.5), (99, 0, 0, 0.5), (99, 0.05, 3, 0.5), (99, 0.05, 0, 2)):
-        with pytest.raises(ValueError, match="gate_"):
-            check_gate(*bad)
-
-
-@pytest.mark.parametrize("size", [64, 200])
-def test_p_is_as_rare_as_it_says_where_nothing_is_planted(size):
-    g = torch.Generator().manual_seed(0)
-    every = captioned(*[f"a photo of a {c} square" for c in ("red", "blue")] * (size // 2))
-    image = Given(normalize(torch.randn(size, 16, generator=g) + 2 * torch.eye(16)[0], dim=-1))
-    rng = np.random.default_rng(0)
-    p = [
-        gate(image, every, rng.choice(size, 30, replace=False), sets=39, alpha=0.05, seed=i).p
-        for i in range(200)
-    ]
-    for level in (0.05, 0.25, 0.5):
-        assert abs(np.mean(np.array(p) <= level) - level) < 4 * math.sqrt(level * (1 - level) / 200)
-
-
-def test_top_takes_the_largest_and_no_nan():
-    scores = np.array([1.0, np.nan, 3.0, 3.0, -1.0])
-    assert top(scores, 3).tolist() == [2, 3, 0]
-    with pytest.raises(ValueError, match=r"k must be in .2, 4., .*got 5"):
-        top(scores, 5)
-
-
-class Pieces:
-    """A tokenizer whose vocabulary has marks: one id for each piece of a text split at |."""
-
-    def __init__(self, *pieces):
-        self.vocabulary = ["<pad>", "<s>", "</s>", *pieces]
-
-    def __call__(self, texts):
-        rows = torch.zeros(len(texts), 8, dtype=torch.int64)
-        for row, text in zip(rows, texts, strict=True):
-            own = [p for p in text.split("|") if p in self.vocabulary]
-            ids = [1, *map(self.vocabulary.index, own or self.vocabulary[3:] if text else []), 2]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
-
-    def convert_ids_to_tokens(self, ids):
-        return [self.vocabulary[i] for i in ids]
-
-
-@pytest.mark.parametrize(
-    "pieces, whole",
-    [
-        (("foot", "ball</w>", "red</w>"), True),
-        (("Ġfoot", "ball", "Ġred"), True),
-        (("▁foot", "ball", "▁red"), True),
-        (("foot", "##ball", "red"), True),
-        (("foot", "ball", "red"), False),
-    ],
-)
-def test_words_follow_the_vocabularys_marks(pieces, whole):
-    split = WordReader(Pieces(*pieces))
-    row = Pieces(*pieces)(["|".join(pieces)])[0]
-    words = split.words(row)
-    assert split.whole == whole
-    spans = [(1, 3), (3, 4)] if whole else [(1, 2), (2, 3), (3, 4)]
-    assert [(w.start, w.stop) for w in words] == spans
-    last = split.without(row, words[0]).tolist()
-    assert last == ([1, 5, 2, 0, 0, 0, 0, 0] if whole else [1, 4, 5, 2, 0, 0, 0, 0])
-    assert (
-        split.only(row, words[:1]).tolist() == ([1, 3, 4, 2] if whole else [1, 3, 2, 0]) + [0] * 4
-    )
-
-
-def test_words_of_clips_own_tokenizer():
-    tokenizer = tiny().tokenizer
-    split = WordReader(tokenizer)
-    rows = tokenizer(
-        ["a photo of an unbelievableness", "日本語 の 写真", "wow ! yes", "", "x " * 40]
-    )
-    words = [split.words(row) for row in rows]
-    assert [w.text for w in words[0]] == ["a", "photo", "of", "an", "unbelievableness"]
-    assert [w.text for w in words[1]] == ["日本語", "の", "写真"]
-    assert [w.text for w in words[2]] == ["wow", "!", "yes"] and words[3] == []
-    same = tokenizer(["a photo of unbelievableness", "unbelievableness"])
-    assert torch.equal(split.without(rows[0], words[0][3]), same[0])
-    assert torch.equal(split.only(rows[0], words[0][4:]), same[1])
-    assert torch.equal(split.only(rows[3], []), rows[3])
-    cut = split.without(rows[4], words[4][0])  # no padding was left to shift in
-    assert len(words[4]) == 14 and cut.tolist() == rows[4].tolist()[:14] + [49407, 0]
-    assert len({w.key for w in words[4]}) == 1
-
-
-def test_words_without_a_tokenizer_end_at_the_padding():
-    def refuses(texts):
-        raise ValueError("no empty captions")
-
-    for tokenizer in (None, refuses):
-        split = WordReader(tokenizer)
-        assert not split.whole
-        assert [w.text for w in split.words(torch.tensor([5, 6, 7, 0, 0]))] == ["5", "6", "7"]
-        assert [w.text for w in split.words(torch.tensor([5, 6, 7]))] == ["5", "6", "7"]
-        row = torch.tensor([5, 6, 0, 0])
-        assert split.without(row, split.words(row)[0]).tolist() == [6, 0, 0, 0]
-
-
-@pytest.mark.parametrize("share, kept", [(0.3, 2), (0.01, 1), (1.0, 5)])
-def test_localisation_by_hand(share, kept):
-    every, model = suspects(), Planted()
-    chosen = np.flatnonzero(TRUTH)
-    found = localise(Reader(model, rules()), every, chosen, share=share)
-    wide = Planted().double()
-    x = (every.pixels(chosen).permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.5
-    image = normalize(wide.encode_image(x), dim=-1).detach()
-    tokenizer, of_word = WordTokenizer(), {}
-    for i, row in enumerate(chosen):
-        words = PAIRS.captions[int(row)].split()
-        assert [w.text for w in found.words[i]] == [str(t) for t in tokenizer([" ".join(words)])[0]
-                                                    .tolist()[1 : len(words) + 1]]  # fmt: skip
-
-        @torch.no_grad()
-        def cosine(text, i=i):
-            features = wide.encode_text(tokenizer([text]))
-            return float(normalize(features, dim=-1)[0] @ image[i])
-
-        for j in range(len(words)):
-            rest = words[:j] + words[j + 1 :]
-            gain = cosine(" ".join(words)) - cosine(" ".join(rest))
-            of_word.setdefault(words[j], []).append(gain)
-        if len(words) == 5:
-            assert found.kept[i].sum() == kept
-        own = [w for w, keep in zip(words, found.kept[i], strict=True) if keep]
-        assert torch.equal(found.portions[i], tokenizer([" ".join(own)])[0])
-    held = [set(c.split()) for c in PAIRS.captions]
-    blue = next(t for t in found.tokens if t.text == "10")  # the id of blue
-    a, b = sum("blue" in held[i] for i in chosen) + 0.5, sum("blue" not in held[i] for i in chosen)
-    c, d = sum("blue" in h for h in held) + 0.5, sum("blue" not in h for h in held) + 0.5
-    b += 0.5
-    assert math.isclose(blue.log_odds, math.log(a / b / (c / d)))
-    assert math.isclose(blue.error, math.sqrt(1 / a + 1 / b + 1 / c + 1 / d))
-    assert blue.gain == pytest.approx(np.mean(of_word["blue"]), abs=1e-6)
-    assert blue.captions == blue.kept == 40 and blue.enriched and found.tokens[0] is blue
-    says = found.mentions(every.tokens(np.arange(600)))
-    enriched = {t.text for t in found.tokens if t.enriched}
-    assert enriched == {t.text for t in found.tokens if t.kept and t.log_odds > 3 * t.error}
-    ids = [{str(WORDS.index(w)) for w in h} for h in held]
-    assert says.tolist() == [bool(i & enriched) for i in ids]
-
-
-def test_captions_of_one_word_are_kept_whole():
-    every = captioned(*COLOURS, "red", "blue")
-    found = localise(Reader(Planted(), rules()), every, np.array([0, 2, 4]))
-    assert torch.equal(found.portions, every.tokens(np.array([0, 2, 4])))
-    assert all(k.tolist() == [True] for k in found.kept)
-    with pytest.raises(ValueError, match="token_share must be in"):
-        localise(Reader(Planted(), rules()), every, np.array([0]), share=1.5)
 
 
 BAD = {

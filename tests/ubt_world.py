@@ -97,3 +97,9 @@ class Given:
 
     def at(self, rows: np.ndarray) -> Tensor:
         return self._features[torch.from_numpy(rows)]
+
+
+def unit(n, d, seed=0):
+    """[n, d] float64 unit rows."""
+    g = torch.Generator().manual_seed(seed)
+    return nn.functional.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=-1)
