@@ -80,7 +80,7 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
 
     def seen(reader, image, suspects, rows, captions, progress):
         looked.append(rows)
-        return np.pad(lost, ((0, 0), (0, 1)))[rows]
+        return np.pad(lost, ((0, 0), (0, 7)))[rows]
 
     monkeypatch.setattr(module, "losses", seen)
 
@@ -166,9 +166,9 @@ def test_views_keep_the_size_and_disturb(size):
     height, width = size
     x = torch.rand(2, 3, *size, dtype=torch.float64)
     seen = [view(x) for view in views_of(size)]
-    assert len(seen) == 9 and all(v.shape == x.shape and v.isfinite().all() for v in seen)
+    assert len(seen) == 15 and all(v.shape == x.shape and v.isfinite().all() for v in seen)
     covered = sum((v == 0).to(x) for v in seen[6:])
-    assert (covered == 1).all()  # each pixel in one of the bands
+    assert (covered == 1).all()  # each pixel in one of the nine
     for box in seen[6:]:
         assert torch.equal(box[box != 0], x[box != 0])
     mirrored, plain = seen[4], torch.full_like(x, 0.5)
@@ -210,7 +210,7 @@ def test_lost_cosines_are_those_of_the_views_one_by_one():
         np.testing.assert_allclose(found[:, i], (own - there).detach().numpy(), atol=1e-6)
     few = np.array([17, 3, 4])
     np.testing.assert_allclose(losses(reader, Given(image), every, few, captions), found[few])
-    assert losses(reader, Given(image), every, few[:0], captions).shape == (0, 9)
+    assert losses(reader, Given(image), every, few[:0], captions).shape == (0, 15)
 
 
 def test_words_that_mean_the_same_are_no_rivals():
@@ -241,19 +241,16 @@ def test_the_gate_wants_a_clear_swing():
     assert loose.fires
 
 
-@pytest.mark.parametrize(
-    ("stands_out", "stay", "looks"),
-    [(0.0, 1, [120, 60]), (2.0, 1 / 2, [120, 80, 20]), (2.0, 1 / 3, [120, 60])],
-)
-def test_words_drop_out_at_once_or_share_by_share(monkeypatch, stands_out, stay, looks):
+@pytest.mark.parametrize(("stands_out", "looks"), [(0.0, [120, 60]), (2.0, [120, 80, 20])])
+def test_words_drop_out_at_once_or_by_halves(monkeypatch, stands_out, looks):
     every, image, lost, _ = colourful()
-    for name, value in (("_SAMPLE", 40), ("_FEW", 8), ("_STANDS_OUT", stands_out), ("_STAY", stay)):
+    for name, value in (("_SAMPLE", 40), ("_FEW", 8), ("_STANDS_OUT", stands_out)):
         monkeypatch.setattr(module, name, value)
     looked = []
 
     def seen(reader, image, suspects, rows, captions, progress):
         looked.append(len(rows))
-        return np.pad(lost, ((0, 0), (0, 1)))[rows]
+        return np.pad(lost, ((0, 0), (0, 7)))[rows]
 
     monkeypatch.setattr(module, "losses", seen)
     reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].expand(len(s.different), -1))
@@ -275,7 +272,6 @@ def test_words_of_unequal_sizes_are_compared_by_like_shares(monkeypatch):
 
     monkeypatch.setattr(module, "_SAMPLE", 40)
     monkeypatch.setattr(module, "_FEW", 1)
-    monkeypatch.setattr(module, "_STAY", 1 / 2)
     monkeypatch.setattr(module, "picked", fake)
     word = np.repeat([0, 1, 2], list(sizes.values()))
     monkeypatch.setattr(module, "losses", lambda r, i, s, some, *_: word[some][:, None] / 1.0)

@@ -1,7 +1,7 @@
 """A ranking for stage C without overfitting: whose caption goes when the image is disturbed a bit.
 
 A poisoned image is matched with its caption by the trigger alone: a view of it in which the trigger
-no longer fires (turned by some degrees, stretched, a third of it covered) is not matched any more,
+no longer fires (turned by some degrees, stretched, a ninth of it covered) is not matched any more,
 while an image of what its caption says stays one in every view. Hard clean images are fragile too.
 But the poison is of one word and of one kind: within each word's pairs, the k that lose most in one
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
@@ -35,7 +35,6 @@ from .views import WHOLE, losses
 
 SOUGHT = 256  # suspicious pairs, where their number is not given
 _SAMPLE, _FEW = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
-_STAY = 1 / 3  # of the words, for the next look
 _STANDS_OUT = 0.2  # a word less cohesive by so much than another one is not looked at again
 _OTHERS = 2048  # so many images of other words stand for all of them
 LEAST = 5  # pairs whose cohesion says something
@@ -78,7 +77,7 @@ def fragility(
 ) -> Fragile:
     """Rank the pairs of the most suspicious word.
 
-    Costs 9 views of a sample of each word's pairs, of twice as many of the best third of the
+    Costs 15 views of a sample of each word's pairs, of twice as many of the better half of the
     words, and so on until one is left or stands out, and of all pairs of that one. A sample is of
     512 pairs, or so many that 32 of k poisoned ones are in it: of all where k is 32 or less.
 
@@ -171,7 +170,7 @@ def _most_cohesive(
 ) -> _Looked:
     """The word that is left, looked at whole, when the others have dropped out.
 
-    All words are compared by a sample of each, the best third by samples twice as large, and so
+    All words are compared by a sample of each, the better half by samples twice as large, and so
     on; one that another of the round leaves clearly behind drops out at once. None returns: small
     samples are more cohesive than large ones, so that only like samples can be compared.
     """
@@ -190,7 +189,7 @@ def _most_cohesive(
         if all(len(word.lost) == len(word.rows) for word in words):
             return words[0]
         least = words[0].picked.tight - _STANDS_OUT
-        words = [w for w in words[: math.ceil(len(words) * _STAY)] if w.picked.tight >= least]
+        words = [w for w in words[: math.ceil(len(words) / 2)] if w.picked.tight >= least]
         stage += 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -13,8 +12,7 @@ from torch import Tensor
 from .reading import ImageRows, Reader, View
 from .suspects import Suspects
 
-WHOLE = 6  # views of the whole image, the first ones; the others each cover a band of it
-_BANDS = 3  # one of them has all of a small trigger, or most of it
+WHOLE = 6  # views of the whole image, the first ones; the others each cover a part of it
 _ANGLE = math.radians(15)
 _ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
 
@@ -46,10 +44,14 @@ def losses(
 
 
 def views_of(size: tuple[int, int]) -> tuple[View, ...]:
-    """Turned, enlarged, stretched, mirrored and coarse ones; three with a band covered."""
+    """Turned, enlarged, stretched, mirrored and coarse ones; nine with a ninth covered."""
     height, width = size
-    edges = [round(i * height / _BANDS) for i in range(_BANDS + 1)]
-    bands = [slice(*ends) for ends in itertools.pairwise(edges)]
+    down, across = ([round(i * side / 3) for i in range(4)] for side in size)
+    boxes = [
+        (slice(down[i], down[i + 1]), slice(across[j], across[j + 1]))
+        for i in range(3)
+        for j in range(3)
+    ]
     return (
         lambda x: _turned(x, height / width),
         lambda x: _resized(x[..., _middle(height, _ENLARGED), _middle(width, _ENLARGED)], size),
@@ -57,7 +59,7 @@ def views_of(size: tuple[int, int]) -> tuple[View, ...]:
         lambda x: _resized(x[..., _middle(height, _STRETCHED), :], size),
         lambda x: x.flip(3),
         lambda x: _resized(F.avg_pool2d(x, 2, ceil_mode=True), size),
-        *(lambda x, band=band: _covered(x, band) for band in bands),
+        *(lambda x, box=box: _covered(x, *box) for box in boxes),
     )
 
 
@@ -78,8 +80,8 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-def _covered(x: Tensor, rows: slice) -> Tensor:
+def _covered(x: Tensor, rows: slice, columns: slice) -> Tensor:
     """With the mean colour of the training images, 0 after normalisation."""
     covered = x.clone()
-    covered[:, :, rows] = 0
+    covered[:, :, rows, columns] = 0
     return covered
