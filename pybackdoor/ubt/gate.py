@@ -32,7 +32,7 @@ from .reading import ImageRows
 from .suspects import Suspects
 from .words import WordReader
 
-LEAST_SWING = 0.5  # twenty small clean models showed 0.47 at most, planted poison 0.75 and more
+LEAST_SWING = 0.5  # twenty small clean models showed 0.47 at most, planted poison 0.70 and more
 CLASS = 20  # pairs that must share a caption or a word for it to be a class
 RARE = "(rare words only)"  # the class of captions without a common word
 _STREAM = 0x67617465
