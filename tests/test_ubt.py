@@ -411,8 +411,9 @@ BAD = {
     "forget": ({"forget": "hing"}, "did you mean 'hinge'"),
     "option": ({"stepps": 3}, "unknown option 'stepps' .did you mean 'steps'"),
     "gate": ({"gate_p": 0.001}, "gate_sets must be at least 999"),
-    "swing": ({"gate_swing": 1.5}, "gate_swing must be at most 1, .*got 1.5"),
-    "no swing": ({"gate_swing": float("nan")}, "gate_swing must be at most 1, .*got nan"),
+    "swing": ({"gate_swing": 1.5}, "gate_swing must be a number of at most 1, .*got 1.5"),
+    "no swing": ({"gate_swing": float("nan")}, "gate_swing must be a number .*got nan"),
+    "a word": ({"gate_swing": "high"}, "gate_swing must be a number .*got 'high'"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Towers' features, of transformers, computed without what no feature shows.
+"""Transformer towers' features, computed without what no feature shows.
 
 A tower pools one token: an image's class token, a caption's end mark. Of its last block only that
 token's query, output, residual and MLP reach the feature, and no token needs a key or a value

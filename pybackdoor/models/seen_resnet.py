@@ -68,7 +68,8 @@ def _fixed(visual: nn.Module) -> Fixed:
     found = [
         norm
         for norm in norms(visual)
-        if not norm.training and None not in (norm.running_mean, norm.weight, norm.bias)
+        if not norm.training
+        and all(part is not None for part in (norm.running_mean, norm.weight, norm.bias))
     ]
     if not found:
         return {}

@@ -182,8 +182,10 @@ def check_gate(sets: int, alpha: float, excess: float, least_swing: float) -> No
         )
     if not -2 <= excess <= 2:
         raise ValueError(f"gate_excess must be a difference of cosines in [-2, 2], got {excess}")
-    if not least_swing <= 1:
-        raise ValueError(f"gate_swing must be at most 1, which no swing exceeds, got {least_swing}")
+    if not isinstance(least_swing, int | float) or not least_swing <= 1:
+        raise ValueError(
+            f"gate_swing must be a number of at most 1, which no swing exceeds, got {least_swing!r}"
+        )
 
 
 def matched_sets(classes: np.ndarray, chosen: np.ndarray, sets: int, seed: int) -> list[np.ndarray]:
