@@ -64,6 +64,9 @@ UBT = {
 }  # fmt: skip
 
 
+UBT_VERSION = 2  # of ubt_clean's search, as Defence.version
+
+
 def ubt_par_clean(model: Any, loader: PairLoader, *, tau: float, **options: Any) -> CleanResult:
     """UBT-style unlearning, then PAR on the suspect pairs without those that it suspects."""
     first = ubt_clean(model, loader, **{**options, **UBT})
@@ -88,8 +91,8 @@ DEFENCES: dict[str, Defence] = {
     "ft_sam": Defence(ft_sam_clean, {"rho": 0.01}),
     "invert": Defence(invert_clean, INVERT, rate=0.5),
     "invert_par": Defence(invert_clean, {**INVERT, **PAR, "perturb": True}, rate=0.5),
-    "ubt": Defence(ubt_clean, UBT, pairs="suspect", version=1),
-    "ubt_par": Defence(ubt_par_clean, PAR, pairs="suspect", version=1),
+    "ubt": Defence(ubt_clean, UBT, pairs="suspect", version=UBT_VERSION),
+    "ubt_par": Defence(ubt_par_clean, PAR, pairs="suspect", version=UBT_VERSION),
     "par_procedural": Defence(par_clean, PAR, pairs="procedural"),
     **{f"par_tau_{tau}": Defence(par_clean, {"tau": tau}) for tau in TAUS},
 }

@@ -211,7 +211,8 @@ def compute(job: tuple[Model, Work, tuple[str, ...], bool, float | None]) -> dic
 
 def settings_hash(rankings: Any, gate_only: bool, image_share: float | None) -> str:
     """Of what a cell depends on besides its model."""
-    return short_hash({"ubt": UBT, "of": [list(rankings), gate_only, image_share]})
+    of = [list(rankings), gate_only, image_share]
+    return short_hash({"ubt": UBT, "version": _quality_defences.UBT_VERSION, "of": of})
 
 
 def main(arguments: list[str] | None = None) -> None:

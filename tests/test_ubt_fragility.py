@@ -14,7 +14,6 @@ from ubt_world import Given, Planted, WordTokenizer, captioned, planted_pairs, r
 
 from pybackdoor.ubt.fragility import (
     Picked,
-    Words,
     _apart,
     _directions,
     _discriminant,
@@ -24,16 +23,34 @@ from pybackdoor.ubt.fragility import (
     _most_cohesive,
     _settled,
     _standard,
-    fall_of,
     fragility,
     picked,
 )
-from pybackdoor.ubt.gate import caption_classes, cohesion, gate, top
+from pybackdoor.ubt.gate import caption_classes, cohesion, top
 from pybackdoor.ubt.reading import Reader
 from pybackdoor.ubt.suspects import Suspects
-from pybackdoor.ubt.views import losses, views_of
+from pybackdoor.ubt.swing import Words
+from pybackdoor.ubt.views import covered, disturbed, losses
 
 module = sys.modules[fragility.__module__]  # the function has the module's name
+
+
+def looked_at(monkeypatch, lost):
+    """Views that are columns of [N, 15] losses: 6 of the whole image, 3 bands of it, 9 ninths.
+
+    Returns the rows and the number of views of each look, as they come.
+    """
+    looks = []
+
+    def seen(reader, image, suspects, rows, captions, views, progress):
+        looks.append((rows, len(views)))
+        return lost[rows][:, list(views)]
+
+    monkeypatch.setattr(module, "losses", seen)
+    monkeypatch.setattr(module, "disturbed", lambda size: tuple(range(6)))
+    parts = {1: tuple(range(6, 9)), 3: tuple(range(6, 15))}
+    monkeypatch.setattr(module, "covered", lambda size, down, across: parts[across])
+    return looks
 
 
 def colourful(view=1):
@@ -76,16 +93,11 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     monkeypatch.setattr(module, "_SAMPLE", sample)
     monkeypatch.setattr(module, "_FEW", 8)
     monkeypatch.setattr(module, "SOUGHT", 20)
-    looked = []
-
-    def seen(reader, image, suspects, rows, captions, progress):
-        looked.append(rows)
-        return np.pad(lost, ((0, 0), (0, 7)))[rows]
-
-    monkeypatch.setattr(module, "losses", seen)
+    looks = looked_at(monkeypatch, np.pad(lost, ((0, 0), (0, 7))))
+    few = 6 if k else 5  # a quarter of those sought, the most suspicious
 
     def leads(self, image, own):  # of the samples first, then of what is suspicious
-        return torch.linspace(0, 1, len(image)) if len(image) > 100 else torch.full((25,), ahead)
+        return torch.linspace(0, 1, len(image)) if len(image) > 100 else torch.full((few,), ahead)
 
     ahead = 0.45
     monkeypatch.setattr(Words, "leads", leads)
@@ -96,48 +108,39 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     green = classes == classes[poison[0]]
     assert word == names[classes[poison[0]]]
     own, best = np.flatnonzero(green), top(scores, found)
-    inside = np.isin(own, best)
     assert swing == pytest.approx(0.5)  # 0.45 of the 0.9 that a tenth exceeds
-    first, ahead = list(looked), 9.0
-    looked.clear()
     match = image[:, 3].numpy() - image[:, 3].numpy()[~green].mean()
-    whole = match[best].mean()
-    gone = [np.clip(lost[rows].mean(0) / whole, 0, 1) for rows in (best, own[~inside])]
-    share = fragility(reader, Given(image), every, k).swing
-    assert share == pytest.approx((gone[0] * (1 - gone[1])).max(), abs=1e-6) and share > 0.8
+    falls = []
+
+    def fall(gone, matched, chosen):
+        falls.append((gone, matched, chosen))
+        return 0.7
+
+    ahead = 9.0
+    monkeypatch.setattr(module, "fall_of", fall)
+    first = list(looks)
+    assert fragility(reader, Given(image), every, k).swing == 0.7
+    (gone, matched, chosen), order = falls[0], np.concatenate([rows for rows, _ in looks[-1:]])
+    assert set(order) == set(own) and len(chosen) == few
+    np.testing.assert_allclose(gone, np.pad(lost, ((0, 0), (0, 7)))[order], atol=1e-12)
+    np.testing.assert_allclose(matched, match[order], atol=1e-6)
+    assert set(order[chosen]) <= set(poison)
     assert found == k if k else abs(found - 25) <= 5
-    assert len(set(top(scores, found)) & set(poison)) >= 20
+    assert len(set(best) & set(poison)) >= 20
     assert scores[green].min() > scores[~green].max()
-    assert len(first[0]) == 3 * min(sample, 100)
-    assert set(np.concatenate(first)) >= set(np.flatnonzero(green))
-    times = np.unique(np.concatenate(first), return_counts=True)[1]
-    assert (times == 1).all() and len(times) == (180 if sample == 40 else 300)
+    compared, rest, closer = first
+    assert len(compared[0]) == 3 * min(sample, 100) and compared[1] == 9
+    assert set(rest[0]) == set(own) - set(compared[0]) and rest[1] == 6
+    assert set(closer[0]) == set(own) and len(closer[0]) == 100 and closer[1] == 9
 
 
-@pytest.mark.parametrize(
-    "theirs, rest, fall",
-    [
-        ([0.5, 0.1], [0.1, 0.1], 0.8),  # they lose all of 0.5, the others a fifth
-        ([0.9, 0.1], [0.1, 0.1], 0.8),  # what is gone is gone
-        ([0.5, 0.1], [0.4, 0.1], 0.2),  # the view leaves little of any image of the word
-        ([0.5, 0.3], [0.5, 0.0], 0.6),  # of the views, the one that tells them apart
-        ([-0.2, 0.1], [0.0, -0.3], 0.2),  # nothing is gained by what is matched better
-    ],
-)
-def test_a_fall_counts_where_the_others_keep_their_match(theirs, rest, fall):
-    lost = np.array([theirs] * 3 + [rest] * 7)
-    match = np.full(10, 0.5)
-    assert fall_of(lost, match, np.arange(3)) == pytest.approx(fall)
-    assert fall_of(lost, -match, np.arange(3)) == 0
-
-
-@pytest.mark.parametrize("sought", [30, 60, 200])
-def test_as_many_are_suspicious_as_stand_off_farthest(sought):
+@pytest.mark.parametrize("least", [7, 15, 50])
+def test_as_many_are_suspicious_as_stand_off_farthest(least):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(1000, 6))
     x[:120, 2] += 6
     start = x[:, 2] + rng.normal(size=1000)
-    height, k = _grown(x, start, sought)
+    height, k = _grown(x, start, least)
     assert abs(k - 120) <= 25 and (top(height, 110) < 120).all()
 
 
@@ -165,12 +168,17 @@ def test_a_discriminant_is_fishers_and_a_settled_one_its_own_seed():
 def test_views_keep_the_size_and_disturb(size):
     height, width = size
     x = torch.rand(2, 3, *size, dtype=torch.float64)
-    seen = [view(x) for view in views_of(size)]
-    assert len(seen) == 15 and all(v.shape == x.shape and v.isfinite().all() for v in seen)
-    covered = sum((v == 0).to(x) for v in seen[6:])
-    assert (covered == 1).all()  # each pixel in one of the nine
-    for box in seen[6:]:
-        assert torch.equal(box[box != 0], x[box != 0])
+    seen = [view(x) for view in disturbed(size)]
+    assert len(seen) == 6 and all(v.shape == x.shape and v.isfinite().all() for v in seen)
+    for down, across in ((3, 3), (3, 1), (1, 2)):
+        boxes = [view(x) for view in covered(size, down, across)]
+        assert len(boxes) == down * across
+        assert (sum((box == 0).to(x) for box in boxes) == 1).all()  # each pixel in one of them
+        for box in boxes:
+            assert torch.equal(box[box != 0], x[box != 0])
+    upper, left = covered(size, 3, 1)[0](x), covered(size, 1, 2)[0](x)
+    assert not upper[:, :, : height // 3].any() and upper[:, :, -height // 3 :].all()
+    assert not left[..., : width // 2].any() and left[..., -(width // 2) :].all()
     mirrored, plain = seen[4], torch.full_like(x, 0.5)
     assert torch.equal(mirrored[..., 0], x[..., -1])
     across = torch.arange(width, dtype=torch.float64).expand(1, 3, height, width)
@@ -182,7 +190,7 @@ def test_views_keep_the_size_and_disturb(size):
         moved = [view(x)[0, 0] for x in (across, down)]
         return [float(m[y, z + 1] - m[y, z]) for m in moved]
 
-    turned, enlarged, wide, tall, _, coarse = views_of(size)[:6]
+    turned, enlarged, wide, tall, _, coarse = disturbed(size)
     right, fall = slopes(turned)
     assert math.degrees(math.atan2(abs(fall), right)) == pytest.approx(15, abs=0.5)
     assert math.hypot(right, fall) == pytest.approx(1, abs=0.01)
@@ -191,7 +199,7 @@ def test_views_keep_the_size_and_disturb(size):
     assert slopes(tall) == pytest.approx([1, 0], abs=0.03)
     assert tall(down)[0, 0, y + 1, z] - tall(down)[0, 0, y, z] == pytest.approx(0.5, abs=0.03)
     assert coarse(x).var() < 0.6 * x.var()
-    assert all(torch.allclose(view(plain), plain) for view in views_of(size)[:6])
+    assert all(torch.allclose(view(plain), plain) for view in disturbed(size))
 
 
 def test_lost_cosines_are_those_of_the_views_one_by_one():
@@ -200,63 +208,40 @@ def test_lost_cosines_are_those_of_the_views_one_by_one():
     every = Suspects.of(pairs, rules())
     reader = Reader(model, rules(), batch_size=7)
     image, captions = reader.images(every), reader.captions(every)
-    found = losses(reader, Given(image), every, np.arange(20), captions)
+    views = disturbed((16, 16)) + covered((16, 16), 3, 3)
+    found = losses(reader, Given(image), every, np.arange(20), captions, views)
     pixels = torch.from_numpy(pairs.images.take(np.arange(20))).permute(0, 3, 1, 2).double()
     x = (pixels / 255 - 0.5) / 0.5
     text = normalize(model.encode_text(WordTokenizer()(list(pairs.captions))), dim=-1)
     own = (normalize(model.encode_image(x), dim=-1) * text).sum(-1)
-    for i, view in enumerate(views_of((16, 16))):
+    for i, view in enumerate(views):
         there = (normalize(model.encode_image(view(x)), dim=-1) * text).sum(-1)
         np.testing.assert_allclose(found[:, i], (own - there).detach().numpy(), atol=1e-6)
     few = np.array([17, 3, 4])
-    np.testing.assert_allclose(losses(reader, Given(image), every, few, captions), found[few])
-    assert losses(reader, Given(image), every, few[:0], captions).shape == (0, 15)
+    np.testing.assert_allclose(
+        losses(reader, Given(image), every, few, captions, views), found[few]
+    )
+    assert losses(reader, Given(image), every, few[:0], captions, views).shape == (0, 15)
 
 
-def test_words_that_mean_the_same_are_no_rivals():
-    captions = normalize(torch.tensor([[9.0, 1, 0], [9, 1, 0.01], [9, 0, 1], [9, 0, 1.01]]), dim=-1)
-    classes, caption = np.array([0, 0, 1, 2]), np.array([0, 1, 2, 3])
-    words = Words.of(captions, caption, classes)
-    np.testing.assert_allclose(words.text[0], normalize(captions[:2].mean(0), dim=0), atol=1e-6)
-    assert words.rival.tolist() == [[False, True, True], [True, False, False], [True, False, False]]
-    image = normalize(torch.tensor([[1.0, 2, 1], [0, 0, 1]]), dim=-1)
-    cosine = image @ words.text.T
-    wanted = [cosine[0, 0] - cosine[0, 1:].max(), cosine[1, 1] - cosine[1, 0]]
-    np.testing.assert_allclose(words.leads(image, np.array([0, 1])), wanted, atol=1e-6)
-    alone = Words.of(captions[:2], np.arange(2), np.zeros(2, int))
-    assert not alone.rival.any()
-    np.testing.assert_allclose(alone.leads(image, np.zeros(2, int)), image @ alone.text[0])
-
-
-def test_the_gate_wants_a_clear_swing():
-    every, image, _, poison = colourful()
-    image = Given(image)
-    alone = gate(image, every, poison, sets=99, excess=0.3)
-    assert alone.fires and alone.swing is None and "swing" not in alone.describe()
-    low, high = (gate(image, every, poison, sets=99, excess=0.3, swing=f) for f in (0.49, 0.51))
-    assert not low.fires and high.fires and high.swing == 0.51
-    assert "swing once disturbed 0.51" in high.describe()
-    assert "an excess of at least 0.3, a swing of 0.5)" in high.describe()
-    loose = gate(image, every, poison, sets=99, excess=0.3, swing=0.3, least_swing=0.2)
-    assert loose.fires
-
-
-@pytest.mark.parametrize(("stands_out", "looks"), [(0.0, [120, 60]), (2.0, [120, 80, 20])])
-def test_words_drop_out_at_once_or_by_halves(monkeypatch, stands_out, looks):
+@pytest.mark.parametrize(
+    ("stands_out", "stay", "compared"),
+    [(0.0, 0.5, [120]), (2.0, 0.5, [120, 80]), (2.0, 0.3, [120])],
+)
+def test_words_drop_out_at_once_or_by_their_share(monkeypatch, stands_out, stay, compared):
     every, image, lost, _ = colourful()
-    for name, value in (("_SAMPLE", 40), ("_FEW", 8), ("_STANDS_OUT", stands_out)):
+    for name, value in (
+        ("_SAMPLE", 40), ("_FEW", 8), ("_STANDS_OUT", stands_out), ("_STAY", stay)
+    ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
-    looked = []
-
-    def seen(reader, image, suspects, rows, captions, progress):
-        looked.append(len(rows))
-        return np.pad(lost, ((0, 0), (0, 7)))[rows]
-
-    monkeypatch.setattr(module, "losses", seen)
+    looks = looked_at(monkeypatch, np.pad(lost, ((0, 0), (0, 7))))
     reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].expand(len(s.different), -1))
     found = fragility(reader, Given(image), every, 25)
     assert found.swing is None  # all words mean the same here
-    assert looked == looks
+    seen = {1: 40, 2: 80}[len(compared)]
+    assert [(len(rows), n) for rows, n in looks] == [
+        *((n, 9) for n in compared), (100 - seen, 6), (100, 9),
+    ]  # fmt: skip
 
 
 def test_words_of_unequal_sizes_are_compared_by_like_shares(monkeypatch):
@@ -270,15 +255,17 @@ def test_words_of_unequal_sizes_are_compared_by_like_shares(monkeypatch):
         looks.append((word, len(lost), k))
         return Picked(tight[word] - (word == 1 and len(lost) > 40) * 0.1, lost, lost[:, 0])
 
-    monkeypatch.setattr(module, "_SAMPLE", 40)
-    monkeypatch.setattr(module, "_FEW", 1)
-    monkeypatch.setattr(module, "picked", fake)
+    for name, value in (("_SAMPLE", 40), ("_FEW", 1), ("_STAY", 0.5), ("picked", fake)):
+        monkeypatch.setattr(module, name, value)
     word = np.repeat([0, 1, 2], list(sizes.values()))
-    monkeypatch.setattr(module, "losses", lambda r, i, s, some, *_: word[some][:, None] / 1.0)
     words = [_Looked(at, own) for at, own in enumerate(rows)]
-    best = _most_cohesive(words, None, Given(torch.zeros(660, 4)), None, None, 20, False)
+    look, image = (lambda some: word[some][:, None] / 1.0), Given(torch.zeros(660, 4))
+    best = _most_cohesive(words, look, image, 20)
     assert best.word == 0 and best.lost.shape == (60, 1)
     assert looks == [(0, 40, 13), (1, 40, 5), (2, 40, 5), (1, 80, 8), (0, 60, 20)]
+    looks.clear()
+    best = _most_cohesive([_Looked(0, rows[0])], look, image, 20)
+    assert best.word == 0 and looks == [(0, 40, 13)]  # no other one to compare it with
 
 
 def test_fragility_wants_a_word_of_twice_k_pairs():

@@ -6,13 +6,11 @@ while an image of what its caption says stays one in every view. Hard clean imag
 But the poison is of one word and of one kind: within each word's pairs, the k that lose most in one
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
 the next seed, and so on; of all starts and words the most cohesive k pairs win. Words are compared
-by samples, that grow while fewer words are left, and of the last one all pairs are looked at. How
-many are poisoned shows in how far the k highest stand off from the rest: farthest where k is their
-number.
+by samples, that grow while fewer words are left, with a third of the image covered at a time; of
+the last one all pairs are looked at, with a ninth covered. How many are poisoned shows in how far
+the k highest stand off from the rest: farthest where k is their number.
 
-Whether they are poison shows in their swing. Hard clean images lose a word that was hardly ahead of
-another one, or in a view that few images of their word bear; poison is of its word as clearly as
-the clearest images, and loses it where they keep it.
+Whether they are poison shows in their swing (swing.py).
 
 Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.06531).
 """
@@ -20,7 +18,7 @@ Our design; after the robustness of triggered predictions in STRIP (arXiv 1902.0
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -29,20 +27,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gate import RARE, caption_classes, cohesion, top
-from .reading import ImageRows, Reader
+from .reading import ImageRows, Reader, View
 from .suspects import Suspects
-from .views import WHOLE, losses
+from .swing import Words, fall_of
+from .views import WHOLE, covered, disturbed, losses
 
 SOUGHT = 256  # suspicious pairs, where their number is not given
 _SAMPLE, _FEW = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
+_STAY = 1 / 3  # of the words, for the next look
 _STANDS_OUT = 0.2  # a word less cohesive by so much than another one is not looked at again
 _OTHERS = 2048  # so many images of other words stand for all of them
 LEAST = 5  # pairs whose cohesion says something
 _STREAM = 0x66726167
 _ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
 _DIMS = 64  # principal directions of a class's image features that are looked at
-_CLEAR = 0.9  # quantile of leads
-_SAME_WORD = 0.9  # cosine, relative to all words' mean, from which two are no rivals
 _RIDGE = 0.05  # of the discriminant, on directions of unit variance
 
 
@@ -54,12 +52,12 @@ class Fragile(NamedTuple):
             deviations of the rest of them; others rank below.
         k: how many are suspicious.
         word: that they have in common, as people read it.
-        swing: the smaller of two. Their mean lead, how far an image's word is ahead of the best
-            other one, in units of the lead that only a tenth of all words' samples exceed. And, in
-            the view that tells them most apart, the share of their match that they lose, times the
-            share of it that the other pairs of their word would keep: a match is what a cosine is
-            above that of other words' images. None where no other word means something else, or no
-            image leads.
+        swing: the smaller of two, of a quarter of the k sought, the most suspicious ones. Their
+            mean lead, how far an image's word is ahead of the best other one, in units of the lead
+            that only a tenth of all words' samples exceed. And, in the view that tells them most
+            apart, the share of their match that they lose, times the share of it that the other
+            pairs of their word would keep: a match is what a cosine is above that of other words'
+            images. None where no other word means something else, or no image leads.
     """
 
     scores: np.ndarray
@@ -77,9 +75,10 @@ def fragility(
 ) -> Fragile:
     """Rank the pairs of the most suspicious word.
 
-    Costs 15 views of a sample of each word's pairs, of twice as many of the better half of the
-    words, and so on until one is left or stands out, and of all pairs of that one. A sample is of
-    512 pairs, or so many that 32 of k poisoned ones are in it: of all where k is 32 or less.
+    Costs 9 views of a sample of each word's pairs, of twice as many of the best third of the words,
+    and so on until one is left or stands out, and 15 of all pairs of that one, less those of them
+    that have been looked at. A sample is of 512 pairs, or so many that 32 of k poisoned ones are in
+    it: of all where k is 32 or less.
 
     Args:
         k: pairs sought, at least 5; None: 256, then as many as stand off farthest, at least 64.
@@ -105,27 +104,35 @@ def fragility(
     captions = reader.captions(suspects)
     rng = np.random.default_rng(_STREAM)
     drawn = [rng.permutation(np.flatnonzero(classes == word)) for word in large]
+    size = suspects.images.image_size
+    whole, bands, ninths = disturbed(size), covered(size, 3, 1), covered(size, 3, 3)
+
+    def look(rows: np.ndarray, views: tuple[View, ...]) -> np.ndarray:
+        return losses(reader, image, suspects, rows, captions, views, progress)
+
     best = _most_cohesive(
         [_Looked(*word) for word in zip(large, drawn, strict=True)],
-        reader, image, suspects, captions, sought, progress,
+        lambda rows: look(rows, whole + bands), image, sought,
     )  # fmt: skip
-    height, own, word = best.picked.height, best.rows, best.word
+    own, word = best.rows, best.word
+    lost = np.concatenate([best.lost[:, :WHOLE], look(own[len(best.lost) :], whole)])
+    lost = np.concatenate([lost, look(own, ninths)], 1)
+    closer = picked(image.at(own), lost, sought)
     some = np.concatenate([rows[: _enough(len(rows), sought)] for rows in drawn])
+    height, few = closer.height, max(LEAST, sought // 4)
     if k is None:
-        height, sought = _grown(best.picked.seen, height, sought)
+        height, sought = _grown(closer.seen, height, few)
     scores = np.full(len(image), height.min() - 1)
     scores[own] = height
-    chosen = top(height, sought)
+    surest = top(_settled(closer.seen, closer.height, few), few)
     words = Words.of(captions, suspects.caption, classes)
-    clear = float(words.leads(image.at(some), classes[some]).quantile(_CLEAR))
-    if clear <= 0 or not words.rival[word].any():
-        return Fragile(scores, sought, names[word], None)
-    lead = float(words.leads(image.at(own[chosen]), classes[own[chosen]]).mean())
-    text = captions[torch.from_numpy(suspects.caption[own])]
-    match = (image.at(own) * text).sum(-1).double().numpy()
-    others = rng.permutation(np.flatnonzero(classes != word))[:_OTHERS]
-    match -= float(image.at(others).double().mean(0) @ text.double().mean(0))
-    swing = min(lead / clear, fall_of(best.lost, match, chosen))
+    swing = words.lead(image, classes, some, own[surest])
+    if swing is not None:
+        others = rng.permutation(np.flatnonzero(classes != word))[:_OTHERS]
+        text = captions[torch.from_numpy(suspects.caption[own])].double()
+        level = image.at(others).double().mean(0) @ text.mean(0)
+        match = (image.at(own).double() * text).sum(-1) - level
+        swing = min(swing, fall_of(lost, match.numpy(), surest))
     return Fragile(scores, sought, names[word], swing)
 
 
@@ -161,27 +168,20 @@ class _Looked:
 
 def _most_cohesive(
     words: list[_Looked],
-    reader: Reader,
+    look: Callable[[np.ndarray], np.ndarray],  # [n] rows -> [n, views] losses
     image: ImageRows,
-    suspects: Suspects,
-    captions: Tensor,
     k: int,
-    progress: bool | None,
 ) -> _Looked:
-    """The word that is left, looked at whole, when the others have dropped out.
+    """The word that is left when the others have dropped out.
 
-    All words are compared by a sample of each, the better half by samples twice as large, and so
+    All words are compared by a sample of each, the best third by samples twice as large, and so
     on; one that another of the round leaves clearly behind drops out at once. None returns: small
     samples are more cohesive than large ones, so that only like samples can be compared.
     """
     stage = 0
     while True:
-        alone = len(words) == 1
-        new = [
-            word.unseen(len(word.rows) if alone else _enough(len(word.rows), k) << stage)
-            for word in words
-        ]
-        lost = losses(reader, image, suspects, np.concatenate(new), captions, progress)
+        new = [word.unseen(_enough(len(word.rows), k) << stage) for word in words]
+        lost = look(np.concatenate(new))
         ends = np.cumsum([len(rows) for rows in new])[:-1]
         for word, part in zip(words, np.split(lost, ends), strict=True):
             word.look(part, image, k)
@@ -189,51 +189,10 @@ def _most_cohesive(
         if all(len(word.lost) == len(word.rows) for word in words):
             return words[0]
         least = words[0].picked.tight - _STANDS_OUT
-        words = [w for w in words[: math.ceil(len(words) / 2)] if w.picked.tight >= least]
+        words = [w for w in words[: math.ceil(len(words) * _STAY)] if w.picked.tight >= least]
+        if len(words) == 1:
+            return words[0]
         stage += 1
-
-
-def fall_of(lost: np.ndarray, match: np.ndarray, chosen: np.ndarray) -> float:
-    """What ``Fragile.swing`` says of loss; [n, views], [n], [k] rows. 0 without a match."""
-    inside = np.zeros(len(lost), bool)
-    inside[chosen] = True
-    whole = match[inside].mean()
-    if whole <= 0:
-        return 0.0
-    own, others = (np.clip(lost[rows].mean(0) / whole, 0, 1) for rows in (inside, ~inside))
-    return float((own * (1 - others)).max())
-
-
-@dataclass(frozen=True)
-class Words:
-    """What images are told apart by: the words that captions are sorted by.
-
-    Attributes:
-        text: [W, D] unit rows, the mean caption of each word's pairs.
-        rival: [W, W] bool, whether a word (column) means something else than the other (row).
-    """
-
-    text: Tensor
-    rival: Tensor
-
-    @staticmethod
-    def of(captions: Tensor, caption: np.ndarray, classes: np.ndarray) -> Words:
-        """Of U different captions [U, D], each pair's own [N] and its word [N]."""
-        both, times = np.unique(np.stack([classes, caption]), axis=1, return_counts=True)
-        word, used = (torch.from_numpy(x) for x in both)
-        sums = torch.zeros(int(classes.max()) + 1, captions.shape[1], dtype=torch.float64)
-        sums.index_add_(0, word, captions[used].double() * torch.from_numpy(times)[:, None])
-        text = F.normalize(sums, dim=-1)
-        apart = F.normalize(text - text.mean(0), dim=-1)  # texts of one model are all alike
-        rival = (apart @ apart.T < _SAME_WORD).fill_diagonal_(False)
-        return Words(text.to(captions.dtype), rival)
-
-    def leads(self, image: Tensor, own: np.ndarray) -> Tensor:  # [n, D], [n] -> [n]
-        """How far an image's own word is ahead of the best rival; without a rival of 0."""
-        cosine, word = image @ self.text.T, torch.from_numpy(own)
-        best = cosine.masked_fill(~self.rival[word], -math.inf).max(1).values
-        best = best.masked_fill(best.isinf(), 0.0)
-        return cosine.gather(1, word[:, None])[:, 0] - best
 
 
 def _enough(size: int, k: int) -> int:
@@ -270,9 +229,8 @@ def picked(
     return Picked(tight[at], seen, heights[at])
 
 
-def _grown(x: np.ndarray, height: np.ndarray, k: int) -> tuple[np.ndarray, int]:
-    """(heights, k) where the k highest stand off farthest, of k from a quarter to half of all."""
-    least = max(LEAST, k // 4)
+def _grown(x: np.ndarray, height: np.ndarray, least: int) -> tuple[np.ndarray, int]:
+    """(heights, k) where the k highest stand off farthest, of k from the least to half of all."""
     steps = int(2 * math.log2(len(x) / 2 / least))
     found = []
     for count in (round(least * 2 ** (i / 2)) for i in range(steps + 1)):

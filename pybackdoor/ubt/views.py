@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from .reading import ImageRows, Reader, View
 from .suspects import Suspects
 
-WHOLE = 6  # views of the whole image, the first ones; the others each cover a part of it
+WHOLE = 6  # views of the whole image
 _ANGLE = math.radians(15)
 _ENLARGED, _STRETCHED = 0.75, 0.5  # the share of a side that is shown
 
@@ -23,12 +25,12 @@ def losses(
     suspects: Suspects,
     rows: np.ndarray,  # [n]
     captions: Tensor,  # [U, D]
+    views: Sequence[View],
     progress: bool | None = False,
 ) -> np.ndarray:
     """[n, views] how much cosine with its caption the pair at each row loses in each view."""
     from tqdm.auto import tqdm
 
-    views = views_of(suspects.images.image_size)
     if not len(rows):
         return np.empty((0, len(views)))
     found = []
@@ -43,15 +45,9 @@ def losses(
     return torch.cat(found).double().numpy()
 
 
-def views_of(size: tuple[int, int]) -> tuple[View, ...]:
-    """Turned, enlarged, stretched, mirrored and coarse ones; nine with a ninth covered."""
+def disturbed(size: tuple[int, int]) -> tuple[View, ...]:
+    """The image turned, enlarged, stretched both ways, mirrored, and coarse; size: (H, W)."""
     height, width = size
-    down, across = ([round(i * side / 3) for i in range(4)] for side in size)
-    boxes = [
-        (slice(down[i], down[i + 1]), slice(across[j], across[j + 1]))
-        for i in range(3)
-        for j in range(3)
-    ]
     return (
         lambda x: _turned(x, height / width),
         lambda x: _resized(x[..., _middle(height, _ENLARGED), _middle(width, _ENLARGED)], size),
@@ -59,8 +55,18 @@ def views_of(size: tuple[int, int]) -> tuple[View, ...]:
         lambda x: _resized(x[..., _middle(height, _STRETCHED), :], size),
         lambda x: x.flip(3),
         lambda x: _resized(F.avg_pool2d(x, 2, ceil_mode=True), size),
-        *(lambda x, box=box: _covered(x, *box) for box in boxes),
     )
+
+
+def covered(size: tuple[int, int], down: int, across: int) -> tuple[View, ...]:
+    """The image of (H, W) with one of ``down`` x ``across`` boxes covered, row by row."""
+    rows, columns = (_parts(side, n) for side, n in zip(size, (down, across), strict=True))
+    return tuple(lambda x, box=box: _covered(x, *box) for box in itertools.product(rows, columns))
+
+
+def _parts(side: int, count: int) -> list[slice]:
+    edges = [round(i * side / count) for i in range(count + 1)]
+    return [slice(*ends) for ends in itertools.pairwise(edges)]
 
 
 def _turned(x: Tensor, ratio: float) -> Tensor:
