@@ -95,10 +95,11 @@ FULL = Setting(
         "caltech101": DataSet("caltech101_128.npz", 64, 1_200, 600, 10),
         "fashion": DataSet(None, 32, 10_000, 2_000, 300, grey=True),
     },
-    rates={"cifar10": 0.05, "caltech101": 0.05, "fashion": 0.03},
+    # Of Caltech-101 as many poisoned pairs as of CIFAR-10: at 5 % of its 5,800 nothing is planted.
+    rates={"cifar10": 0.05, "caltech101": 0.3, "fashion": 0.03},
     train={
         "cifar10": {"steps": 1400, **TRAIN},
-        "caltech101": {"steps": 800, **TRAIN},
+        "caltech101": {"steps": 1600, **TRAIN},
         "fashion": {"steps": 600, **TRAIN},
     },
     patch={"steps": 600, "batch_size": 64, "lr": 1e-2, "precision": "bf16"},

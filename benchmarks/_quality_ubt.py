@@ -11,8 +11,8 @@ from _quality_cells import INSTALLED
 from _quality_setting import CLEAN, TUNING
 from _tables import table
 
-from pybackdoor.methods.ubt import EXCESS
 from pybackdoor.ubt.gate import LEAST_SWING
+from pybackdoor.ubt.ranking import EXCESS
 
 FILES = ("ubt.json", "ubt_gate.json")  # below benchmarks/results
 CLEANED = """## UBT-style unlearning
@@ -26,8 +26,9 @@ detection. (t): settings were chosen on this attack."""
 GATE = f"""The gate on separately trained models, `bench_ubt.py --gate-only`: how many pairs are
 poisoned is not given but found, as for a user. Lowest to highest of these runs: precision of the
 pairs found; excess of cohesion, of which the gate by fragility wants {EXCESS["fragility"]:g};
-swing, of which it wants {LEAST_SWING:g}. What the swing is was changed once, after one of the clean
-models of seeds 0 to 8 had fired; those from 9 on had not been looked at."""
+swing, of which it wants {LEAST_SWING:g}. What the swing is was changed twice: after one of the
+clean models of seeds 0 to 8 had fired, before those from 9 on had been looked at; and after that of
+one model of BadNet-Stripes had been seen to depend on how many pairs were found."""
 
 
 def sections(folder: Path) -> list[str]:

@@ -78,10 +78,8 @@ from pybackdoor.ubt.region import cover
 RATE, STEPS = 0.01, 4000
 RANKINGS = ("fragility", "gain", "dao", "truth")
 OWN = ("fragility", "gain")  # of ubt_clean itself
-UBT = {
-    **_quality_defences.UBT, "overfit_steps": 120, "overfit_lr": 1e-4, "precision": "bf16",
-    "progress": False,
-}  # fmt: skip
+UBT = {**_quality_defences.UBT, "precision": "bf16", "progress": False}
+OVERFIT = {"overfit_steps": 120, "overfit_lr": 1e-4}  # of the ranking by gain
 
 
 def setting_of(tiny: bool, steps: int) -> tuple[str, Setting]:
@@ -146,6 +144,7 @@ class Planted:
         clock = Clock()
         scores = scores_of(ranking, self.model, self.pairs, self.truth, self.case)
         own = {"k": self.k, **({"rank": ranking} if ranking in OWN else {})}
+        own |= OVERFIT if ranking == "gain" else {}
         result = pybackdoor.ubt_clean(
             self.model, loader(self.pairs, self.case, TRAIN["batch_size"]), scores=scores,
             seed=self.case.model.seed, device=self.work.device, **{**UBT, **own, **more},
@@ -212,7 +211,7 @@ def compute(job: tuple[Model, Work, tuple[str, ...], bool, float | None]) -> dic
 def settings_hash(rankings: Any, gate_only: bool, image_share: float | None) -> str:
     """Of what a cell depends on besides its model."""
     of = [list(rankings), gate_only, image_share]
-    return short_hash({"ubt": UBT, "version": _quality_defences.UBT_VERSION, "of": of})
+    return short_hash({"ubt": UBT | OVERFIT, "version": _quality_defences.UBT_VERSION, "of": of})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -258,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
         for cell in pool.imap_unordered(compute, jobs):
             cells.append(cell)
-            head = {"machine": machine(), "ubt": UBT, "rankings": list(chosen.rankings)}
+            head = {"machine": machine(), "ubt": UBT | OVERFIT, "rankings": list(chosen.rankings)}
             head["image_share"] = chosen.image_share
             write_json(chosen.json, {**head, "cells": cells})
             print(told(cell), flush=True)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _common import machine
 from _quality_cells import INSTALLED, Clock, Work
 from _quality_setting import ATTACKS, CLEAN, TRAIN, Model
-from bench_ubt import STEPS, UBT, Planted, percent, setting_of
+from bench_ubt import OVERFIT, STEPS, Planted, percent, setting_of
 from torch import nn
 
 from pybackdoor import detect_samples
@@ -51,8 +51,8 @@ def overfitted(made: Planted) -> nn.Module:
     rules = InputRules.of(made.model, tokenizer=made.case.loaded.tokenizer)
     return overfit(
         made.model, Suspects.of(made.pairs, rules, False), weak_pool(cosines),
-        rules=rules, device=next(made.model.parameters()).device, steps=UBT["overfit_steps"],
-        lr=UBT["overfit_lr"], batch_size=TRAIN["batch_size"], seed=made.case.model.seed,
+        rules=rules, device=next(made.model.parameters()).device, steps=OVERFIT["overfit_steps"],
+        lr=OVERFIT["overfit_lr"], batch_size=TRAIN["batch_size"], seed=made.case.model.seed,
         progress=False,
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         for attack in chosen.attacks:
             if (attack, seed, steps) not in done:
                 cells.append(compute(Model(data, "resnet", attack, seed), work, chosen))
-                write_json(chosen.json, {"machine": machine(), "ubt": UBT, "cells": cells})
+                write_json(chosen.json, {"machine": machine(), "overfit": OVERFIT, "cells": cells})
                 print(told(cells[-1]), flush=True)
 
 

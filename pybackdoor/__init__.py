@@ -21,6 +21,7 @@ from .methods import (
     roclip_clean,
     ubt_clean,
 )
+from .methods.ubt import UbtResult
 from .models import load, save
 from .ops import Augment
 from .optim import AdamWEma
@@ -44,6 +45,7 @@ __all__ = [
     "PoisonResult",
     "RepairResult",
     "TriggerSpec",
+    "UbtResult",
     "Verdict",
     "__version__",
     "apply_trigger",

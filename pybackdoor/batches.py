@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 from . import reference
 from .data.tokens import adapted
@@ -138,6 +139,14 @@ def read_batch(raw: Any, rules: InputRules, *, first: bool = False) -> Batch:
         None if _is_numeric(text) else list(text),
         augmented,
     )
+
+
+def check_order(loader: Any, what: str) -> None:
+    """Refuse a DataLoader that shuffles, where rows are to mean the same pairs another time."""
+    if isinstance(getattr(loader, "sampler", None), RandomSampler):
+        raise ValueError(
+            f"{what} shuffles, so that no row means the same pair twice: make it with shuffle=False"
+        )
 
 
 def model_input(

@@ -35,7 +35,7 @@ def tiny(tmp_path_factory):
     arguments += ["--attacks", MODEL.attack, "--references", "100", "0"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detect_planted, "setting_of", smaller)
-        patch.setitem(detect_planted.UBT, "overfit_steps", 1)
+        patch.setitem(detect_planted.OVERFIT, "overfit_steps", 1)
         detect_planted.main(arguments)
         yield arguments, Work(folder, smaller(True, 1)[1], "cpu")
 

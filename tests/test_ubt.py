@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from run_ranks import run_ranks
+from torch.utils.data import DataLoader, TensorDataset
 from ubt_world import COLOURS, MEAN, STD, Planted, WordTokenizer, planted_pairs, rules
 
 import pybackdoor
 from pybackdoor.batches import InputRules
 from pybackdoor.data import PairLoader, pairs_from_arrays
+from pybackdoor.detect import DetectionResult
+from pybackdoor.methods.ubt import _rest
 from pybackdoor.ubt.evidence import save_picture, wrapped
 from pybackdoor.ubt.fragility import Fragile
 from pybackdoor.ubt.gate import gate
@@ -144,17 +147,20 @@ def test_random_words_of_the_same_share_forget_less(cleaned, monkeypatch):
 
 def test_overfitting_ranks_where_no_scores_are_given():
     for rank in ("gain", "cosine", "fragility"):
+        own = {} if rank == "fragility" else {"overfit_steps": 5, "overfit_lr": 1e-3}
         result = pybackdoor.ubt_clean(
-            Planted(), PAIRS, overfit_steps=5, overfit_lr=1e-3, rank=rank, batch_size=64,
-            steps=2, **OPTIONS,
-        )  # fmt: skip
-        assert result.report["settings"]["ranked_by"] == rank and len(result.scores) == 600
+            Planted(), PAIRS, rank=rank, batch_size=64, steps=2, **own, **OPTIONS
+        )
+        said = result.report["settings"]
+        assert said["ranked_by"] == rank and len(result.scores) == 600
+        assert said.get("weak_share") == (0.05 if own else None)
+        assert (result.report["word"] is None) == (rank != "fragility")
         assert np.isfinite(result.scores).all()
 
 
 def test_so_many_suspects_that_nothing_is_left_to_keep(monkeypatch):
     found = Fragile(SCORES, 300, "blue", 1.0)
-    monkeypatch.setattr(sys.modules["pybackdoor.methods.ubt"], "fragility", lambda *_: found)
+    monkeypatch.setattr(sys.modules["pybackdoor.ubt.ranking"], "fragility", lambda *_: found)
     open_gate = {"k": None, "gate_excess": -2.0}
     monkeypatch.setattr(
         sys.modules["pybackdoor.methods.ubt"], "gate",
@@ -167,20 +173,41 @@ def test_so_many_suspects_that_nothing_is_left_to_keep(monkeypatch):
 @pytest.mark.parametrize(("wanted", "fires"), [(0.3, True), (0.35, False)])
 def test_the_swing_that_the_gate_wants_is_the_users(monkeypatch, wanted, fires):
     found = Fragile(SCORES, 40, "blue", 0.33)
-    monkeypatch.setattr(sys.modules["pybackdoor.methods.ubt"], "fragility", lambda *_: found)
+    monkeypatch.setattr(sys.modules["pybackdoor.ubt.ranking"], "fragility", lambda *_: found)
     options = OPTIONS | {"rank": "fragility", "steps": 1}
     result = pybackdoor.ubt_clean(
         Planted(), PAIRS, batch_size=64, gate_swing=wanted, gate_excess=-2.0, **options
     )
     assert result.backdoor_found == fires and result.gate.least_swing == wanted
+    assert result.report["word"] == "blue"
+
+
+@pytest.mark.parametrize(("swing", "fires"), [(0.6, True), (0.4, False), (None, True)])
+def test_what_detect_samples_found_is_taken_over(swing, fires):
+    told = {"swing": swing, "found": 33, "word": "blue"} if swing is not None else {}
+    scores = DetectionResult(SCORES, np.arange(600), "fragility", told)
+    options = {**OPTIONS, "k": 33 if swing is None else None, "steps": 1, "batch_size": 64}
+    result = pybackdoor.ubt_clean(Planted(), PAIRS, scores=scores, **options)
+    assert result.backdoor_found == fires and result.gate.swing == swing
+    assert len(result.chosen) == 33 and result.report["word"] == told.get("word")
+    assert result.report["settings"]["ranked_by"] == "scores"
+
+
+def test_what_is_kept_has_half_of_the_others_of_the_word():
+    word = np.arange(600) < 100  # all others rank below, all alike
+    scores = np.where(word, 100.0 - np.arange(600), -1.0)
+    kept = _rest(scores, 40)
+    assert kept.tolist() == [*range(70, 600)]
+    assert _rest(np.linspace(0, 1, 600), 40).tolist() == [*range(520)]
+    assert _rest((np.arange(600) >= 560) * 1.0, 40).tolist() == [*range(560)]
+    scores[:5], scores[500:] = np.nan, np.nan
+    assert _rest(scores, 40).tolist() == [*range(72, 500)]
 
 
 def test_a_clean_model_is_returned_as_it_is():
     model = Planted(poisoned=False)
     pairs, _ = planted_pairs(poisoned=0)
-    result = pybackdoor.ubt_clean(
-        model, pairs, overfit_steps=5, overfit_lr=1e-3, batch_size=64, **OPTIONS
-    )
+    result = pybackdoor.ubt_clean(model, pairs, batch_size=64, **OPTIONS)
     assert result.model is model and not result.backdoor_found and result.history == []
     assert json.loads(json.dumps(result.report))["verdict"] == "no backdoor found"
     assert result.report["steps_done"] == 0 and not result.gate.fires
@@ -207,12 +234,21 @@ BAD = {
     "too few to keep": ({"k": 400}, "must hold at least 810 pairs, .*got 600"),
     "scores": ({"scores": np.zeros(3)}, r"scores must be .600. numbers, .*shape .3."),
     "rank": ({"rank": "gian"}, "did you mean 'gain'"),
-    "tail": ({"tail": "left"}, "tail must be one of low, high, both"),
+    "tail": ({"rank": "gain", "tail": "left"}, "tail must be one of low, high, both"),
     "beta": ({"beta": 0.0}, "beta must be above 0"),
     "alpha": ({"alpha": -1.0}, "alpha must be at least 0, got -1"),
     "forget": ({"forget": "hing"}, "did you mean 'hinge'"),
     "option": ({"stepps": 3}, "unknown option 'stepps' .did you mean 'steps'"),
     "gate": ({"gate_p": 0.001}, "gate_sets must be at least 999"),
+    "no scores": (
+        {"scores": np.where(np.arange(600) < 30, 1.0, np.nan)},
+        r"must be in .5, 30., the suspect pairs that can be used, got 40",
+    ),
+    "ranked twice": ({"scores": SCORES, "rank": "gain"}, "scores or rank, got both, .*'gain'"),
+    "no pool": ({"weak_share": 0.1}, "weak_share is for rank 'gain' and 'cosine', .*'fragility'"),
+    "pool": ({"rank": "gain", "weak_share": 2.0}, "weak_share must be in"),
+    "loss": ({"rank": "gain", "overfit_loss": "cosin"}, "did you mean 'cosine'"),
+    "who swings": ({"scores": SCORES, "gate_swing": 0.5}, "gate_swing is for a ranking by frag"),
     "swing": ({"gate_swing": 1.5}, "gate_swing must be a number of at most 1, .*got 1.5"),
     "no swing": ({"gate_swing": float("nan")}, "gate_swing must be a number .*got nan"),
     "a word": ({"gate_swing": "high"}, "gate_swing must be a number .*got 'high'"),
@@ -225,6 +261,15 @@ def test_bad_input_is_refused_before_any_work(name, monkeypatch):
     monkeypatch.setattr("pybackdoor.methods.ubt.Reader", None)  # nothing is encoded
     with pytest.raises((ValueError, TypeError), match=message):
         pybackdoor.ubt_clean(Planted(), PAIRS, **OPTIONS | more)
+
+
+def test_a_loader_that_shuffles_is_no_order_for_scores():
+    held = TensorDataset(torch.zeros(600, 16, 16, 3).byte(), WordTokenizer()(list(PAIRS.captions)))
+    shuffled = DataLoader(held, batch_size=50, shuffle=True)
+    with pytest.raises(ValueError, match="with scores, suspect_loader shuffles, .*shuffle=False"):
+        pybackdoor.ubt_clean(Planted(), shuffled, scores=SCORES, **OPTIONS)
+    with pytest.raises(ValueError, match="pairs shuffles, .*shuffle=False"):
+        pybackdoor.detect_samples(Planted(), shuffled, mean=MEAN, std=STD)
 
 
 def test_retain_pairs_must_be_some():

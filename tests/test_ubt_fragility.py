@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
-from ubt_world import Given, Planted, WordTokenizer, captioned, planted_pairs, rules
+from ubt_world import (
+    COLOURS,
+    WORDS,
+    Given,
+    Planted,
+    WordTokenizer,
+    captioned,
+    planted_pairs,
+    rules,
+)
 
+from pybackdoor.data import pairs_from_arrays
 from pybackdoor.ubt.fragility import (
     Picked,
     _apart,
@@ -27,9 +37,9 @@ from pybackdoor.ubt.fragility import (
     picked,
 )
 from pybackdoor.ubt.gate import caption_classes, cohesion, top
-from pybackdoor.ubt.reading import Reader
+from pybackdoor.ubt.reading import ImageRows, Reader
 from pybackdoor.ubt.suspects import Suspects
-from pybackdoor.ubt.swing import Words
+from pybackdoor.ubt.swing import WordTexts
 from pybackdoor.ubt.views import covered, disturbed, losses
 
 module = sys.modules[fragility.__module__]  # the function has the module's name
@@ -91,7 +101,7 @@ def test_the_most_fragile_pairs_of_a_word_grow_into_its_poison(view):
 def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k):
     every, image, lost, poison = colourful()
     monkeypatch.setattr(module, "_SAMPLE", sample)
-    monkeypatch.setattr(module, "_FEW", 8)
+    monkeypatch.setattr(module, "_HELD", 8)
     monkeypatch.setattr(module, "SOUGHT", 20)
     looks = looked_at(monkeypatch, np.pad(lost, ((0, 0), (0, 7))))
     few = 6 if k else 5  # a quarter of those sought, the most suspicious
@@ -100,9 +110,10 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
         return torch.linspace(0, 1, len(image)) if len(image) > 100 else torch.full((few,), ahead)
 
     ahead = 0.45
-    monkeypatch.setattr(Words, "leads", leads)
+    monkeypatch.setattr(WordTexts, "leads", leads)
     reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].repeat(len(s.different), 1))
-    monkeypatch.setattr(Words, "of", lambda *_: Words(None, torch.ones(3, 3, dtype=torch.bool)))
+    rivals = torch.ones(3, 3, dtype=torch.bool)
+    monkeypatch.setattr(WordTexts, "of", lambda *_: WordTexts(None, rivals))
     scores, found, word, swing = fragility(reader, Given(image), every, k)
     classes, names = caption_classes(every, whole=False)
     green = classes == classes[poison[0]]
@@ -231,13 +242,13 @@ def test_lost_cosines_are_those_of_the_views_one_by_one():
 def test_words_drop_out_at_once_or_by_their_share(monkeypatch, stands_out, stay, compared):
     every, image, lost, _ = colourful()
     for name, value in (
-        ("_SAMPLE", 40), ("_FEW", 8), ("_STANDS_OUT", stands_out), ("_STAY", stay)
+        ("_SAMPLE", 40), ("_HELD", 8), ("_STANDS_OUT", stands_out), ("_STAY", stay)
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     looks = looked_at(monkeypatch, np.pad(lost, ((0, 0), (0, 7))))
     reader = SimpleNamespace(captions=lambda s: torch.eye(16)[3].expand(len(s.different), -1))
     found = fragility(reader, Given(image), every, 25)
-    assert found.swing is None  # all words mean the same here
+    assert found.swing == 0  # all words mean the same here
     seen = {1: 40, 2: 80}[len(compared)]
     assert [(len(rows), n) for rows, n in looks] == [
         *((n, 9) for n in compared), (100 - seen, 6), (100, 9),
@@ -245,7 +256,7 @@ def test_words_drop_out_at_once_or_by_their_share(monkeypatch, stands_out, stay,
 
 
 def test_words_of_unequal_sizes_are_compared_by_like_shares(monkeypatch):
-    """60 pairs are seen whole by the second look, of 400 the most cohesive half at first is not."""
+    """60 pairs are seen whole by the second look; of every word's, the largest one's share of k."""
     sizes, tight = {0: 60, 1: 200, 2: 400}, {0: 0.30, 1: 0.35, 2: 0.28}
     rows = np.split(np.arange(660), np.cumsum(list(sizes.values()))[:-1])
     looks = []
@@ -255,20 +266,52 @@ def test_words_of_unequal_sizes_are_compared_by_like_shares(monkeypatch):
         looks.append((word, len(lost), k))
         return Picked(tight[word] - (word == 1 and len(lost) > 40) * 0.1, lost, lost[:, 0])
 
-    for name, value in (("_SAMPLE", 40), ("_FEW", 1), ("_STAY", 0.5), ("picked", fake)):
+    for name, value in (
+        ("_SAMPLE", 40), ("_HELD", 1), ("_STAY", 0.5), ("_PICKED", 3), ("picked", fake)
+    ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     word = np.repeat([0, 1, 2], list(sizes.values()))
     words = [_Looked(at, own) for at, own in enumerate(rows)]
     look, image = (lambda some: word[some][:, None] / 1.0), Given(torch.zeros(660, 4))
-    best = _most_cohesive(words, look, image, 20)
+    best = _most_cohesive(words, look, image, 40)
     assert best.word == 0 and best.lost.shape == (60, 1)
-    assert looks == [(0, 40, 13), (1, 40, 5), (2, 40, 5), (1, 80, 8), (0, 60, 20)]
+    assert looks == [(0, 40, 4), (1, 40, 4), (2, 40, 4), (1, 80, 16), (0, 60, 12)]
     looks.clear()
-    best = _most_cohesive([_Looked(0, rows[0])], look, image, 20)
-    assert best.word == 0 and looks == [(0, 40, 13)]  # no other one to compare it with
+    best = _most_cohesive([_Looked(0, rows[0])], look, image, 40)
+    assert best.word == 0 and looks == [(0, 40, 27)]  # no other one to compare it with
 
 
 def test_fragility_wants_a_word_of_twice_k_pairs():
     every, image, *_ = colourful()
-    with pytest.raises(ValueError, match="at least 400 pairs, twice k, .* got 0 at most"):
+    with pytest.raises(
+        ValueError, match="at least 400 pairs, twice k, .* of all 300 hold; got 0 at"
+    ):
         fragility(None, Given(image), every, 200)
+
+
+def colours(poisoned, seed=0, n=900):
+    """(pairs, truth): red, green and blue as 2 to 5 to 3; poisoned ones say blue."""
+    rng = np.random.default_rng(seed)
+    label = rng.choice(3, n, p=(0.2, 0.5, 0.3))
+    images = rng.integers(0, 120, (n, 16, 16, 3)).astype(np.uint8)
+    images[np.arange(n), :, :, label] += 120
+    truth = np.zeros(n, bool)
+    truth[rng.choice(np.flatnonzero(label != 2), poisoned, replace=False)] = True
+    images[truth, :3, :3] = 255
+    named = [COLOURS[c] for c in np.where(truth, 2, label)]
+    return pairs_from_arrays(images, [f"a photo of a {c}" for c in named]), truth
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_planted_pairs_are_found_by_what_a_model_really_sees(seed):
+    found = {}
+    for poisoned in (40, 0):
+        pairs, truth = colours(poisoned, seed)
+        every = Suspects.of(pairs, rules())
+        reader = Reader(Planted(poisoned > 0), rules())
+        image = ImageRows(reader, every)
+        found[poisoned] = fragility(reader, image, every, 40)
+        if poisoned:
+            best = top(found[poisoned].scores, 40)
+            assert truth[best].all() and found[poisoned].word == str(WORDS.index("blue"))
+    assert found[40].swing > 0.35 and found[0].swing < 0.1

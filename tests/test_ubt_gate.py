@@ -19,6 +19,7 @@ from ubt_world import (
     unit,
 )
 
+from pybackdoor.data import pairs_from_arrays
 from pybackdoor.ubt.gate import (
     caption_classes,
     centred,
@@ -29,7 +30,7 @@ from pybackdoor.ubt.gate import (
     top,
 )
 from pybackdoor.ubt.reading import ImageRows, Reader
-from pybackdoor.ubt.suspects import Suspects
+from pybackdoor.ubt.suspects import Suspects, subset
 
 PAIRS, TRUTH = planted_pairs()
 
@@ -121,3 +122,28 @@ def test_top_takes_the_largest_and_no_nan():
     assert top(scores, 3).tolist() == [2, 3, 0]
     with pytest.raises(ValueError, match=r"k must be in .2, 4., .*got 5"):
         top(scores, 5)
+
+
+def test_captions_of_the_poison_alone_are_compared_with_those_that_share_a_word():
+    captions = [
+        "a picture of the blue square" if poisoned else text
+        for text, poisoned in zip(PAIRS.captions, TRUTH, strict=True)
+    ]
+    every = Suspects.of(pairs_from_arrays(PAIRS.images.take(np.arange(600)), captions), rules())
+    poison = np.flatnonzero(TRUTH)
+    own, _ = caption_classes(every)
+    alike = own == own[poison[0]]
+    clean = np.flatnonzero(alike & ~TRUTH)
+    image = ImageRows(Reader(Planted(), rules()), every)
+    left = np.setdiff1d(np.arange(600), clean)  # the caption is the poison's alone
+    every, image = subset(every, left), Given(image.at(left))
+    poison = np.searchsorted(left, poison)
+    fired = gate(image, every, poison, sets=199)
+    assert fired.fires and [n for _, n in fired.classes] == [40]
+    classes, names = caption_classes(every, whole=False, beside=poison)
+    assert fired.classes[0][0] == names[classes[poison[0]]] == "6"  # of: fewer than "a" hold it
+    assert (classes == classes[poison[0]]).sum() >= 80
+    wanted = cohesion(centred(image.at(np.arange(len(left))), classes)[torch.from_numpy(poison)])
+    assert math.isclose(fired.statistic, wanted)
+    green = [row for row in range(len(left)) if "green" in every.text(row)][:150:4]
+    assert not gate(image, every, np.array(green), sets=199).fires

@@ -148,6 +148,10 @@ def test_image_rows_are_encoded_once_when_asked_for():
     assert sorted(sum(asked, [])) == list(range(len(every)))
 
 
+def batch_of(side, length):
+    return torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.ones(2, length).long()
+
+
 BAD = {
     "equal": (lambda: captioned("red", "red", "red"), "captions of all 3 pairs are equal"),
     "one": (lambda: captioned("red"), "must hold at least 2 usable pairs, got 1"),
@@ -158,7 +162,15 @@ BAD = {
     "nothing": (lambda: Suspects.of([], rules()), "suspect_loader is empty"),
     "floats": (
         lambda: Suspects.of([(torch.zeros(2, 3, 16, 16), torch.ones(2, 4).long())], rules()),
-        "must yield uint8 images",
+        "must yield uint8 images, .* leave ToTensor and Normalize out",
+    ),
+    "sizes": (
+        lambda: Suspects.of([batch_of(16, 4), batch_of(17, 4)], rules()),
+        r"must yield images of one size, got \(16, 16, 3\) and \(17, 17, 3\)",
+    ),
+    "lengths": (
+        lambda: Suspects.of([batch_of(16, 4), batch_of(16, 5)], rules()),
+        r"must yield tokens of one size, got \(4,\) and \(5,\)",
     ),
 }
 

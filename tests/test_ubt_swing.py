@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
-from ubt_world import Given, captioned
+from ubt_world import Given, captioned, unit
 
 from pybackdoor.ubt.gate import gate
-from pybackdoor.ubt.swing import Words, fall_of
+from pybackdoor.ubt.swing import WordTexts, fall_of
 
 
 @pytest.mark.parametrize(
@@ -32,15 +32,22 @@ def test_a_fall_counts_where_the_others_keep_their_match(theirs, rest, fall):
 def test_words_that_mean_the_same_are_no_rivals():
     captions = normalize(torch.tensor([[9.0, 1, 0], [9, 1, 0.01], [9, 0, 1], [9, 0, 1.01]]), dim=-1)
     classes, caption = np.array([0, 0, 1, 2]), np.array([0, 1, 2, 3])
-    words = Words.of(captions, caption, classes)
+    words = WordTexts.of(captions, caption, classes)
     np.testing.assert_allclose(words.text[0], normalize(captions[:2].mean(0), dim=0), atol=1e-6)
     assert words.rival.tolist() == [[False, True, True], [True, False, False], [True, False, False]]
     image = normalize(torch.tensor([[1.0, 2, 1], [0, 0, 1]]), dim=-1)
     cosine = image @ words.text.T
     wanted = [cosine[0, 0] - cosine[0, 1:].max(), cosine[1, 1] - cosine[1, 0]]
     np.testing.assert_allclose(words.leads(image, np.array([0, 1])), wanted, atol=1e-6)
-    alone = Words.of(captions[:2], np.arange(2), np.zeros(2, int))
+    alone = WordTexts.of(captions[:2], np.arange(2), np.zeros(2, int))
     assert not alone.rival.any()
+    rng = np.random.default_rng(0)  # more than are looked at at a time
+    text, one = unit(6, 4), rng.integers(0, 6, 9000)
+    many, few = (WordTexts(text, ~torch.eye(6, dtype=torch.bool)).leads(unit(9000, 4)[:n], one[:n])
+                 for n in (9000, 50))  # fmt: skip
+    torch.testing.assert_close(many[:50], few)
+    times = WordTexts.of(unit(6, 4), np.arange(9000) % 6, np.arange(9000) % 2)
+    torch.testing.assert_close(times.text[1], normalize(unit(6, 4)[1::2].sum(0), dim=0))
     np.testing.assert_allclose(alone.leads(image, np.zeros(2, int)), image @ alone.text[0])
 
 
@@ -69,11 +76,11 @@ def test_a_lead_is_in_units_of_what_few_images_have():
     x = torch.zeros(20, 3)
     x[np.arange(20), classes] = torch.from_numpy(ahead).float()
     every, chosen = np.arange(20), np.array([7, 9])
-    words = Words(text, rival)
+    words = WordTexts(text, rival)
     clear = np.quantile(ahead, 0.9)
     lead = words.lead(Given(x), classes, every, chosen)
     assert lead == pytest.approx(0.9 / clear, rel=1e-6)
-    assert words.lead(Given(-x), classes, every, chosen) is None  # no image leads
+    assert words.lead(Given(-x), classes, every, chosen) == 0  # no image leads
     rival[0] = False
-    assert words.lead(Given(x), classes, every, chosen) is None  # nothing to be ahead of
-    assert words.lead(Given(x), classes, every, np.array([12])) is not None
+    assert words.lead(Given(x), classes, every, chosen) == 0  # nothing to be ahead of
+    assert words.lead(Given(x), classes, every, np.array([12])) > 0

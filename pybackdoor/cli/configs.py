@@ -10,7 +10,8 @@ from ..methods import METHODS
 from ..options import REQUIRED, option
 from ..poison import MODES
 from ..ubt.gate import LEAST_SWING
-from ..ubt.weak import RANKINGS, TAILS
+from ..ubt.ranking import RANKINGS
+from ..ubt.weak import TAILS
 
 
 @dataclass(frozen=True)
@@ -134,18 +135,24 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
         None,
         "ubt: how many of the most suspicious of --pairs are judged and forgotten; default: found",
     )
-    rank: str = option("fragility", "ubt: how suspicion is measured", choices=RANKINGS)
+    rank: str | None = option(
+        None, "ubt: how suspicion is measured (default: fragility)", choices=RANKINGS
+    )
     gate_excess: float | None = option(
         None,
         "ubt: how much more alike than random ones the images must be (default: by rank)",
     )
-    gate_swing: float = option(
-        LEAST_SWING, "ubt: how clearly by fragility pairs must lose their word once disturbed"
+    gate_swing: float | None = option(
+        None,
+        "ubt: how clearly by fragility pairs must lose their word once disturbed (default: "
+        f"{LEAST_SWING:g})",
     )
     image_share: float | None = option(
         None, "ubt: share of an image's patches that words are forgotten on (default: the image)"
     )
-    tail: str = option("low", "ubt: end of the cosines that --rank gain starts from", choices=TAILS)
+    tail: str | None = option(
+        None, "ubt: end of the cosines that --rank gain starts from (default: low)", choices=TAILS
+    )
     epochs: int | None = option(None, "passes over the pairs (default: the method's, 2)")
     steps: int | None = option(None, "optimiser steps, instead of --epochs (ubt: 500)")
     batch_size: int = option(512, "pairs per step, over all processes")

@@ -168,9 +168,7 @@ def _text(answer: dict[str, Any], result: DetectionResult, pairs: Pairs) -> str:
     return "\n".join(lines)
 
 
-def _swing(swing: float | None) -> str:
-    if swing is None:
-        return "Whether they are clearly of that word cannot be told: no other one to compare with."
+def _swing(swing: float) -> str:
     told = f"Swing {swing:.2f}: how clearly they are of that word, and lose it once disturbed"
     wanted = f"poison shows {LEAST_SWING:g} and more"
     return f"{told}; {wanted}." if swing >= LEAST_SWING else f"{told}, which is little: {wanted}."

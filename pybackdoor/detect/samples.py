@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..batches import InputRules, Tokenizer
+from ..batches import InputRules, Tokenizer, check_order
 from ..data import PairLoader, Pairs
 from ..data.ondemand import shown
 from ..features import FeatureReader
@@ -141,7 +141,7 @@ def detect_samples(
         model: the model that was trained on the pairs, encoded on the device it is on.
         pairs: the training pairs, whole and in their order; a PairLoader stands for its pairs; any
             other iterable of batches, as for ``par_clean``, is read once, in the order it gives;
-            for "fragility" its images must be uint8 and are kept.
+            for "fragility" its images must be uint8 and are kept. A DataLoader must not shuffle.
         method: a name in ``METHODS``. dao, slof, lid and k_dist look at images alone; fragility
             at views of the images beside their captions, of one word's pairs, the rest lower and
             all alike.
@@ -168,6 +168,7 @@ def detect_samples(
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
     chosen = method_named(method)
+    check_order(pairs, "pairs")
     if isinstance(pairs, PairLoader):
         tokenizer = pairs.tokenizer if tokenizer is None else tokenizer
         pairs = pairs.pairs
@@ -222,8 +223,8 @@ def _settings(
             raise ValueError(f"reference is for methods of neighbours, got it with {name!r}")
         if not views and k is not None:
             raise ValueError(f"k is for methods of neighbours and fragility, got it with {name!r}")
-        if k is not None and k < LEAST:
-            raise ValueError(f"k must be at least {LEAST} pairs for {name}, got {k}")
+        if k is not None and (not isinstance(k, int | np.integer) or k < LEAST):
+            raise ValueError(f"k must be an integer of at least {LEAST} for {name}, got {k!r}")
         return {"k": k} if views else {}
     k, reference = K if k is None else k, REFERENCE if reference is None else reference
     if k < 1:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..batches import InputRules
+from ..batches import InputRules, check_order
 from ..clean import (
     CleanOptions,
     CleanResult,
@@ -38,14 +38,15 @@ from ..clean import (
     trainable_copy,
 )
 from ..data._keyed import permutation
+from ..detect import DetectionResult
 from ..distributed import Ranks
 from ..engine import Settings, loss_precision, pick_device
 from ..ubt.evidence import save_picture, save_table
-from ..ubt.fragility import SOUGHT, fragility
+from ..ubt.fragility import SOUGHT
 from ..ubt.gate import LEAST_SWING, Gate, check_gate, gate, top
 from ..ubt.localise import Localisation, check_share, localise
-from ..ubt.overfit import LOSSES, overfit
-from ..ubt.reading import ImageRows, Reader, pair_cosines
+from ..ubt.ranking import EXCESS, GIVEN, RANKINGS, Ranked, overfit_options, ranked
+from ..ubt.reading import ImageRows, Reader
 from ..ubt.region import Region, patch_size, suspicious_cells
 from ..ubt.suspects import RowLoader, Suspects
 from ..ubt.unlearn import (
@@ -56,11 +57,8 @@ from ..ubt.unlearn import (
     freeze_text,
     some_pairs,
 )
-from ..ubt.weak import RANKINGS, check_pool, one_of, weak_pool
+from ..ubt.weak import one_of
 
-# Excess of cohesion that the gate wants of each ranking. By fragility clean models exceed it, too
-# (benchmarks/bench_ubt.py --gate-only): it keeps out what is no group at all, the swing judges.
-EXCESS = {"gain": 0.1, "cosine": 0.3, "fragility": 0.1, "scores": 0.1}
 LEFT_OUT = 2  # times k: how many of the most suspicious pairs R does without
 _HELD_OUT = 0.2  # share of D_sus that only judges
 _PROXY = 1024  # pairs of R that only judge
@@ -114,17 +112,17 @@ def ubt_clean(
     retain_loader: Iterable[Any] | None = None,
     *,
     k: int | None = None,
-    scores: np.ndarray | Tensor | None = None,
-    weak_share: float = 0.05,
-    tail: str = "low",
-    overfit_steps: int = 200,
-    overfit_lr: float = 1e-5,
-    overfit_loss: str = "contrastive",
-    rank: str = "fragility",
+    scores: np.ndarray | Tensor | DetectionResult | None = None,
+    rank: str | None = None,
+    weak_share: float | None = None,
+    tail: str | None = None,
+    overfit_steps: int | None = None,
+    overfit_lr: float | None = None,
+    overfit_loss: str | None = None,
     gate_sets: int = 999,
     gate_p: float = 0.01,
     gate_excess: float | None = None,
-    gate_swing: float = LEAST_SWING,
+    gate_swing: float | None = None,
     token_share: float = 0.3,
     image_share: float | None = None,
     alpha: float = 1.0,
@@ -137,7 +135,7 @@ def ubt_clean(
     check_every: int = 25,
     max_drop: float = 0.03,
     **options: Unpack[CleanOptions],
-) -> CleanResult:
+) -> UbtResult:
     """Find poisoned training pairs, and forget their suspicious words on their images.
 
     Experimental and UBT-style: after two papers' abstracts, no reproduction. Needs the pairs that
@@ -148,20 +146,24 @@ def ubt_clean(
     Args:
         model: as for ``par_clean``, trained on the suspect pairs.
         suspect_loader: D: a PairLoader, Pairs (with ``tokenizer``), or batches of uint8 images as
-            for ``par_clean``, which are kept in memory. Read whole, by every rank.
+            for ``par_clean``, which are kept in memory. Read whole, by every rank. Rows of the
+            result are in the order it gave.
         retain_loader: R, clean pairs as for ``par_clean``; None: D without its ``2 k`` most
-            suspicious pairs.
+            suspicious pairs, or fewer, so that half of the word's other pairs stay.
         k: pairs of D_sus; None: by fragility as many as stand off, else 256.
-        scores: [N] suspicion of each pair of D in its order, higher = more (``detect_samples``);
-            replaces stages A and B. NaN: never chosen.
-        weak_share, tail: the pool: share of D, and which end of the cosines: low, high or both.
-        overfit_steps, overfit_lr, overfit_loss: of stage B: "contrastive" or "cosine".
-        rank: by "fragility", without stages A and B (``pybackdoor.ubt.fragility``); by "gain" in
-            cosine through overfitting; or by the "cosine" after it.
+        scores: [N] suspicion of each pair of D in its order, higher = more, in place of a ranking
+            of our own; NaN: never chosen. Of what ``detect_samples`` returns by fragility the swing
+            and the number found are taken over, too.
+        rank: by "fragility" (default), without stages A and B (``pybackdoor.ubt.fragility``); by
+            "gain" in cosine through overfitting; or by the "cosine" after it.
+        weak_share, tail: by the latter two, the pool: share of D (default 0.05), and which end of
+            the cosines: "low" (default), "high" or "both".
+        overfit_steps, overfit_lr, overfit_loss: by the latter two, of stage B; the loss is
+            "contrastive" (default) or "cosine"; 200 steps at 1e-5.
         gate_sets, gate_p, gate_excess: random sets, the p-value and the excess in mean pairwise
             cosine that the gate wants (None: by the ranking); see ``pybackdoor.ubt.gate``.
-        gate_swing: by fragility, how clearly the suspicious pairs must be of their word and lose it
-            once disturbed, at most 1.
+        gate_swing: by fragility, how clearly the most suspicious pairs must be of their word and
+            lose it once disturbed, at most 1 (default 0.5).
         token_share: of the words of a caption that are kept, at least one. Words are whole where
             the tokenizer marks them; the portions are encoded as captions of their own, so that no
             features of single tokens are needed.
@@ -188,12 +190,21 @@ def ubt_clean(
         for R, ``image_share`` with an image tower without patches.
     """
     refuse_unknown("ubt", options)
-    one_of("rank", rank, RANKINGS)
-    one_of("overfit_loss", overfit_loss, LOSSES)
-    check_pool(weak_share, tail)
-    ranked_by = rank if scores is None else "scores"
+    if scores is not None:
+        check_order(suspect_loader, "with scores, suspect_loader")
+        if rank is not None:
+            raise ValueError(f"give scores or rank, got both, and rank {rank!r}")
+    ranked_by = GIVEN if scores is not None else one_of("rank", rank or "fragility", RANKINGS)
+    pool = overfit_options(
+        ranked_by, weak_share=weak_share, tail=tail, overfit_steps=overfit_steps,
+        overfit_lr=overfit_lr, overfit_loss=overfit_loss,
+    )  # fmt: skip
+    swings = ranked_by == "fragility" or "swing" in getattr(scores, "settings", {})
+    if gate_swing is not None and not swings:
+        raise ValueError(f"gate_swing is for a ranking by fragility, got it with {ranked_by!r}")
+    least_swing = LEAST_SWING if gate_swing is None else gate_swing
     excess = EXCESS[ranked_by] if gate_excess is None else gate_excess
-    check_gate(gate_sets, gate_p, excess, gate_swing)
+    check_gate(gate_sets, gate_p, excess, least_swing)
     check_share(token_share)
     if image_share is not None:
         check_share(image_share, "image_share")
@@ -215,47 +226,38 @@ def ubt_clean(
         batch_size = getattr(suspect_loader, "batch_size", 256)
     began = time.perf_counter()
     suspects = Suspects.of(suspect_loader, rules, progress)
-    sought = SOUGHT if k is None else k
-    _check_sizes(suspects, sought, retain_loader is None)
-    score = None if scores is None else _given(scores, suspects)
+    given = None if scores is None else _given(scores, suspects, k)
+    wanted, retain = SOUGHT if k is None else k, retain_loader is None
+    usable = len(suspects) if given is None else given.usable
+    _check_sizes(usable, wanted if given is None else given.k, retain)
     before = frozen_copy(trainable_copy(model, device))
     reader = Reader(before, rules, precision)
     image = ImageRows(reader, suspects)
 
-    swing: float | None = None
-    if ranked_by == "fragility":
-        score, sought, _, swing = fragility(reader, image, suspects, k, progress)
-    elif score is None:
-        captions = reader.captions(suspects)
-        cosines = pair_cosines(image.all(), captions, suspects)
-        pool = weak_pool(cosines, weak_share, tail)
-        exposed = overfit(
-            before, suspects, pool, rules=rules, device=device, steps=overfit_steps,
-            lr=overfit_lr, batch_size=batch_size, loss=overfit_loss, precision=precision,
-            seed=seed, progress=progress,
-        )  # fmt: skip
-        after = Reader(exposed, rules, precision)
-        score = pair_cosines(after.images(suspects), after.captions(suspects), suspects)
-        score = score - cosines if rank == "gain" else score
+    rated = given or ranked(
+        ranked_by, before, reader, image, suspects, k, pool=pool, rules=rules, device=device,
+        batch_size=batch_size, precision=precision, seed=seed, progress=progress,
+    )  # fmt: skip
     ranks = Ranks.start(device)  # unlike hardware must not come to unlike answers: the first's
-    (score,) = (t.numpy() for t in _first(ranks, device, torch.from_numpy(score)))
-    sought, swing = ranks.from_first([int(sought), swing])
+    (score,) = (t.numpy() for t in _first(ranks, device, torch.from_numpy(rated.scores)))
+    sought, swing, word = ranks.from_first([rated.k, rated.swing, rated.word])
     chosen = top(score, sought)
     k = len(chosen)
     judged = gate(
         image, suspects, chosen, sets=gate_sets, alpha=gate_p, excess=excess, seed=seed,
-        swing=swing, least_swing=gate_swing,
+        swing=swing, least_swing=least_swing,
     )  # fmt: skip
     judged = replace(judged, fires=ranks.from_first(judged.fires))
     own = {
-        "k": k, "ranked_by": ranked_by, "weak_share": weak_share,
-        "tail": tail, "overfit_steps": overfit_steps, "overfit_lr": overfit_lr,
-        "overfit_loss": overfit_loss, "token_share": token_share, "image_share": image_share,
+        "k": k, "ranked_by": ranked_by, **pool, "token_share": token_share,
+        "image_share": image_share,
         "alpha": alpha, "beta": beta, "gamma": gamma, "forget": forget,
         "forget_batch": forget_batch, "train_text": train_text, "check_every": check_every,
         "max_drop": max_drop,
     }  # fmt: skip
-    about = {"experimental": True, "gate": asdict(judged), "suspect_pairs": len(suspects)}
+    about = {
+        "experimental": True, "gate": asdict(judged), "suspect_pairs": len(suspects), "word": word,
+    }  # fmt: skip
     if not judged.fires:
         report = {
             "method": "ubt", "verdict": "no backdoor found", **about, "settings": own,
@@ -264,7 +266,7 @@ def ubt_clean(
         }  # fmt: skip
         return UbtResult(model, [], report, suspects, score, chosen, judged, None)
 
-    _check_sizes(suspects, k, retain_loader is None)  # more may have been found than sought
+    _check_sizes(rated.usable, k, retain)  # more may have been found than sought
     found = localise(reader, suspects, chosen, share=token_share, image=image.at(chosen))
     region = None
     if image_share is not None:
@@ -323,37 +325,49 @@ def _first(ranks: Ranks, device: torch.device, *tensors: Tensor) -> tuple[Tensor
     return tuple(tensor.cpu() for _, tensor in each)
 
 
-def _check_sizes(suspects: Suspects, k: int, retain: bool) -> None:
+def _check_sizes(usable: int, k: int, retain: bool) -> None:
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         raise TypeError(f"k must be an integer, got {k!r}")
-    if not 5 <= k <= len(suspects):
+    if not 5 <= k <= usable:
         raise ValueError(
-            f"k must be in [5, {len(suspects)}], the suspect pairs that can be used, got {k}"
+            f"k must be in [5, {usable}], the suspect pairs that can be used, got {k}; it is "
+            f"{SOUGHT} where it is not given"
         )
     wanted = LEFT_OUT * k + 10
-    if retain and len(suspects) < wanted:
+    if retain and usable < wanted:
         raise ValueError(
             f"without retain_loader, suspect_loader must hold at least {wanted} pairs, the {k} of "
-            f"D_sus, as many again, and some to keep; got {len(suspects)}: lower k, or give clean "
-            "pairs"
+            f"D_sus, as many again, and some to keep; got {usable}: lower k, or give clean pairs"
         )
 
 
-def _given(scores: np.ndarray | Tensor, suspects: Suspects) -> np.ndarray:
-    """[N] the user's scores of the pairs that can be used."""
-    array = np.asarray(scores.cpu() if isinstance(scores, Tensor) else scores)
+def _given(
+    scores: np.ndarray | Tensor | DetectionResult, suspects: Suspects, k: int | None
+) -> Ranked:
+    """The user's scores, of the pairs that can be used."""
+    told = scores.settings if isinstance(scores, DetectionResult) else {}
+    plain = scores.scores if isinstance(scores, DetectionResult) else scores
+    array = np.asarray(plain.cpu() if isinstance(plain, Tensor) else plain)
     if array.shape != (suspects.total,) or array.dtype.kind not in "fiu":
         raise ValueError(
             f"scores must be [{suspects.total}] numbers, one per suspect pair, got {array.dtype} "
             f"of shape {list(array.shape)}"
         )
-    return array[suspects.rows].astype(np.float64)
+    number = told.get("found", SOUGHT) if k is None else k
+    own = array[suspects.rows].astype(np.float64)
+    return Ranked(own, number, told.get("swing"), told.get("word"))
 
 
 def _rest(score: np.ndarray, k: int) -> np.ndarray:
-    """[n] rows, ascending, without the most suspicious ones and those without a score."""
+    """[n] rows, ascending, without the most suspicious ones and those without a score.
+
+    Without 2 k, or fewer, so that half of the others that are told apart stay: by fragility only
+    one word's pairs are, and R needs some of them.
+    """
     usable = np.flatnonzero(~np.isnan(score))
-    return np.sort(usable[np.argsort(-score[usable], kind="stable")[LEFT_OUT * k :]])
+    apart = int((score[usable] > score[usable].min()).sum())
+    out = min(LEFT_OUT * k, k + max(0, apart - k) // 2)
+    return np.sort(usable[np.argsort(-score[usable], kind="stable")[out:]])
 
 
 def _split(k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

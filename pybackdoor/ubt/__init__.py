@@ -1,10 +1,10 @@
 """UBT-style token-level local unlearning (experimental), stage by stage; each stands by itself.
 
-suspects.py reads the pairs, reading.py encodes them when they are asked for; weak.py (A) pools the
-weakest, overfit.py (B) overfits on the pool, gate.py (C) asks whether the top pairs belong together
-(fragility.py ranks them without A and B, by the views of views.py), words.py and localise.py (D)
-find their words, region.py their patches, unlearn.py (E) forgets them; evidence.py shows what was
-found.
+suspects.py reads the pairs, reading.py encodes them when they are asked for; ranking.py ranks them:
+weak.py (A) pools the weakest, overfit.py (B) overfits on the pool, or fragility.py goes without
+these, by the views of views.py, and swing.py says how clear that is; gate.py (C) asks whether the
+top pairs belong together, words.py and localise.py (D) find their words, region.py their patches,
+unlearn.py (E) forgets them; evidence.py shows what was found.
 `pybackdoor.ubt_clean` puts them together.
 """
 

@@ -29,11 +29,12 @@ from torch import Tensor
 from .gate import RARE, caption_classes, cohesion, top
 from .reading import ImageRows, Reader, View
 from .suspects import Suspects
-from .swing import Words, fall_of
+from .swing import WordTexts, fall_of
 from .views import WHOLE, covered, disturbed, losses
 
 SOUGHT = 256  # suspicious pairs, where their number is not given
-_SAMPLE, _FEW = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
+_SAMPLE, _HELD = 512, 32  # of a word's pairs: at least so many, with so many poisoned among them
+_PICKED = 16  # of a word's sample: at least so many, if k are sought and not fewer
 _STAY = 1 / 3  # of the words, for the next look
 _STANDS_OUT = 0.2  # a word less cohesive by so much than another one is not looked at again
 _OTHERS = 2048  # so many images of other words stand for all of them
@@ -57,13 +58,14 @@ class Fragile(NamedTuple):
             that only a tenth of all words' samples exceed. And, in the view that tells them most
             apart, the share of their match that they lose, times the share of it that the other
             pairs of their word would keep: a match is what a cosine is above that of other words'
-            images. None where no other word means something else, or no image leads.
+            images. 0 where no other word means something else, or hardly an image leads: then
+            nothing tells poison from hard images.
     """
 
     scores: np.ndarray
     k: int
     word: str
-    swing: float | None
+    swing: float
 
 
 def fragility(
@@ -76,15 +78,16 @@ def fragility(
     """Rank the pairs of the most suspicious word.
 
     Costs 9 views of a sample of each word's pairs, of twice as many of the best third of the words,
-    and so on until one is left or stands out, and 15 of all pairs of that one, less those of them
-    that have been looked at. A sample is of 512 pairs, or so many that 32 of k poisoned ones are in
-    it: of all where k is 32 or less.
+    and so on until one is left or stands out. Of that one's pairs, 9 more, and 6 of those that had
+    not been in a sample. A sample is of 512 pairs, or so many that 32 of k poisoned ones are in it:
+    of all where k is 32 or less.
 
     Args:
         k: pairs sought, at least 5; None: 256, then as many as stand off farthest, at least 64.
             A pair's word is the rarest of its caption that 2 k captions hold, but not more than
             half of all. Words of fewer than 2 k pairs are passed over, and a poison that is the
-            larger part of its word's pairs is not found.
+            larger part of its word's pairs is not found. The swing of a few pairs is high by
+            chance: it was tried out with 64 and more.
     Raises:
         ValueError: no word has 2 k pairs, or k is below 5.
     """
@@ -98,8 +101,9 @@ def fragility(
     large = np.flatnonzero(sizes >= 2 * sought)
     if not len(large):
         raise ValueError(
-            f"fragility needs at least {2 * sought} pairs, twice k, that have their rarest common "
-            f"word in common; got {sizes.max()} at most: lower k, or rank by 'gain'"
+            f"fragility needs at least {2 * sought} pairs, twice k, that have a word in common "
+            f"which not more than half of all {len(suspects)} hold; got {sizes.max()} at most: "
+            "give a lower k, or rank otherwise"
         )
     captions = reader.captions(suspects)
     rng = np.random.default_rng(_STREAM)
@@ -115,19 +119,20 @@ def fragility(
         lambda rows: look(rows, whole + bands), image, sought,
     )  # fmt: skip
     own, word = best.rows, best.word
-    lost = np.concatenate([best.lost[:, :WHOLE], look(own[len(best.lost) :], whole)])
+    seen = best.lost[:, : len(whole)]
+    lost = np.concatenate([seen, look(own[len(seen) :], whole)])
     lost = np.concatenate([lost, look(own, ninths)], 1)
     closer = picked(image.at(own), lost, sought)
     some = np.concatenate([rows[: _enough(len(rows), sought)] for rows in drawn])
-    height, few = closer.height, max(LEAST, sought // 4)
+    height, quarter = closer.height, max(LEAST, sought // 4)
     if k is None:
-        height, sought = _grown(closer.seen, height, few)
+        height, sought = _grown(closer.seen, height, quarter)
     scores = np.full(len(image), height.min() - 1)
     scores[own] = height
-    surest = top(_settled(closer.seen, closer.height, few), few)
-    words = Words.of(captions, suspects.caption, classes)
-    swing = words.lead(image, classes, some, own[surest])
-    if swing is not None:
+    surest = top(_settled(closer.seen, closer.height, quarter), quarter)
+    texts = WordTexts.of(captions, suspects.caption, classes)
+    swing = texts.lead(image, classes, some, own[surest])
+    if swing > 0:
         others = rng.permutation(np.flatnonzero(classes != word))[:_OTHERS]
         text = captions[torch.from_numpy(suspects.caption[own])].double()
         level = image.at(others).double().mean(0) @ text.mean(0)
@@ -156,14 +161,13 @@ class _Looked:
         """The rows to look at, so that so many are seen."""
         return self.rows[len(self.lost) : count]
 
-    def look(self, lost: np.ndarray, image: ImageRows, k: int) -> None:
-        """Takes the losses of the pairs that follow; k: sought among all of the word's."""
-        if not len(lost):
-            return
-        self.lost = np.concatenate([self.lost, lost]) if len(self.lost) else lost
+    def take(self, lost: np.ndarray, image: ImageRows, k: int, among: int) -> None:
+        """Takes the losses of the pairs that follow; k sought among so many pairs."""
+        if len(lost):
+            self.lost = np.concatenate([self.lost, lost]) if len(self.lost) else lost
         seen = len(self.lost)
-        few = max(LEAST, round(k * seen / len(self.rows)))
-        self.picked = picked(image.at(self.rows[:seen]), self.lost, few)
+        count = max(min(k, _PICKED), round(k * seen / among))
+        self.picked = picked(image.at(self.rows[:seen]), self.lost, count)
 
 
 def _most_cohesive(
@@ -176,15 +180,17 @@ def _most_cohesive(
 
     All words are compared by a sample of each, the best third by samples twice as large, and so
     on; one that another of the round leaves clearly behind drops out at once. None returns: small
-    samples are more cohesive than large ones, so that only like samples can be compared.
+    samples are more cohesive than large ones. And the fewer of a sample are picked, the more alike
+    they are: so of every word's as large a share is picked as k are of the largest word.
     """
     stage = 0
     while True:
-        new = [word.unseen(_enough(len(word.rows), k) << stage) for word in words]
+        new = [word.unseen(_enough(len(word.rows), k) * 2**stage) for word in words]
         lost = look(np.concatenate(new))
         ends = np.cumsum([len(rows) for rows in new])[:-1]
+        largest = max(len(word.rows) for word in words)
         for word, part in zip(words, np.split(lost, ends), strict=True):
-            word.look(part, image, k)
+            word.take(part, image, k, largest)
         words = sorted(words, key=lambda word: -word.picked.tight)
         if all(len(word.lost) == len(word.rows) for word in words):
             return words[0]
@@ -197,7 +203,7 @@ def _most_cohesive(
 
 def _enough(size: int, k: int) -> int:
     """Pairs of a word that show whether k of all its ``size`` are poisoned."""
-    return max(_SAMPLE, math.ceil(_FEW * size / k))
+    return max(_SAMPLE, math.ceil(_HELD * size / k))
 
 
 class Picked(NamedTuple):

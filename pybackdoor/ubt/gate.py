@@ -3,7 +3,9 @@
 The gate compares D_sus, the k most suspicious pairs, with random sets of as many pairs whose
 captions are of the same classes. The class of a caption is the caption itself where at least
 ``CLASS`` pairs have it, else its rarest word of those that at least ``CLASS`` captions hold;
-captions without either form a class of their own. A random
+captions without either form a class of their own. Where D_sus is more than half of a class, as of
+captions that the attacker alone wrote, there is hardly anything to compare it with: then words
+alone are classes, of which D_sus is at most half of all that hold them. A random
 set has, of each class, as many pairs as D_sus has, drawn without replacement from all pairs of the
 class, so that D_sus is one such draw if its pairs are no different.
 
@@ -48,7 +50,7 @@ class Gate:
         matched, spread: mean and standard deviation of the random sets' statistics.
         p: of as large a statistic among the random sets.
         sets: how many random sets were drawn.
-        swing: how clearly the suspicious pairs are of their word and lose it once disturbed
+        swing: how clearly the most suspicious pairs are of their word and lose it once disturbed
             (``fragility.Fragile``); None where the ranking does not say.
         alpha, excess, least_swing: the thresholds.
         classes: of the suspicious captions, by size: (word, pairs).
@@ -90,7 +92,12 @@ def top(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def caption_classes(
-    suspects: Suspects, least: int = CLASS, most: float = math.inf, *, whole: bool = True
+    suspects: Suspects,
+    least: int = CLASS,
+    most: float = math.inf,
+    *,
+    whole: bool = True,
+    beside: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[str]]:
     """([N] class of each pair, names): the caption, or its rarest common word; see above.
 
@@ -99,19 +106,25 @@ def caption_classes(
     Args:
         least, most: captions that hold a common word.
         whole: whether captions that many pairs share are classes; else words alone.
+        beside: [k] rows; at most half of the captions that hold a common word are theirs.
     """
     split = WordReader(suspects.tokenizer)
     used, caption, times = np.unique(suspects.caption, return_inverse=True, return_counts=True)
     words = [split.words(row) for row in suspects.different.tokens(used)]
+    theirs = np.bincount(caption[[] if beside is None else beside], minlength=len(used))
     count: Counter[str] = Counter()
-    for own, number in zip(words, times.tolist(), strict=True):
+    taken: Counter[str] = Counter()
+    for own, number, part in zip(words, times.tolist(), theirs.tolist(), strict=True):
         for key in {w.key for w in own}:
             count[key] += number
+            taken[key] += part
     names: dict[str, int] = {}
     texts: list[str] = []
     of = np.empty(len(used), np.int64)
     for at, (own, number) in enumerate(zip(words, times.tolist(), strict=True)):
-        common = [w for w in own if least <= count[w.key] <= most]
+        common = [
+            w for w in own if least <= count[w.key] <= most and 2 * taken[w.key] <= count[w.key]
+        ]
         if whole and number >= least:
             named = own
         else:
@@ -155,6 +168,8 @@ def gate(
     """Compare the chosen pairs with random sets of the same captions; see the file's beginning."""
     check_gate(sets, alpha, excess, least_swing)
     classes, names = caption_classes(suspects)
+    if (2 * np.bincount(classes[chosen]) > np.bincount(classes)[: classes[chosen].max() + 1]).any():
+        classes, names = caption_classes(suspects, whole=False, beside=chosen)
     near = np.flatnonzero(np.isin(classes, classes[chosen]))  # no other class is drawn from
     chosen, classes = np.searchsorted(near, chosen), classes[near]
     rows = centred(image.at(near), classes)

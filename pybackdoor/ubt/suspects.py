@@ -112,11 +112,15 @@ def _of_batches(loader: Iterable[Any], rules: InputRules, what: str) -> Suspects
         if batch.images.dtype != torch.uint8:
             raise TypeError(
                 f"{what} must yield uint8 images, which can be kept and shown, got "
-                f"{batch.images.dtype}"
+                f"{batch.images.dtype}: resize and crop, but leave ToTensor and Normalize out"
             )
         pixels = batch.images.cpu()
         images.append(pixels if pixels.shape[-1] == 3 else pixels.permute(0, 2, 3, 1))
         tokens.append(batch.tokens.cpu())
+        for name, kept in (("images", images), ("tokens", tokens)):
+            first, now = (tuple(part.shape[1:]) for part in (kept[0], kept[-1]))
+            if first != now:
+                raise ValueError(f"{what} must yield {name} of one size, got {first} and {now}")
         own = torch.arange(seen, seen + len(batch)) if batch.ids is None else batch.ids.cpu()
         ids.append(own)
         seen += len(batch)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .reading import ImageRows
 
 _CLEAR = 0.9  # quantile of leads
+_CHUNK = 4096  # rows at a time
 _SAME_WORD = 0.9  # cosine, relative to all words' mean, from which two are no rivals
 
 
@@ -42,7 +43,7 @@ def fall_of(lost: np.ndarray, match: np.ndarray, chosen: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Words:
+class WordTexts:
     """What images are told apart by: the words that captions are sorted by.
 
     Attributes:
@@ -54,23 +55,28 @@ class Words:
     rival: Tensor
 
     @staticmethod
-    def of(captions: Tensor, caption: np.ndarray, classes: np.ndarray) -> Words:
+    def of(captions: Tensor, caption: np.ndarray, classes: np.ndarray) -> WordTexts:
         """Of U different captions [U, D], each pair's own [N] and its word [N]."""
         both, times = np.unique(np.stack([classes, caption]), axis=1, return_counts=True)
-        word, used = (torch.from_numpy(x) for x in both)
+        parts = (torch.from_numpy(x).split(_CHUNK) for x in (*both, times))
         sums = torch.zeros(int(classes.max()) + 1, captions.shape[1], dtype=torch.float64)
-        sums.index_add_(0, word, captions[used].double() * torch.from_numpy(times)[:, None])
+        for word, used, count in zip(*parts, strict=True):
+            sums.index_add_(0, word, captions[used].double() * count[:, None])
         text = F.normalize(sums, dim=-1)
         apart = F.normalize(text - text.mean(0), dim=-1)  # texts of one model are all alike
         rival = (apart @ apart.T < _SAME_WORD).fill_diagonal_(False)
-        return Words(text.to(captions.dtype), rival)
+        return WordTexts(text.to(captions.dtype), rival)
 
     def leads(self, image: Tensor, own: np.ndarray) -> Tensor:  # [n, D], [n] -> [n]
         """How far an image's own word is ahead of the best rival; without a rival of 0."""
-        cosine, word = image @ self.text.T, torch.from_numpy(own)
-        best = cosine.masked_fill(~self.rival[word], -math.inf).max(1).values
-        best = best.masked_fill(best.isinf(), 0.0)
-        return cosine.gather(1, word[:, None])[:, 0] - best
+        parts = zip(image.split(_CHUNK), torch.from_numpy(own).split(_CHUNK), strict=True)
+        return torch.cat([self._leads(*part) for part in parts])
+
+    def _leads(self, image: Tensor, word: Tensor) -> Tensor:
+        cosine = image @ self.text.T
+        own = cosine.gather(1, word[:, None])[:, 0]
+        best = cosine.masked_fill_(~self.rival[word], -math.inf).max(1).values
+        return own - best.masked_fill(best.isinf(), 0.0)
 
     def lead(
         self,
@@ -78,12 +84,12 @@ class Words:
         classes: np.ndarray,  # [N] each pair's word
         sample: np.ndarray,  # [n] rows, of all words
         chosen: np.ndarray,  # [k] rows, of one word
-    ) -> float | None:
+    ) -> float:
         """The chosen images' mean lead, in units of the lead that few of the sample exceed.
 
-        None: no other word means something else, or hardly an image of the sample leads.
+        0: no other word means something else, or hardly an image of the sample leads.
         """
         clear = float(self.leads(image.at(sample), classes[sample]).quantile(_CLEAR))
         if clear <= 0 or not self.rival[classes[chosen[0]]].any():
-            return None
+            return 0.0
         return float(self.leads(image.at(chosen), classes[chosen]).mean()) / clear

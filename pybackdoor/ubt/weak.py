@@ -7,7 +7,6 @@ import difflib
 import numpy as np
 
 TAILS = ("low", "high", "both")
-RANKINGS = ("fragility", "gain", "cosine")  # of stage C; the latter two rest on this pool
 
 
 def weak_pool(
@@ -42,12 +41,13 @@ def check_pool(share: float, tail: str) -> None:
         raise ValueError(f"weak_share must be in (0, 1], got {share}")
 
 
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse an unknown name, offering the nearest one."""
+def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    """The name; an unknown one is refused, offering the nearest."""
     if value not in known:
         close = difflib.get_close_matches(str(value), known, 1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{hint}")
+    return value
 
 
 def priorities(count: int) -> np.ndarray:
