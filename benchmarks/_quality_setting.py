@@ -95,7 +95,7 @@ FULL = Setting(
         "caltech101": DataSet("caltech101_128.npz", 64, 1_200, 600, 10),
         "fashion": DataSet(None, 32, 10_000, 2_000, 300, grey=True),
     },
-    # Of Caltech-101 as many poisoned pairs as of CIFAR-10: at 5 % of its 5,800 nothing is planted.
+    # Of Caltech-101 as many poisoned pairs as of CIFAR-10: at 5 % checkerboard is not planted.
     rates={"cifar10": 0.05, "caltech101": 0.3, "fashion": 0.03},
     train={
         "cifar10": {"steps": 1400, **TRAIN},
