@@ -275,10 +275,10 @@ def test_words_of_unequal_sizes_are_compared_by_like_shares(monkeypatch):
     look, image = (lambda some: word[some][:, None] / 1.0), Given(torch.zeros(660, 4))
     best = _most_cohesive(words, look, image, 40)
     assert best.word == 0 and best.lost.shape == (60, 1)
-    assert looks == [(0, 40, 4), (1, 40, 4), (2, 40, 4), (1, 80, 16), (0, 60, 12)]
+    assert looks == [(0, 40, 3), (1, 40, 3), (2, 40, 3), (1, 80, 8), (0, 60, 6)]
     looks.clear()
     best = _most_cohesive([_Looked(0, rows[0])], look, image, 40)
-    assert best.word == 0 and looks == [(0, 40, 27)]  # no other one to compare it with
+    assert best.word == 0 and looks == [(0, 40, 13)]  # no other one to compare it with
 
 
 def test_fragility_wants_a_word_of_twice_k_pairs():

@@ -166,7 +166,7 @@ class _Looked:
         if len(lost):
             self.lost = np.concatenate([self.lost, lost]) if len(self.lost) else lost
         seen = len(self.lost)
-        count = max(min(k, _PICKED), round(k * seen / among))
+        count = max(min(k, _PICKED), round(k * seen / among / 2))
         self.picked = picked(image.at(self.rows[:seen]), self.lost, count)
 
 
@@ -181,7 +181,8 @@ def _most_cohesive(
     All words are compared by a sample of each, the best third by samples twice as large, and so
     on; one that another of the round leaves clearly behind drops out at once. None returns: small
     samples are more cohesive than large ones. And the fewer of a sample are picked, the more alike
-    they are: so of every word's as large a share is picked as k are of the largest word.
+    they are: so of every word's as large a share is picked, half of what k are of the largest word.
+    Half, since a sample may hold fewer than its share, and what is picked besides blurs the rest.
     """
     stage = 0
     while True:
