@@ -162,8 +162,8 @@ def test_fragility_leaves_out_as_many_as_it_finds(world, run, tmp_path, monkeypa
         code == 0 and "scored by fragility, 6 of the word '3' found suspicious; the 6 most" in out
     )
     assert "poison of another word than '3'" in out
-    assert _swing(0.49).endswith("once disturbed, which is little: poison shows 0.5 and more.")
-    assert _swing(0.5).endswith("once disturbed; poison shows 0.5 and more.")
+    assert _swing(0.59).endswith("once disturbed, which is little: poison shows 0.6 and more.")
+    assert _swing(0.6).endswith("once disturbed; poison shows 0.6 and more.")
     answer = json.loads((tmp_path / "out" / "detection.json").read_text())
     assert answer["left_out"] == 6 and answer["kept"] == N - 6
     assert _swing(answer["settings"].pop("swing")) in out

@@ -60,10 +60,10 @@ def test_the_gate_wants_a_clear_swing():
     image = Given(normalize(x + 5 * torch.eye(16)[0], dim=-1))
     alone = gate(image, every, poison, sets=99, excess=0.3)
     assert alone.fires and alone.swing is None and "swing" not in alone.describe()
-    low, high = (gate(image, every, poison, sets=99, excess=0.3, swing=f) for f in (0.49, 0.51))
-    assert not low.fires and high.fires and high.swing == 0.51
-    assert "swing once disturbed 0.51" in high.describe()
-    assert "an excess of at least 0.3, a swing of 0.5)" in high.describe()
+    low, high = (gate(image, every, poison, sets=99, excess=0.3, swing=f) for f in (0.59, 0.61))
+    assert not low.fires and high.fires and high.swing == 0.61
+    assert "swing once disturbed 0.61" in high.describe()
+    assert "an excess of at least 0.3, a swing of 0.6)" in high.describe()
     loose = gate(image, every, poison, sets=99, excess=0.3, swing=0.3, least_swing=0.2)
     assert loose.fires
 

@@ -163,7 +163,7 @@ def ubt_clean(
         gate_sets, gate_p, gate_excess: random sets, the p-value and the excess in mean pairwise
             cosine that the gate wants (None: by the ranking); see ``pybackdoor.ubt.gate``.
         gate_swing: by fragility, how clearly the most suspicious pairs must be of their word and
-            lose it once disturbed, at most 1 (default 0.5).
+            lose it once disturbed, at most 1 (default 0.6).
         token_share: of the words of a caption that are kept, at least one. Words are whole where
             the tokenizer marks them; the portions are encoded as captions of their own, so that no
             features of single tokens are needed.

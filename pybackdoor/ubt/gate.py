@@ -34,7 +34,9 @@ from .reading import ImageRows
 from .suspects import Suspects
 from .words import WordReader
 
-LEAST_SWING = 0.5  # twenty small clean models showed 0.47 at most, planted poison 0.70 and more
+# Small clean models (benchmarks/bench_ubt.py, seeds 0 to 8) showed 0.48 at most, the two attacks that
+# settings are chosen on 0.77 and 0.83.
+LEAST_SWING = 0.6
 CLASS = 20  # pairs that must share a caption or a word for it to be a class
 RARE = "(rare words only)"  # the class of captions without a common word
 _STREAM = 0x67617465
