@@ -34,8 +34,8 @@ from .reading import ImageRows
 from .suspects import Suspects
 from .words import WordReader
 
-# Small clean models (benchmarks/bench_ubt.py, seeds 0 to 8) showed 0.48 at most, the two attacks that
-# settings are chosen on 0.77 and 0.83.
+# Small clean models (benchmarks/bench_ubt.py, seeds 0 to 8) showed 0.48 at most, the two attacks
+# that settings are chosen on 0.77 and 0.83.
 LEAST_SWING = 0.6
 CLASS = 20  # pairs that must share a caption or a word for it to be a class
 RARE = "(rare words only)"  # the class of captions without a common word
