@@ -59,7 +59,7 @@ class Defence:
 # Models of a million weights from scratch want rates some hundred times those for a trained CLIP.
 # A hundred large steps on small batches forget as much as 300 of a third on twice as many pairs.
 UBT = {
-    "steps": 100, "batch_size": 64, "lr_start": 1e-3, "lr": 1e-3, "beta": 2.0, "check_every": 10,
+    "steps": 100, "batch_size": 64, "lr_start": 5e-4, "lr": 5e-4, "beta": 2.0, "check_every": 10,
     "augment": False,
 }  # fmt: skip
 
