@@ -333,7 +333,7 @@ def _check_sizes(usable: int, k: int, retain: bool) -> None:
             f"k must be in [5, {usable}], the suspect pairs that can be used, got {k}; it is "
             f"{SOUGHT} where it is not given"
         )
-    wanted = round(LEFT_OUT * k) + 10
+    wanted = LEFT_OUT * k + 10
     if retain and usable < wanted:
         raise ValueError(
             f"without retain_loader, suspect_loader must hold at least {wanted} pairs, the {k} of "
@@ -366,7 +366,7 @@ def _rest(score: np.ndarray, k: int) -> np.ndarray:
     """
     usable = np.flatnonzero(~np.isnan(score))
     apart = int((score[usable] > score[usable].min()).sum())
-    out = min(round(LEFT_OUT * k), k + max(0, apart - k) // 2)
+    out = min(LEFT_OUT * k, k + max(0, apart - k) // 2)
     return np.sort(usable[np.argsort(-score[usable], kind="stable")[out:]])
 
 
