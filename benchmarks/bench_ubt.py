@@ -11,11 +11,12 @@ from scratch on its 35,000 CIFAR-10 pairs of the pack in $PYBACKDOOR_DATA, 1 % o
 Each ranking of the pairs (stage C's own, "dao" of pybackdoor.detect_samples, and "truth", an
 oracle: what the later stages give once detection is solved) gets precision@k = recall@k, k being
 the number of planted pairs, and the gate's figures. With each, ubt_clean then runs without any
-clean pairs; under "truth" also with random words of the same share, and, given --image-share, with
-the words forgotten on the suspicious patches alone: trigger_kept is the share of the trigger's
-pixels that lie in these. PAR on the matrix's 10,000 clean pairs stands beside it, for time and
-pairs. A clean model's cell has the gate alone. Models are kept in --work, cells in --json as they
-come; what is there, by the same settings, is not computed again.
+clean pairs: with the first once more where k is found; under "truth" also with random words of the
+same share, and, given --image-share, with the words forgotten on the suspicious patches alone:
+trigger_kept is the share of the trigger's pixels that lie in these. PAR on the matrix's 10,000
+clean pairs stands beside it, for time and pairs. A clean model's cell has the gate alone. Models
+are kept in --work, cells in --json as they come; what is there, by the same settings, is not
+computed again.
 
 Settings were chosen on the attacks marked tuning. An attack whose ASR is not above 90 % says so
 (status) and is not cleaned.
@@ -158,7 +159,7 @@ class Planted:
             found |= {
                 "after": measured(result.model, self.case, self.work).to_dict(),
                 "stopped": report["stopped"], "steps": report["steps_done"],
-                "pairs_seen": report["pairs_seen"],
+                "pairs_seen": report["pairs_seen"], "chosen": len(result.chosen),
                 "words": [w["text"] for w in report["words"] if w["enriched"]],
             }  # fmt: skip
             if result.region is not None:
@@ -200,6 +201,8 @@ def compute(job: tuple[Model, Work, tuple[str, ...], bool, float | None]) -> dic
         if attacked or ranking != "truth":
             cell["runs"][ranking] = made.run(ranking, **some)
     if attacked and not gate_only:
+        if "fragility" in rankings:
+            cell["runs"]["fragility, k found"] = made.run("fragility", k=None)
         with mock.patch("pybackdoor.methods.ubt.localise", random_words):
             cell["runs"]["truth, random words"] = made.run("truth")
         if image_share is not None:

@@ -146,13 +146,27 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
 
 
 @pytest.mark.parametrize("least", [7, 15, 50])
-def test_as_many_are_suspicious_as_stand_off_farthest(least):
+def test_as_many_are_suspicious_as_stand_off(least):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(1000, 6))
-    x[:120, 2] += 6
-    start = x[:, 2] + rng.normal(size=1000)
-    height, k = _grown(x, start, least)
-    assert abs(k - 120) <= 25 and (top(height, 110) < 120).all()
+    x[:120, 2] += 8
+    grown, k = _grown(x, x[:, 2] + rng.normal(size=1000), least)
+    assert abs(k - 120) <= 2 and (top(grown, 118) < 120).all()
+    assert set(top(grown, k)) == set(np.flatnonzero(grown > 4))  # at rest
+    np.testing.assert_allclose(_discriminant(x, top(grown, k), _moments(x)), grown)
+
+
+def test_a_seed_of_a_part_grows_to_the_whole(monkeypatch):
+    monkeypatch.setattr(module, "_distance", lambda height, k: -k)  # the least stands off farthest
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2000, 6))
+    flat, k = _grown(x, rng.normal(size=2000), 15)
+    assert k == 15  # nothing stands off
+    x[:60, 2] += 8
+    grown, k = _grown(x, x[:, 2], 20)
+    assert abs(k - 60) <= 2 and (top(grown, k) < 60).mean() > 0.98
+    x[:1100, 2] += 8
+    assert _grown(x, x[:, 2], 30)[1] <= 1000  # half at most
 
 
 def test_a_discriminant_is_fishers_and_a_settled_one_its_own_seed():

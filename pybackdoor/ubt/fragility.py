@@ -8,7 +8,7 @@ view seed a linear discriminant on (image features, losses in all views), its k 
 the next seed, and so on; of all starts and words the most cohesive k pairs win. Words are compared
 by samples, that grow while fewer words are left, with a third of the image covered at a time; of
 the last one all pairs are looked at, with a ninth covered. How many are poisoned shows in how far
-the k highest stand off from the rest: farthest where k is their number.
+the k highest stand off from the rest; a seed of all that do is followed until it stays the same.
 
 Whether they are poison shows in their swing (swing.py).
 
@@ -41,6 +41,7 @@ _OTHERS = 2048  # so many images of other words stand for all of them
 LEAST = 5  # pairs whose cohesion says something
 _STREAM = 0x66726167
 _ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
+_OFF = 4.0  # standard deviations above the rest from which a pair stands off
 _DIMS = 64  # principal directions of a class's image features that are looked at
 _RIDGE = 0.05  # of the discriminant, on directions of unit variance
 
@@ -83,7 +84,7 @@ def fragility(
     of all where k is 32 or less.
 
     Args:
-        k: pairs sought, at least 5; None: 256, then as many as stand off farthest, at least 64.
+        k: pairs sought, at least 5; None: 256, then as many as stand off, at least 64.
             A pair's word is the rarest of its caption that 2 k captions hold, but not more than
             half of all. Words of fewer than 2 k pairs are passed over, and a poison that is the
             larger part of its word's pairs is not found. The swing of a few pairs is high by
@@ -237,17 +238,30 @@ def picked(
 
 
 def _grown(x: np.ndarray, height: np.ndarray, least: int) -> tuple[np.ndarray, int]:
-    """(heights, k) where the k highest stand off farthest, of k from the least to half of all."""
+    """(heights, k) of all pairs that stand off from the rest, from the least to half of all.
+
+    Of seeds of so many, the one that stands off farthest; from there all that stand off clearly are
+    the next seed, and so on.
+    """
     steps = int(2 * math.log2(len(x) / 2 / least))
-    found = []
-    for count in (round(least * 2 ** (i / 2)) for i in range(steps + 1)):
-        settled = _settled(x, height, count)
-        inside = np.isin(np.arange(len(x)), top(settled, count))
-        spread = (settled[inside].var() + settled[~inside].var()) / 2
-        off = (settled[inside].mean() - settled[~inside].mean()) / math.sqrt(spread)
-        found.append((off, count, settled))
-    _, k, height = max(found, key=lambda one: one[0])
-    return height, k
+    counts = [round(least * 2 ** (i / 2)) for i in range(steps + 1)]
+    seeds = [(_settled(x, height, count), count) for count in counts]
+    height, k = max(seeds, key=lambda seed: _distance(*seed))
+    whole, seed = _moments(x), top(height, k)
+    for _ in range(_ROUNDS):
+        off = np.flatnonzero(height > _OFF)
+        if not k <= len(off) <= len(x) / 2 or set(off) == set(seed):
+            break
+        seed = off
+        height = _discriminant(x, seed, whole)
+    return height, len(seed)
+
+
+def _distance(height: np.ndarray, k: int) -> float:
+    """Between the k highest and the others, in standard deviations within the two."""
+    inside = np.isin(np.arange(len(height)), top(height, k))
+    spread = (height[inside].var() + height[~inside].var()) / 2
+    return float(height[inside].mean() - height[~inside].mean()) / math.sqrt(spread)
 
 
 def _apart(image: Tensor, chosen: np.ndarray) -> Tensor:  # [n, D], [k] -> [k, D]
