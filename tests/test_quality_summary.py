@@ -161,7 +161,7 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
     gates["cells"].append({**clean[0], "arch": "vit"})
     (tmp_path / "ubt_gate.json").write_text(json.dumps(gates))
     *_, text, rows = _quality_ubt.sections(tmp_path)
-    assert "swing, of which it wants 0.5." in text
+    assert "swing, of which it wants 0.6." in text
     assert rows.splitlines()[2:] == [
         "| resnet | clean | 1500 | - | fragility | 1 of 3 | - | 0.40 to 0.40 | 0.10 to 0.40 |",
         "| resnet | badnet | 4000 | 2 of 2 | fragility | 2 of 2 | 0.98 to 1.00 | 0.40 to 0.40 "
