@@ -22,7 +22,8 @@ CLEANED = """## UBT-style unlearning
 recall among the k most suspicious pairs by each ranking (`truth`: an oracle's), swing how clearly
 these are of their word and lose it once disturbed, of which the gate wants {least:g}. `ubt_clean`
 has no clean pairs; PAR beside it has 10,000. `k found`: it was not told k, and P@k is the precision
-among those it found. Seconds are of one core, and those of a ranking hold detection. (t): settings were chosen on this attack."""
+among those it found. Seconds are of one core, and those of a ranking hold detection. (t): settings
+were chosen on this attack."""
 GATE = f"""The gate on separately trained models, `bench_ubt.py --gate-only`: how many pairs are
 poisoned is not given but found, as for a user. Lowest to highest of these runs: precision of the
 pairs found; excess of cohesion, of which the gate by fragility wants {EXCESS["fragility"]:g};
