@@ -41,15 +41,18 @@ def draw(groups: dict[tuple[str, str], list[dict]], path: Path) -> bool:
     plt = pyplot()
     lines = math.ceil(len(points) / COLUMNS)
     figure, axes = plt.subplots(
-        lines, COLUMNS, figsize=(9, 2.6 * lines + 0.7), sharex=True, sharey=True, squeeze=False
-    )
+        lines, COLUMNS, figsize=(9, 2.6 * lines + 0.7), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     curve = taus()
     names = [name for name in DEFENCES if any(name in found for found in points.values())]
     single = [name for name in names if name not in curve or name == "par"]
     style = {name: (f"C{i % 10}", _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(single)}
     style[NONE] = ("#444444", "s")
+    any_swept = False
     for axis, (attack, found) in zip(axes.flat, points.items(), strict=False):
         swept = np.array([np.mean(found[name], axis=0) for name in curve if name in found])
+        any_swept |= len(swept) > 1
         if len(swept) > 1:
             axis.plot(*swept.T, color=style.get("par", ("C2",))[0], linewidth=1, marker=".")
         for name in single:
@@ -66,11 +69,12 @@ def draw(groups: dict[tuple[str, str], list[dict]], path: Path) -> bool:
         plt.Line2D([], [], linestyle="", color=style[name][0], marker=style[name][1], label=name)
         for name in single
     ]
-    handles.append(plt.Line2D([], [], color="C2", marker=".", linewidth=1, label="par over tau"))
-    figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=8)
-    figure.supxlabel("ASR, other classes [%]", fontsize=9, y=0.06)
+    if any_swept:
+        line = plt.Line2D([], [], color="C2", marker=".", linewidth=1, label="par over tau")
+        handles.append(line)
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=8)
+    figure.supxlabel("ASR, other classes [%]", fontsize=9)
     figure.supylabel("CA [%]", fontsize=9)
-    figure.tight_layout(rect=(0.01, 0.09, 1, 1))
     _save(figure, path)
     plt.close(figure)
     return True
