@@ -12,8 +12,13 @@ from pybackdoor import repair_drift
 from pybackdoor.data import Labelled, PairLoader
 from pybackdoor.data.templates import fill
 from pybackdoor.features import FeatureReader
+from pybackdoor.repair import TOLD
 
-KEPT = ("done", "reason", "image_before", "text_before", "image_after", "text_after", "seconds")
+VERSION = 2  # of drift repair, raised when it comes to other rotations, so that old rows are stale
+KEPT = (
+    "done", "reason", "seconds",
+    *(f"{name}_{when}" for name in TOLD for when in ("before", "after")),
+)  # fmt: skip
 _RIDGE = 1e-2  # of the probe, times the number of rows
 
 
@@ -23,8 +28,8 @@ def repaired(
     """The model turned back towards the one before cleaning, and what that did.
 
     Returns:
-        The model, and a record: repair_drift's squared distances before and after on pairs it was
-        not fitted on, logit_difference and cosine_difference: the largest change of an image's
+        The model, and a record: repair_drift's figures before and after on pairs it was not
+        fitted on, logit_difference and cosine_difference: the largest change of an image's
         similarity to a class prompt, with and without the temperature.
     """
     result = repair_drift(model, before, loader, device=device)

@@ -15,6 +15,7 @@ from typing import Any
 
 from _quality_data import DataSet
 from _quality_defences import DEFENCES
+from _quality_drift import VERSION as REPAIR_VERSION
 from _quality_models import ARCHITECTURES
 
 from pybackdoor.triggers import TRIGGERS, TriggerSpec, trigger
@@ -194,8 +195,10 @@ class Cell:
     def settings(self, setting: Setting) -> dict[str, Any]:
         """All that its figures depend on; JSON-ready."""
         defence = DEFENCES[self.defence]
+        repair = {} if defence.method is None else {"repair": REPAIR_VERSION}
         return {
             "model": self.model.settings(setting),
+            **repair,
             "defence": {
                 "name": self.defence, **defence.settings(self.model.options("clean", setting))
             },

@@ -1,15 +1,10 @@
 """Drift repair: turn a changed model's embeddings back towards those of the model it came from.
 
 Training moves both towers. Much of that movement is one rotation which they share, and CLIP's
-similarities do not change when both towers' embeddings are rotated together. The orthogonal
-Procrustes problem (Schönemann, Psychometrika 31, 1966) gives the rotation that undoes most of it:
-
-    R = argmin over RᵀR = 1 of  Σₙ ‖φ(xₙ)R − φ₀(xₙ)‖² + ‖ψ(tₙ)R − ψ₀(tₙ)‖²  =  UVᵀ
-    with  USVᵀ = Σₙ φ(xₙ)φ₀(xₙ)ᵀ + ψ(tₙ)ψ₀(tₙ)ᵀ
-
-for unit rows φ, ψ of the model and φ₀, ψ₀ of the reference. R is folded into the last linear map of
-both towers, so that stored indexes, linear probes and projectors made with the reference meet the
-embeddings that they know. Reflections are allowed: they keep similarities just as well.
+similarities do not change when both towers' embeddings are rotated together. The rotation that
+brings them back best (``rotation``) is folded into the last linear map of both towers, so that
+stored indexes, linear probes and projectors made with the reference meet the embeddings that they
+know. Reflections are allowed: they keep similarities just as well.
 """
 
 from __future__ import annotations
@@ -31,6 +26,7 @@ from .engine.interrupts import exception_of
 from .engine.watch import Watch
 from .models import check_clip, check_finite
 from .models.fold import TOWERS, Fold
+from .rotation import Rows, distances, divergences, kept_rotation, nearest_rotation, objective
 
 LEAST_PAIRS, PAIRS_PER_DIM = 4096, 8
 _HELD_OUT = 5  # each fifth pair has no part in the fit and says how good it is
@@ -62,11 +58,13 @@ def repair_drift(
     std: Sequence[float] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> RepairResult:
-    """Rotate a model's embeddings so that they come as near as possible to a reference's.
+    """Rotate a model's embeddings so that a reference's fit them again, as far as they can.
 
+    The rotation brings them near to the reference's and keeps what the model finds when stored
+    images or texts of the reference stand in for its own (``rotation`` has the objective).
     Similarities between the model's images and texts stay as they are, to rounding; so do its
-    predictions and its backdoor, if it has one. Every cleaning method ends with this (``repair``);
-    the call is for models that were changed otherwise.
+    predictions and its backdoor, if it has one. Every cleaning method ends with this
+    (``repair``); the call is for models that were changed otherwise.
 
     Args:
         model: a CLIP model; stays as it is.
@@ -74,16 +72,19 @@ def repair_drift(
         loader: image-caption pairs, as for ``par_clean``; not augmented here. Its epoch and
             position stay as they are. On several ranks each yields its own share.
         pairs: how many to use, at least 2; default max(4096, 8 D), or all in one pass if fewer.
+            Their four embeddings are held in memory, 16 D bytes a pair.
         device: where to encode; default this process's GPU, else the CPU.
         mean, std: of the three channels for pixels in [0, 1]; default the model's own.
         tokenizer: list of strings -> [n, L] tokens, for loaders that yield strings.
     Returns:
         The rotated copy, and a report: done; reason, where it is not done: the rotation would
         bring nothing nearer; pairs used and, of these, held_out from the fit; left_out, with
-        embeddings that are not finite; image_before, text_before, image_after, text_after: mean
-        squared distance of unit embeddings to the reference's, in [0, 4], of the pairs held out;
-        rank: directions of the D that the pairs speak of, the others are turned as little as
-        possible; error: distance of a unit embedding to the exactly rotated one, at most; seconds.
+        embeddings that are not finite; of the pairs held out, each with _before and _after: image
+        and text, the mean squared distance of unit embeddings to the reference's, in [0, 4], and
+        old_images and old_texts, the divergence KL in nats of what the reference's images, or its
+        texts, have the model choose among their captions from its own choice; rank: directions of
+        the D that the pairs speak of, the others are turned as little as possible; error:
+        distance of a unit embedding to the exactly rotated one, at most; seconds.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came; embeddings that
             are not finite; a one-shot iterator; or a model whose towers do not both end in a
@@ -160,7 +161,7 @@ def repair_in_place(
 
 
 class _Fit:
-    """Cross-covariances of the two models' embeddings, and the rotation that follows from them."""
+    """Both models' embeddings of the pairs, and the rotation that follows from them."""
 
     def __init__(
         self,
@@ -171,32 +172,32 @@ class _Fit:
         ranks: Ranks,
         pairs: int | None,
     ) -> None:
-        self._new, self._old = (_Rows(m, rules, device) for m in (model, reference))
+        self._new, self._old = (_Embedder(m, rules, device) for m in (model, reference))
         self._model, self._device, self._ranks = model, device, ranks
         self._pairs, self._seen = pairs, 0
         self._fold: Fold | None = None
+        self._kept: list[Tensor] = []  # [n, 4, D]: images and texts of the model, of the reference
+        self._numbers: list[Tensor] = []  # [n] of the pairs in the pass over all ranks
 
     def add(self, item: Item) -> bool:
         """Take in this rank's share of a batch; True where none is wanted any more."""
         ranks = self._ranks
         if max(epoch for (epoch,) in ranks.agree([item.epoch], self._device)) > 0:
             return True  # the first pass is over
-        new, old = self._new(item), self._old(item)  # [2, n, D]
+        new, old = self._new(item), self._old(item)  # [n, 2, D]
         if new.shape[2] != old.shape[2]:
             raise ValueError(
                 f"reference must embed in {new.shape[2]} dimensions as the model does, got "
                 f"{old.shape[2]}"
             )
-        usable = torch.stack([new, old]).isfinite().all(3).all(0).all(0)  # [n]
+        rows = torch.cat([new, old.to(new.dtype)], 1)
+        usable = rows.isfinite().flatten(1).all(1)  # [n]
         start = self._seen + sum(item.counts[: ranks.rank])
         self._seen += sum(item.counts)
         if self._fold is None and not self._begin(item, usable):
             return False
-        numbers = start + torch.arange(len(item.batch))
-        held_out = (numbers % _HELD_OUT == 0).to(self._device)
-        for part, rows in enumerate((usable & ~held_out, usable & held_out)):
-            self._sums[part] += new[:, rows].mT @ old[:, rows]
-            self._counts[part] += rows.sum()
+        self._kept.append(rows[usable])
+        self._numbers.append((start + torch.arange(len(rows), device=rows.device))[usable])
         return self._seen >= self._wanted
 
     def _begin(self, item: Item, usable: Tensor) -> bool:  # [n] bool
@@ -215,11 +216,7 @@ class _Fit:
             refusal = error
         self._all_or_none(refusal)
         assert self._fold is not None
-        dim = self._fold.dim
-        self._wanted = self._pairs or max(LEAST_PAIRS, PAIRS_PER_DIM * dim)
-        # [fitted or held out, image or text, D of the model, D of the reference]
-        self._sums = torch.zeros(2, 2, dim, dim, dtype=torch.float64, device=self._device)
-        self._counts = torch.zeros(2, dtype=torch.float64, device=self._device)
+        self._wanted = self._pairs or max(LEAST_PAIRS, PAIRS_PER_DIM * self._fold.dim)
         return True
 
     def fold(self) -> dict[str, Any]:
@@ -227,23 +224,23 @@ class _Fit:
         ranks, fold = self._ranks, self._fold
         if fold is None:
             raise ValueError("no batch has finite embeddings of the model and the reference")
-        ranks.sum_(self._sums)
-        ranks.sum_(self._counts)
-        fitted, held_out = map(int, self._counts)
-        if not (fitted and held_out):
+        rows, held_out = self._gathered()
+        parts = [[Rows(*x[:, :2].unbind(1)), Rows(*x[:, 2:].unbind(1))]
+                 for x in (rows[~held_out], rows[held_out])]  # fmt: skip
+        fitted, judged = (len(new.image) for new, _ in parts)
+        if not (fitted and judged):
             raise ValueError(
-                f"too few pairs with finite embeddings: {fitted} to fit and {held_out} to judge by"
+                f"too few pairs with finite embeddings: {fitted} to fit and {judged} to judge by"
             )
-        rotation, rank = nearest_rotation(self._sums[0].sum(0).cpu())
-        mine = {"rotation": rotation.to(self._device)}
+        rotation, found = self._found(*parts) if ranks.rank == 0 else (None, None)
+        found = ranks.from_first(found)
+        mine = {} if rotation is None else {"rotation": rotation.to(self._device)}
         rotation = dict(ranks.tensors_from_first(mine, self._device)[1])["rotation"]
-        distances = self._distances(rotation)
         found = {
-            "pairs": fitted + held_out, "held_out": held_out,
-            "left_out": self._seen - fitted - held_out, "rank": rank, **distances,
+            "pairs": fitted + judged, "held_out": judged,
+            "left_out": self._seen - fitted - judged, **found,
         }  # fmt: skip
-        before, after = (sum(distances[f"{t}_{when}"] for t in TOWERS) for when in _WHEN)
-        if after > before - _ROUNDING:
+        if not found.pop("better"):
             return {"done": False, "reason": "no rotation brings the embeddings nearer", **found}
         refusal, error = None, 0.0
         try:
@@ -254,14 +251,33 @@ class _Fit:
         errors = ranks.agree([error], self._device)
         return {"done": True, **found, "error": max(each for (each,) in errors)}
 
-    def _distances(self, rotation: Tensor) -> dict[str, float]:
-        """2 - 2 mean cosine of the pairs held out."""
-        crossed, n = self._sums[1], self._counts[1]
-        found = {}
-        for tower, sums in zip(TOWERS, crossed, strict=True):
-            for when, cosines in zip(_WHEN, (sums.trace(), (rotation * sums).sum()), strict=True):
-                found[f"{tower}_{when}"] = float(2 - 2 * cosines / n)
-        return found
+    def _gathered(self) -> tuple[Tensor, Tensor]:
+        """([n, 4, D] of all ranks in the order of the pass, [n] bool: held out)."""
+        rows, numbers = torch.cat(self._kept), torch.cat(self._numbers)
+        counts = [int(count) for (count,) in self._ranks.agree([len(rows)], self._device)]
+        numbers = self._ranks.gather(numbers, counts)
+        order = numbers.argsort()
+        return self._ranks.gather(rows, counts)[order], numbers[order] % _HELD_OUT == 0
+
+    def _found(self, fit: Sequence[Rows], judge: Sequence[Rows]) -> tuple[Tensor, dict[str, Any]]:
+        """The rotation that serves the pairs held out best, and how they fare before and after.
+
+        The nearest one stays where the search for a better one finds what holds for its own pairs
+        alone.
+        """
+        scale = float(torch.as_tensor(self._model.logit_scale).detach().double().exp())
+        cross = sum(a.double().T @ b.double() for a, b in zip(*fit, strict=True)).cpu()
+        nearest, rank = nearest_rotation(cross)
+        new, old = (Rows(*(x.double().cpu() for x in rows)) for rows in judge)
+        candidates = [nearest, kept_rotation(*fit, scale, nearest)]
+        scores = [objective(new.turned(r), old, scale) for r in candidates]
+        best = candidates[scores.index(min(scores))]
+        found: dict[str, Any] = {"rank": rank}
+        found["better"] = min(scores) < objective(new, old, scale) - _ROUNDING
+        for when, rows in (("before", new), ("after", new.turned(best))):
+            told = zip(TOLD, (*distances(rows, old), *divergences(rows, old, scale)), strict=True)
+            found |= {f"{name}_{when}": value for name, value in told}
+        return best, found
 
     def _all_or_none(self, refusal: ValueError | None) -> None:
         """Raises on every rank what one of them has to say against it."""
@@ -274,11 +290,11 @@ class _Fit:
             raise ValueError("another rank cannot rotate its model; its own error says why")
 
 
-_ROUNDING = 1e-8  # of squared distances of unit rows in fp32
-_WHEN = ("before", "after")
+_ROUNDING = 1e-8  # of the objective of unit rows in fp32
+TOLD = (*TOWERS, "old_images", "old_texts")  # figures of a report, each before and after
 
 
-class _Rows:
+class _Embedder:
     """A model's unit embeddings of whole batches."""
 
     def __init__(self, model: nn.Module, rules: InputRules, device: torch.device) -> None:
@@ -296,24 +312,12 @@ class _Rows:
 
     @torch.no_grad()
     def __call__(self, item: Item) -> Tensor:
-        """[2, n, D] fp64 unit rows: images, texts."""
+        """[n, 2, D] unit rows, images and texts, in fp32 or what the model has beyond it."""
         x, _ = self.inputs(item)
         tokens = self._trim(item.batch.tokens).to(self._device)
-        image, text = self._encode.image(self._model, x), self._encode.text(self._model, tokens)
-        return nn.functional.normalize(torch.stack([image, text]).double(), dim=-1)
-
-
-def nearest_rotation(
-    cross: Tensor,  # [D, D] fp64, sum of outer products: model's row x reference's row
-) -> tuple[Tensor, int]:
-    """([D, D] orthogonal R of the largest tr(Rᵀ cross), rank of cross).
-
-    Where cross says nothing, as with fewer pairs than dimensions, of all such R the one nearest to
-    the identity: with U₂ and V₂ the singular vectors of what is null to fp32, R maps the one space
-    to the other by the polar factor of U₂ᵀV₂.
-    """
-    u, s, vh = torch.linalg.svd(cross)
-    rank = int((s > s[0] * torch.finfo(torch.float32).eps).sum())
-    null_u, null_vh = u[:, rank:], vh[rank:]
-    a, _, bh = torch.linalg.svd(null_u.T @ null_vh.T)
-    return u[:, :rank] @ vh[:rank] + null_u @ (a @ bh) @ null_vh, rank
+        rows = torch.stack(
+            [self._encode.image(self._model, x), self._encode.text(self._model, tokens)], 1
+        )
+        return nn.functional.normalize(
+            rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1
+        )

@@ -32,7 +32,7 @@ from torch import nn
 import pybackdoor
 from pybackdoor.models import HFClip
 from pybackdoor.models.fold import Fold, LinearMap
-from pybackdoor.repair import nearest_rotation
+from pybackdoor.rotation import nearest_rotation
 
 
 @pytest.mark.parametrize("kind", KINDS)
