@@ -35,7 +35,8 @@ of *other* classes that are predicted as the target, PA the accuracy of triggere
 their true labels; test images are as many of each class, so accuracies are macro accuracies.
 Figures are means over the seeds in %; brackets reach from the lowest lower to the highest upper
 bound of the seeds' 95 % intervals. Drift is the mean squared distance of unit embeddings to the
-poisoned model's, in [0, 4], image / text, before and after drift repair. Old index is the accuracy
+poisoned model's, in [0, 4], image / text, before and after drift repair, which lets it grow where
+that keeps what stored embeddings find. Old index is the accuracy
 of stored old image embeddings under the cleaned model's class texts / of its images under stored
 old texts, probe that of a linear probe trained on old image embeddings and given new ones; the
 model's own are CA, and what the probe reaches on old ones (in parentheses). Repair changed no

@@ -64,13 +64,14 @@ def objective(rows: Rows, old: Rows, scale: float) -> float:
     return CLOSE * sum(distances(rows, old)) + image + TEXTS * text
 
 
-def gradient(rows: Rows, old: Rows, scale: float) -> Tensor:
-    """[D, D] derivative of the objective at R = 1; rows that are turned by R = 1 + dR."""
+def slope(rows: Rows, old: Rows, scale: float) -> Tensor:
+    """[D, D] skew A: turned by exp(B), B skew and small, the objective changes by tr(AᵀB)."""
     own, images, texts = (logits.softmax(1) for logits in _logits(rows, old, scale))
     by_images, by_texts = images - own, TEXTS * (texts - own)  # [n, n]
     kept = rows.text.T @ (by_images.T @ old.image) + rows.image.T @ (by_texts @ old.text)
     close = rows.image.T @ old.image + rows.text.T @ old.text
-    return (scale * kept - 2 * CLOSE * close) / len(rows.image)
+    full = (scale * kept - 2 * CLOSE * close) / len(rows.image)
+    return (full - full.T) / 2
 
 
 def _logits(rows: Rows, old: Rows, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,10 +98,9 @@ def kept_rotation(
     generator = torch.Generator().manual_seed(0)
     for step in range(STEPS):
         drawn = torch.randperm(n, generator=generator)[:ROWS].to(rotation.device)
-        slope = gradient(rows.take(drawn).turned(rotation), old.take(drawn), scale)
-        slope = (slope - slope.T) / 2
-        angles = _MOMENTUM * angles + (1 - _MOMENTUM) * slope
-        square = _SQUARES * square + (1 - _SQUARES) * slope.square().mean()
+        found = slope(rows.take(drawn).turned(rotation), old.take(drawn), scale)
+        angles = _MOMENTUM * angles + (1 - _MOMENTUM) * found
+        square = _SQUARES * square + (1 - _SQUARES) * found.square().mean()
         size = (square / (1 - _SQUARES ** (step + 1))).sqrt().clamp_min(torch.finfo().tiny)
         length = _TURN / dim**0.5 * (1 - step / STEPS) / (1 - _MOMENTUM ** (step + 1))
         rotation = rotation @ torch.matrix_exp(-length * angles / size)

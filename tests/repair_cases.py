@@ -9,7 +9,7 @@ import torch
 from clip_models import tiny, tiny_hf
 from dual_encoder import DualEncoder
 from torch import nn
-from torch.nn.functional import normalize
+from torch.nn.functional import kl_div, normalize
 
 from pybackdoor.models import HFClip, image_features, text_features
 
@@ -95,6 +95,23 @@ def features(model: nn.Module, batches: list) -> torch.Tensor:
     images, texts = (torch.cat(x) for x in zip(*batches, strict=True))
     rows = torch.stack([image_features(model, images), text_features(model, texts)])
     return normalize(rows.double(), dim=-1)
+
+
+def judged(rows: torch.Tensor, old: torch.Tensor, scale: float) -> dict[str, float]:
+    """Drift repair's figures of [2, n, D] rows against the reference's, by torch's functions."""
+    apart = (rows - old).square().sum(2).mean(1)
+    own = (scale * rows[0] @ rows[1].T).log_softmax(1)
+    found = {"image": apart[0].item(), "text": apart[1].item()}
+    for name, image, text in (("old_images", old[0], rows[1]), ("old_texts", rows[0], old[1])):
+        other = (scale * image @ text.T).log_softmax(1)
+        found[name] = kl_div(other, own, log_target=True, reduction="batchmean").item()
+    return found
+
+
+def worth(figures: dict[str, float]) -> float:
+    """What drift repair makes small."""
+    close = (figures["image"] + figures["text"]) / 2
+    return close + figures["old_images"] + 2 * figures["old_texts"]
 
 
 def turn(dim: int, seed: int = 5) -> torch.Tensor:

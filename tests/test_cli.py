@@ -69,7 +69,7 @@ def cleaning(world, out, *more):
 def test_clean_saves_what_load_reads_and_leaves_the_input(world, run, tmp_path):
     before = (world / "model" / "open_clip_model.safetensors").read_bytes()
     code, out, _ = run(*cleaning(world, tmp_path / "out"))
-    assert code == 0 and "cleaned by par in 3 steps" in out and "rotation of both towers" in out
+    assert code == 0 and "cleaned by par in 3 steps" in out and "Both towers are rotated" in out
     assert (world / "model" / "open_clip_model.safetensors").read_bytes() == before
     old, new = pybackdoor.load(world / "model"), pybackdoor.load(tmp_path / "out")
     assert torch.equal(old.model.logit_scale, new.model.logit_scale)

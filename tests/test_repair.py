@@ -10,8 +10,6 @@ import pytest
 import torch
 from clip_models import tiny
 from dual_encoder import MEAN, STD, DualEncoder, random_pairs
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from repair_cases import (
     KINDS,
     OPEN_CLIP,
@@ -22,43 +20,51 @@ from repair_cases import (
     batches_for,
     drifted,
     features,
+    judged,
     make,
     same,
     turn,
     weights,
+    worth,
 )
 from torch import nn
 
 import pybackdoor
 from pybackdoor.models import HFClip
 from pybackdoor.models.fold import Fold, LinearMap
-from pybackdoor.rotation import nearest_rotation
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_stay_and_embeddings_follow_the_svd(kind):
+def test_logits_stay_and_embeddings_follow_one_rotation(kind):
     old = make(kind)
     new, batches = drifted(old), batches_for(old)
     before = weights(new)
     mended = pybackdoor.repair_drift(new, old, batches, device="cpu")
     assert all(torch.equal(t, before[n]) for n, t in new.state_dict().items())
+    moved, origin, found = (features(m, batches) for m in (new, old, mended.model))
+    scale = math.exp(new.logit_scale.item())
+    logits = [scale * f[0] @ f[1].T for f in (moved, found)]
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
+    u, _, vt = torch.linalg.svd(moved.flatten(0, 1).T @ found.flatten(0, 1))
+    assert (moved @ u @ vt - found).abs().max() < 1e-5  # for one orthogonal matrix
     held_out = torch.arange(PAIRS) % 5 == 0
-    moved, origin = features(new, batches), features(old, batches)
     fit = [rows[:, ~held_out].flatten(0, 1).numpy() for rows in (moved, origin)]
     u, _, vt = np.linalg.svd(fit[0].T @ fit[1])
-    wanted, found = moved @ torch.from_numpy(u @ vt), features(mended.model, batches)
-    assert (found - wanted).abs().max() < 1e-5
-    logits = [math.exp(model.logit_scale.item()) * f[0] @ f[1].T
-              for model, f in ((new, moved), (mended.model, found))]  # fmt: skip
-    assert (logits[0] - logits[1]).abs().max() < 1e-5
+    nearest = moved @ torch.from_numpy(u @ vt)
+    figures = {
+        what: judged(rows[:, held_out], origin[:, held_out], scale)
+        for what, rows in (("before", moved), ("after", found), ("nearest", nearest))
+    }
     report = mended.report
-    assert report["done"] and report["pairs"] == PAIRS and report["held_out"] == 12
+    for when in ("before", "after") if report["done"] else ("before",):
+        for name, value in figures[when].items():
+            assert report[f"{name}_{when}"] == pytest.approx(value, abs=1e-4)
+    best = min(("before", "nearest"), key=lambda what: worth(figures[what]))
+    assert worth(figures["after"]) <= worth(figures[best]) + 1e-5
+    assert report["done"] == (worth(figures["after"]) < worth(figures["before"]) - 1e-8)
+    assert report["pairs"] == PAIRS and report["held_out"] == 12
     assert report["rank"] == found.shape[2] and report["left_out"] == 0
-    for when, rows in (("before", moved), ("after", wanted)):
-        apart = (rows - origin)[:, held_out].square().sum(-1).mean(1)
-        for tower, value in zip(("image", "text"), apart, strict=True):
-            assert report[f"{tower}_{when}"] == pytest.approx(value.item(), abs=1e-5)
-    assert report["error"] < 1e-5
+    assert report.get("error", 0) < 1e-5
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -105,30 +111,6 @@ def test_weights_are_rotated_in_fp64_and_rounded_once(dtype):
     mended = pybackdoor.repair_drift(drifted(old), old, batches_for(old), device="cpu")
     assert mended.report["done"] and mended.model.visual.proj.dtype == dtype
     assert mended.report["error"] < {torch.float64: 1e-13}.get(dtype, 0.05)
-    assert mended.report["image_after"] < mended.report["image_before"]
-
-
-@given(st.integers(2, 9), st.integers(0, 12), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_rotation_is_orthogonal_best_and_nearest_to_the_identity(dim, n, seed):
-    g = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(2, n, dim, generator=g, dtype=torch.float64)
-    cross = a.T @ b
-    rotation, rank = nearest_rotation(cross)
-    assert rank == min(n, dim)
-    eye = torch.eye(dim, dtype=torch.float64)
-    torch.testing.assert_close(rotation.T @ rotation, eye, rtol=0, atol=1e-12)
-    best = torch.linalg.svdvals(cross).sum()
-    assert (rotation * cross).sum() == pytest.approx(best.item(), abs=1e-10)
-    if rank < dim:  # any other way to turn what the pairs do not speak of is farther from it
-        null = torch.linalg.svd(cross)[2][rank:]
-        for trial in range(5):
-            other = rotation @ (eye - null.T @ null + null.T @ turn(dim - rank, trial) @ null)
-            torch.testing.assert_close((other * cross).sum(), best, rtol=0, atol=1e-10)
-            assert other.trace() <= rotation.trace() + 1e-12
-    assert torch.equal(
-        nearest_rotation(torch.zeros(3, 3).double())[0].round(decimals=12), torch.eye(3).double()
-    )
 
 
 def test_fewer_pairs_than_dimensions_turn_what_they_show():

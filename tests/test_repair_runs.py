@@ -10,11 +10,12 @@ import warnings
 import pytest
 import torch
 from dual_encoder import MEAN, STD, DualEncoder, random_pairs
-from repair_cases import PAIRS, batches_for, drifted, make, same, weights
+from repair_cases import PAIRS, batches_for, drifted, features, make, same, weights, worth
 from run_ranks import run_ranks
 
 import pybackdoor
 from pybackdoor.data import PairLoader, pairs_from_arrays
+from pybackdoor.repair import TOLD
 
 FAST = {"steps": 3, "precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
 
@@ -27,10 +28,8 @@ def test_every_cleaning_repairs_unless_told_not_to(method):
     assert off.report["repair"] == {"done": False, "reason": "it was switched off"}
     report = on.report["repair"]
     assert report["done"] and report["pairs"] == 60 and report["seconds"] > 0
-    assert (
-        report["image_after"] + report["text_after"]
-        < report["image_before"] + (report["text_before"])
-    )
+    before, after = ({n: report[f"{n}_{w}"] for n in TOLD} for w in ("before", "after"))
+    assert worth(after) < worth(before)
     changed = [n for n, t in weights(on.model).items() if not torch.equal(t, weights(off.model)[n])]
     assert changed == ["image.6.weight", "image.6.bias", "text.1.weight", "text.1.bias"]
     options = {"mean": MEAN, "std": STD, "device": "cpu"}
@@ -152,7 +151,7 @@ def test_pairs_that_are_not_finite_are_left_out():
     with pytest.raises(ValueError, match="no batch has finite embeddings"):
         pybackdoor.repair_drift(new, model, none, device="cpu")
     late = pybackdoor.repair_drift(new, model, [none[0], batches[1]], device="cpu").report
-    assert late["done"] and late["pairs"] == late["left_out"] == PAIRS // 2
+    assert late["pairs"] == late["left_out"] == PAIRS // 2
     few = [(batches[0][0][:3].clone(), batches[0][1][:3])]
     few[0][0][0] = math.nan  # the one of three that is held out
     with pytest.raises(ValueError, match="too few pairs .*: 2 to fit and 0 to judge by"):
@@ -173,3 +172,24 @@ def test_ranks_get_the_same_bits(tmp_path):
         torch.testing.assert_close(found["0"][name], tensor, rtol=0, atol=1e-9)
     assert found["report"]["pairs"] == 40
     assert "another rank cannot rotate" in found["refused"]
+
+
+def test_what_holds_for_the_fitted_pairs_alone_is_not_taken(monkeypatch):
+    model = make("ViT")
+    new, batches = drifted(model), batches_for(model)
+    taken = pybackdoor.repair_drift(new, model, batches, device="cpu").report
+    eye = torch.eye(32, dtype=torch.float64)
+    tried = []
+
+    def overfitted(rows, old, scale, start):
+        tried.append(start)
+        return -start
+
+    monkeypatch.setattr(pybackdoor.repair, "kept_rotation", overfitted)
+    fallen_back = pybackdoor.repair_drift(new, model, batches, device="cpu")
+    torch.testing.assert_close(tried[0].T @ tried[0], eye, rtol=0, atol=1e-10)
+    moved, origin = features(new, batches), features(model, batches)
+    apart = (moved @ tried[0] - origin).square().sum(2)[:, torch.arange(PAIRS) % 5 == 0].mean(1)
+    report = fallen_back.report
+    assert [report["image_after"], report["text_after"]] == pytest.approx(apart.tolist(), abs=1e-5)
+    assert taken["rank"] == report["rank"]

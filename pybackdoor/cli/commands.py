@@ -23,6 +23,7 @@ from ..models import load, preprocess_record, save
 from ..models.fold import TOWERS
 from ..options import UsageError
 from ..poison import PoisonResult, poison
+from ..repair import TOLD
 from ..triggers import TRIGGERS
 from . import bench, detect, inputs
 from .configs import BadClipConfig, CleanConfig, EvalConfig, PoisonConfig
@@ -278,13 +279,17 @@ def _cleaning_text(out: str, result: CleanResult) -> str:
     ]
     repair, last = result.report["repair"], result.history[-1]
     if repair["done"]:
+        change = {
+            name: f"{repair[f'{name}_before']:.2f} -> {repair[f'{name}_after']:.2f}"
+            for name in TOLD
+        }
         lines.append(
-            "Squared distance to the old embeddings: "
-            + ", ".join(f"{t} {repair[f'{t}_before']:.2f} -> {repair[f'{t}_after']:.2f}"
-                        for t in TOWERS)
-            + " by a rotation of both towers. Indexes, probes and adapters made with the old "
-            "model meet what is left of it: `pybackdoor eval --reference` measures that."
-        )  # fmt: skip
+            "Both towers are rotated, so that stored embeddings of the old model fit again as far "
+            f"as they can: squared distance to them image {change['image']}, text "
+            f"{change['text']}; what they find, against what the model's own find, in nats: old "
+            f"images {change['old_images']}, old texts {change['old_texts']}. "
+            "`pybackdoor eval --reference` says it in accuracy."
+        )
     else:
         lines.append(f"The drift is not repaired: {repair['reason']}.")
         if "s_image" in last:

@@ -72,10 +72,10 @@ def par_clean(
 
     Training takes both encoders out of the old embedding space: mean cosine to the input model
     falls to about 1 - tau/2. Most of that is one rotation which both share, so ``repair`` turns
-    them back at the end, and indexes, probes and projectors built on the old encoder meet nearly
-    what they know. The distances that are left stand in the report; where it says that the repair
-    was not done, they must be rebuilt. The backdoor may come back under later fine-tuning, and a
-    clean model loses accuracy too.
+    them back at the end, and stored images and texts of the old encoder find nearly what they
+    found. What is left of the drift stands in the report; where it says that the repair was not
+    done, they must be rebuilt. The backdoor may come back under later fine-tuning, and a clean
+    model loses accuracy too.
 
     Args:
         model: has ``encode_image``, ``encode_text`` and ``logit_scale`` (log of the scale).
@@ -115,10 +115,10 @@ def par_clean(
             that has ``image_ids`` (PairLoader does): on a GPU up to 2 GiB and a quarter of what is
             free, else in the host's memory, up to a quarter of it.
         compile (None): a mode of torch.compile for both towers, such as "default".
-        repair (True): at the end, rotate both towers' embeddings together back towards the input
-            model's, which leaves similarities as they are: see ``repair_drift``. It reads up to
-            max(4096, 8 D) of the pairs again, not augmented. Where that cannot be done, a warning
-            and the report say why, and the model stays as it was trained.
+        repair (True): at the end, rotate both towers' embeddings together so that stored ones of
+            the input model fit again, which leaves similarities as they are: see ``repair_drift``.
+            It reads up to max(4096, 8 D) of the pairs again, not augmented. Where that cannot be
+            done, a warning and the report say why, and the model stays as it was trained.
         max_faults (3): batches whose loss or gradients are not finite that are left out, each
             named in the report, before the run is given up.
         folder (None): keep checkpoints there every ``save_minutes`` (10), at the end, on Ctrl-C and

@@ -1,0 +1,132 @@
+"""Drift repair's rotation: its objective against autograd and torch's own, and what it finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from repair_cases import judged, turn
+from torch import Tensor
+
+from pybackdoor.rotation import (
+    CLOSE,
+    TEXTS,
+    Rows,
+    distances,
+    divergences,
+    kept_rotation,
+    nearest_rotation,
+    objective,
+    slope,
+)
+
+
+def unit(g: torch.Generator, *shape: int) -> Tensor:
+    return F.normalize(torch.randn(shape, generator=g, dtype=torch.float64), dim=-1)
+
+
+@given(st.integers(1, 12), st.integers(2, 7), st.floats(0.5, 40), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_objective_and_slope_are_those_of_autograd(n, dim, scale, seed):
+    g = torch.Generator().manual_seed(seed)
+    new, old = (Rows(unit(g, n, dim), unit(g, n, dim)) for _ in range(2))
+    skew = torch.zeros(dim, dim, dtype=torch.float64, requires_grad=True)
+    turned = new.turned(torch.matrix_exp(skew - skew.T))
+    own = (scale * new.image @ new.text.T).log_softmax(1)
+
+    def divergence(image: Tensor, text: Tensor) -> Tensor:
+        other = (scale * image @ text.T).log_softmax(1)
+        return F.kl_div(other, own, log_target=True, reduction="batchmean")
+
+    wanted = {
+        "image": (turned.image - old.image).square().sum(1).mean(),
+        "text": (turned.text - old.text).square().sum(1).mean(),
+        "old_images": divergence(old.image, turned.text),
+        "old_texts": divergence(turned.image, old.text),
+    }
+    total = CLOSE * (wanted["image"] + wanted["text"])
+    total = total + wanted["old_images"] + TEXTS * wanted["old_texts"]
+    values = {name: value.item() for name, value in wanted.items()}
+    assert judged(torch.stack(list(new)), torch.stack(list(old)), scale) == pytest.approx(values)
+    found = (*distances(new, old), *divergences(new, old, scale))
+    assert found == pytest.approx(tuple(values.values()), abs=1e-12)
+    assert objective(new, old, scale) == pytest.approx(total.item(), abs=1e-12)
+    (grad,) = torch.autograd.grad(total, skew)
+    torch.testing.assert_close(2 * slope(new, old, scale), grad, rtol=0, atol=1e-10)
+
+
+def test_stored_rows_are_found_again_where_the_gap_between_the_towers_has_changed():
+    """Sixty classes, five images each; what all images and what all texts share is another."""
+    g = torch.Generator().manual_seed(0)
+    dim, classes, each = 24, 60, 5
+    labels = torch.arange(classes).repeat(each)
+    centres, shared = unit(g, classes, dim), unit(g, 4, dim)
+
+    def model(of_images: Tensor, of_texts: Tensor) -> Rows:
+        image = centres[labels] + 1.5 * unit(g, len(labels), dim) + of_images
+        text = centres + 0.3 * unit(g, classes, dim) + of_texts
+        return Rows(F.normalize(image, dim=1), F.normalize(text, dim=1)[labels])
+
+    old, new = model(*shared[:2]), model(*shared[2:]).turned(turn(dim))
+    nearest = nearest_rotation(new.image.T @ old.image + new.text.T @ old.text)[0]
+    kept = kept_rotation(new, old, 20.0, nearest)
+    eye = torch.eye(dim, dtype=torch.float64)
+    torch.testing.assert_close(kept.T @ kept, eye, rtol=0, atol=1e-12)
+
+    def hits(image: Tensor, text: Tensor) -> float:
+        return float(((image @ text[:classes].T).argmax(1) == labels).double().mean())
+
+    own, before = hits(*new), new.turned(nearest)
+    assert min(hits(old.image, before.text), hits(before.image, old.text)) < own - 0.1
+    after = new.turned(kept)
+    assert min(hits(old.image, after.text), hits(after.image, old.text)) > own - 0.02
+    assert objective(after, old, 20.0) < objective(before, old, 20.0)
+    assert torch.equal(kept, kept_rotation(new, old, 20.0, nearest))  # draws of their own seed
+
+
+def test_the_search_ends_where_the_objective_is_flat():
+    """Two dimensions, where all rotations can be tried."""
+    g = torch.Generator().manual_seed(3)
+    new, old = (Rows(unit(g, 40, 2), unit(g, 40, 2)) for _ in range(2))
+    found = kept_rotation(new, old, 5.0, torch.eye(2, dtype=torch.float64))
+    angles = torch.linspace(-torch.pi, torch.pi, 721, dtype=torch.float64)
+    turns = [torch.tensor([[a.cos(), -a.sin()], [a.sin(), a.cos()]]).double() for a in angles]
+    values = torch.tensor([objective(new.turned(t), old, 5.0) for t in turns])
+    reached = objective(new.turned(found), old, 5.0)
+    lowest = (values[1:-1] < values[:-2]) & (values[1:-1] < values[2:])  # local minima
+    assert (values[1:-1][lowest] - reached).abs().min() < 1e-3
+    assert reached < objective(new, old, 5.0)
+
+
+def test_nothing_to_gain_moves_nothing():
+    g = torch.Generator().manual_seed(1)
+    old = Rows(unit(g, 1, 3), unit(g, 1, 3))
+    eye = torch.eye(3, dtype=torch.float64)
+    assert slope(old, old, 1.0).abs().max() < 1e-12
+    zero = Rows(*(torch.zeros(2, 3, dtype=torch.float64) for _ in range(2)))
+    assert torch.equal(kept_rotation(zero, zero, 1.0, eye).round(decimals=12), eye)
+
+
+@given(st.integers(2, 9), st.integers(0, 12), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_rotation_is_orthogonal_best_and_nearest_to_the_identity(dim, n, seed):
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, n, dim, generator=g, dtype=torch.float64)
+    cross = a.T @ b
+    rotation, rank = nearest_rotation(cross)
+    assert rank == min(n, dim)
+    eye = torch.eye(dim, dtype=torch.float64)
+    torch.testing.assert_close(rotation.T @ rotation, eye, rtol=0, atol=1e-12)
+    best = torch.linalg.svdvals(cross).sum()
+    assert (rotation * cross).sum() == pytest.approx(best.item(), abs=1e-10)
+    if rank < dim:  # any other way to turn what the pairs do not speak of is farther from it
+        null = torch.linalg.svd(cross)[2][rank:]
+        for trial in range(5):
+            other = rotation @ (eye - null.T @ null + null.T @ turn(dim - rank, trial) @ null)
+            torch.testing.assert_close((other * cross).sum(), best, rtol=0, atol=1e-10)
+            assert other.trace() <= rotation.trace() + 1e-12
+    assert torch.equal(
+        nearest_rotation(torch.zeros(3, 3).double())[0].round(decimals=12), torch.eye(3).double()
+    )
