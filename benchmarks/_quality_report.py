@@ -50,6 +50,9 @@ in that choice. The models and images are small: what holds here need not hold f
 models.
 """
 
+OUTDATED = """Groups marked † hold, {n} in all, rows whose settings, or the code that they depend
+on, have changed since and which have not been computed anew."""
+
 CHOICE = """## How the settings were chosen
 
 By `python benchmarks/tune_quality.py`, on CIFAR-10's ResNets with the attacks of the tuning half:
@@ -105,7 +108,8 @@ def results_file(out: Path) -> Path:
 
 def write_report(work: Work, out: Path) -> list[Path]:
     """Writes the JSON, the page and the pictures below ``out``; says which."""
-    rows = with_controls(rows_of(work))
+    todays = rows_of(work)
+    rows = with_controls(ordered(todays + outdated(work, out, todays)))
     groups = grouped(rows)
     folder = out / "docs" / "quality"
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +138,7 @@ def write_report(work: Work, out: Path) -> list[Path]:
 
 
 def rows_of(work: Work) -> list[dict[str, Any]]:
-    """The records of all cells whose settings are today's, in the order of the plan."""
+    """The records of all cells whose settings are today's."""
     found = []
     for path in (work.folder / "cells").glob("*.json"):
         row = json.loads(path.read_text())
@@ -142,7 +146,27 @@ def rows_of(work: Work) -> list[dict[str, Any]]:
         if _known(cell, work.setting) and cell.name(work.setting) == path.stem:
             del row["settings"]  # the document states them once
             found.append({"cell": path.stem, **row})
-    return sorted(found, key=lambda row: (*map(_place, _key(row)), row["seed"]))
+    return found
+
+
+def outdated(work: Work, out: Path, todays: list[dict]) -> list[dict[str, Any]]:
+    """An earlier report's rows under other settings, where there is none yet under today's.
+
+    So that a change does not lose hours of computing: they are marked, until computed anew.
+    """
+    results, there = results_file(out), {(*_key(row), row["seed"]) for row in todays}
+    if not results.exists():
+        return []
+    return [
+        {**row, "outdated": True}
+        for row in json.loads(results.read_text())["rows"]
+        if _known(_cell(row), work.setting) and (*_key(row), row["seed"]) not in there
+    ]
+
+
+def ordered(rows: list[dict]) -> list[dict]:
+    """As the plan has them."""
+    return sorted(rows, key=lambda row: (*map(_place, _key(row)), row["seed"]))
 
 
 def _cell(row: dict[str, Any]) -> Cell:
@@ -222,7 +246,9 @@ def introduction(setting: Setting, rows: list[dict]) -> str:
         points=", ".join(map(str, setting.rebound_at)), installed=f"{100 * setting.installed:g}",
         tuning=" and ".join(f"`{name}`" for name in TUNING),
     ).strip()  # fmt: skip
-    return f"{text}\n\n{_old_index(rows)}".strip()
+    fresh = [row for row in rows if "outdated" not in row]
+    old = f"\n\n{OUTDATED.format(n=len(rows) - len(fresh))}" if len(fresh) < len(rows) else ""
+    return f"{text}{old}\n\n{_old_index(fresh)}".strip()
 
 
 def _old_index(rows: list[dict]) -> str:
@@ -242,7 +268,7 @@ def _old_index(rows: list[dict]) -> str:
         f"{sum(gap >= -WITHIN for gap in found)} of {len(found)} at most {WITHIN:g} below"
         for of, found in gaps.items()
     ]
-    return f"After repair, over all cleaned models: {'; '.join(told)}."
+    return f"After repair, over {len(gaps['images'])} cleaned models: {'; '.join(told)}."
 
 
 def section(
@@ -302,6 +328,7 @@ def _full(item: tuple[tuple[str, str], list[dict]]) -> list[str]:
     (attack, defence), rows = item
     judged = _judged(rows)
     seeds = f"{len(judged)} of {len(rows)}" if len(judged) < len(rows) else str(len(rows))
+    seeds += " †" * any("outdated" in row for row in rows)
     rate = rows[0]["rate"]
     about = [_attack(attack), "-" if rate is None else f"{100 * rate:g}", defence]
     shown = judged or [row for row in rows if "ca" in row]  # an attack that failed has its own row

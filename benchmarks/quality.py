@@ -9,8 +9,8 @@ Data set x architecture x attack x defence x seed. A model is trained once with 
 kept for all defences; a model or cell is a file in the work folder, written when it is complete and
 named by a hash of its settings (_quality_setting.py), so that a run that was stopped goes on where
 it was and changed settings are computed anew; cells of an earlier report in --out with the same
-settings are taken from it. Results do not depend on --jobs: every process has
-one thread. CIFAR-10 and Caltech-101 are read from the folder PYBACKDOOR_DATA. The architecture
+settings are taken from it, others stay in the report, marked, until computed anew. Results do not
+depend on --jobs: every process has one thread. CIFAR-10 and Caltech-101 are read from the folder PYBACKDOOR_DATA. The architecture
 "pretrained" is computed where it is named, and needs the weights of the extra [towers].
 
 A row holds CA, ASR of other classes and of all, accuracy under trigger, drift, each with n and a

@@ -163,6 +163,30 @@ def test_an_earlier_report_gives_its_cells_back(work, tmp_path):
     assert report.adopt(Work(tmp_path / "other", longer, "cpu"), out) == 0
 
 
+def test_rows_of_an_earlier_version_stay_marked_until_they_are_computed_anew(work, tmp_path):
+    out, longer = tmp_path / "out", dataclasses.replace(FULL, rebound_at=(100, 200))
+    report.write_report(work, out)
+    changed = Work(tmp_path / "changed", longer, "cpu")
+    (changed.folder / "cells").mkdir(parents=True)
+    fresh = [made for made in ROWS if made["defence"] == "par" and made["attack"] == "sig"][:1]
+    for made in fresh:
+        model = Model(made["data"], made["arch"], made["attack"], made["seed"])
+        path = changed.cell_file(Cell(model, made["defence"]))
+        path.write_text(json.dumps({**made, "ca": estimate(0.9)}))
+    report.write_report(changed, out)
+    rows = json.loads(report.results_file(out).read_text())["rows"]
+    assert len(rows) == len(ROWS)
+    todays = [r for r in rows if "outdated" not in r]
+    assert [(r["defence"], r["seed"], r["ca"]["value"]) for r in todays] == [("par", 0, 0.9)]
+    page = (out / "docs/quality.md").read_text()
+    assert f"Groups marked † hold, {len(ROWS) - 1} in all" in page
+    assert "| 10 | 4 | 2 † |" in page and "| 10 | 4 | 1 † |" in page
+    assert "After repair, over 1 cleaned models" in page
+    before = report.results_file(out).read_text()
+    report.write_report(changed, out)
+    assert report.results_file(out).read_text() == before
+
+
 def test_the_report_means_over_seeds_and_leaves_out_what_is_stale(work, tmp_path):
     written = report.write_report(work, tmp_path / "out")
     results = json.loads((tmp_path / "out/benchmarks/results/quality.json").read_text())
@@ -181,7 +205,7 @@ def test_the_report_means_over_seeds_and_leaves_out_what_is_stale(work, tmp_path
     )
     assert "more than 1e-07 (logits: 2e-06)" in " ".join(page.split())
     below = "old images from -40.0 to -30.0 points of the model's own CA, 0 of 4 at most 2 below"
-    assert f"After repair, over all cleaned models: {below}; old class texts from" in page
+    assert f"After repair, over 4 cleaned models: {below}; old class texts from" in page
     assert "| wanet | 1 | none | 80.0 [70.0, 90.0] | 40.0 [30.0, 50.0] |" in page
     assert "| 0 of 1 |" in page and "finetune" not in page
     pictures = [path for path in written if path.suffix == ".png"]
