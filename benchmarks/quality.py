@@ -10,8 +10,9 @@ kept for all defences; a model or cell is a file in the work folder, written whe
 named by a hash of its settings (_quality_setting.py), so that a run that was stopped goes on where
 it was and changed settings are computed anew; cells of an earlier report in --out with the same
 settings are taken from it, others stay in the report, marked, until computed anew. Results do not
-depend on --jobs: every process has one thread. CIFAR-10 and Caltech-101 are read from the folder PYBACKDOOR_DATA. The architecture
-"pretrained" is computed where it is named, and needs the weights of the extra [towers].
+depend on --jobs: every process has one thread. CIFAR-10 and Caltech-101 are read from the folder
+PYBACKDOOR_DATA. The architecture "pretrained" is computed where it is named, and needs the weights
+of the extra [towers].
 
 A row holds CA, ASR of other classes and of all, accuracy under trigger, drift, each with n and a
 95 % interval; the ASR in 300 further clean steps; pairs, steps and seconds. An attack whose ASR
