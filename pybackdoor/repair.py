@@ -3,8 +3,8 @@
 Training moves both towers. Much of that movement is one rotation which they share, and CLIP's
 similarities do not change when both towers' embeddings are rotated together. The rotation that
 brings them back best (``rotation``) is folded into the last linear map of both towers, so that
-stored indexes, linear probes and projectors made with the reference meet the embeddings that they
-know. Reflections are allowed: they keep similarities just as well.
+stored images and texts of the reference fit the model's again, and probes and projectors as far as
+the rest of the movement allows. Reflections are allowed: they keep similarities just as well.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from .engine.feed import Feed, Item
 from .engine.interrupts import exception_of
 from .engine.watch import Watch
 from .models import check_clip, check_finite
-from .models.fold import TOWERS, Fold
-from .rotation import Rows, distances, divergences, kept_rotation, nearest_rotation, objective
+from .models.fold import Fold
+from .models.protocol import scale
+from .rotation import Fit, Rows, kept_rotation, nearest_rotation
 
 LEAST_PAIRS, PAIRS_PER_DIM = 4096, 8
-_HELD_OUT = 5  # each fifth pair has no part in the fit and says how good it is
+_HELD_OUT = 5  # each fifth pair has no part in the fit and says which rotation is taken
+# What the search must gain on them: less may be rounding that Adam has blown up, and is not worth
+# turning directions that the pairs do not speak of.
+_GAIN = 1e-3
 _PROBE = 16  # pairs on which the fold is checked
 _NO_END = 1 << 40  # batches of a loader without len(): the pairs or the pass end it before
 
@@ -72,19 +76,20 @@ def repair_drift(
         loader: image-caption pairs, as for ``par_clean``; not augmented here. Its epoch and
             position stay as they are. On several ranks each yields its own share.
         pairs: how many to use, at least 2; default max(4096, 8 D), or all in one pass if fewer.
-            Their four embeddings are held in memory, 16 D bytes a pair.
+            Their four embeddings are held in memory, a few times over.
         device: where to encode; default this process's GPU, else the CPU.
         mean, std: of the three channels for pixels in [0, 1]; default the model's own.
         tokenizer: list of strings -> [n, L] tokens, for loaders that yield strings.
     Returns:
-        The rotated copy, and a report: done; reason, where it is not done: the rotation would
-        bring nothing nearer; pairs used and, of these, held_out from the fit; left_out, with
-        embeddings that are not finite; of the pairs held out, each with _before and _after: image
-        and text, the mean squared distance of unit embeddings to the reference's, in [0, 4], and
-        old_images and old_texts, the divergence KL in nats of what the reference's images, or its
-        texts, have the model choose among their captions from its own choice; rank: directions of
-        the D that the pairs speak of, the others are turned as little as possible; error:
-        distance of a unit embedding to the exactly rotated one, at most; seconds.
+        The rotated copy, and a report: done; reason, where it is not done: no rotation serves the
+        pairs held out better; pairs used and, of these, held_out from the fit; left_out, with
+        embeddings that are not finite on every rank; rank: directions of the D that the pairs
+        speak of; of the pairs held out, which chose between the nearest rotation and the search's,
+        each with _before and _after: image and text, the mean squared distance of unit embeddings
+        to the reference's, in [0, 4], and old_images and old_texts, in nats, how far what the
+        reference's images, or its texts, have the model choose among captions diverges from its
+        own choice (``Fit``); error: distance of a unit embedding to the exactly rotated one, at
+        most; seconds.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came; embeddings that
             are not finite; a one-shot iterator; or a model whose towers do not both end in a
@@ -151,13 +156,20 @@ def repair_in_place(
                     feed.stop(interrupt.pending)
             if feed.signal > 1:
                 raise exception_of(feed.signal)
+            _stop_if_asked(interrupt, ranks, device)
             with watch.patient():
                 found = fit.fold()
         found["seconds"] = round(time.perf_counter() - began, 3)
         report.clear()
         report.update(found)
-        if ranks.size == 1:
-            interrupt.check()
+        _stop_if_asked(interrupt, ranks, device)
+
+
+def _stop_if_asked(interrupt: DeferredInterrupt, ranks: Ranks, device: torch.device) -> None:
+    """Raises on every rank what a signal asked of one of them."""
+    asked = max(int(number) for (number,) in ranks.agree([interrupt.pending], device))
+    if asked:
+        raise exception_of(asked)
 
 
 class _Fit:
@@ -232,16 +244,22 @@ class _Fit:
             raise ValueError(
                 f"too few pairs with finite embeddings: {fitted} to fit and {judged} to judge by"
             )
-        rotation, found = self._found(*parts) if ranks.rank == 0 else (None, None)
-        found = ranks.from_first(found)
-        mine = {} if rotation is None else {"rotation": rotation.to(self._device)}
+        best = self._best(*parts) if ranks.rank == 0 else None
+        before, after, rank = ranks.from_first(best and best[1:])
+        mine = {} if best is None else {"rotation": best[0].to(self._device)}
         rotation = dict(ranks.tensors_from_first(mine, self._device)[1])["rotation"]
         found = {
             "pairs": fitted + judged, "held_out": judged,
-            "left_out": self._seen - fitted - judged, **found,
+            "left_out": self._seen - fitted - judged, "rank": rank,
         }  # fmt: skip
-        if not found.pop("better"):
-            return {"done": False, "reason": "no rotation brings the embeddings nearer", **found}
+        for when, fit in (("before", before), ("after", after)):
+            found |= {f"{name}_{when}": value for name, value in zip(TOLD, fit, strict=True)}
+        if Fit(*after).objective > Fit(*before).objective - _ROUNDING:
+            return {
+                "done": False,
+                "reason": "no rotation serves the pairs held out better",
+                **found,
+            }
         refusal, error = None, 0.0
         try:
             error = fold.rotate_(rotation)
@@ -259,25 +277,27 @@ class _Fit:
         order = numbers.argsort()
         return self._ranks.gather(rows, counts)[order], numbers[order] % _HELD_OUT == 0
 
-    def _found(self, fit: Sequence[Rows], judge: Sequence[Rows]) -> tuple[Tensor, dict[str, Any]]:
-        """The rotation that serves the pairs held out best, and how they fare before and after.
+    def _best(
+        self,
+        fit: Sequence[Rows],  # of the model, of the reference
+        judge: Sequence[Rows],
+    ) -> tuple[Tensor, Fit, Fit, int]:
+        """The rotation that serves the pairs held out best, how they fare before it and after.
 
-        The nearest one stays where the search for a better one finds what holds for its own pairs
-        alone.
+        With the rank that the nearest one was fitted on. That one stays where the search for a
+        better one finds what holds for its own pairs alone, or as good as nothing.
         """
-        scale = float(torch.as_tensor(self._model.logit_scale).detach().double().exp())
+        factor = float(scale(self._model))
         cross = sum(a.double().T @ b.double() for a, b in zip(*fit, strict=True)).cpu()
         nearest, rank = nearest_rotation(cross)
+        kept = kept_rotation(*fit, factor, nearest)
         new, old = (Rows(*(x.double().cpu() for x in rows)) for rows in judge)
-        candidates = [nearest, kept_rotation(*fit, scale, nearest)]
-        scores = [objective(new.turned(r), old, scale) for r in candidates]
-        best = candidates[scores.index(min(scores))]
-        found: dict[str, Any] = {"rank": rank}
-        found["better"] = min(scores) < objective(new, old, scale) - _ROUNDING
-        for when, rows in (("before", new), ("after", new.turned(best))):
-            told = zip(TOLD, (*distances(rows, old), *divergences(rows, old, scale)), strict=True)
-            found |= {f"{name}_{when}": value for name, value in told}
-        return best, found
+        before, near, better = (
+            Fit.of(rows, old, factor) for rows in (new, new.turned(nearest), new.turned(kept))
+        )
+        if better.objective < near.objective - _GAIN:
+            return kept, before, better, rank
+        return nearest, before, near, rank
 
     def _all_or_none(self, refusal: ValueError | None) -> None:
         """Raises on every rank what one of them has to say against it."""
@@ -290,8 +310,8 @@ class _Fit:
             raise ValueError("another rank cannot rotate its model; its own error says why")
 
 
-_ROUNDING = 1e-8  # of the objective of unit rows in fp32
-TOLD = (*TOWERS, "old_images", "old_texts")  # figures of a report, each before and after
+_ROUNDING = 1e-8  # of the squared distances of unit rows in fp32
+TOLD = Fit._fields  # figures of a report, each before and after
 
 
 class _Embedder:

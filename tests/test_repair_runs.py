@@ -10,12 +10,14 @@ import warnings
 import pytest
 import torch
 from dual_encoder import MEAN, STD, DualEncoder, random_pairs
-from repair_cases import PAIRS, batches_for, drifted, features, make, same, weights, worth
+from repair_cases import PAIRS, batches_for, drifted, features, make, same, turn, weights, worth
 from run_ranks import run_ranks
 
 import pybackdoor
 from pybackdoor.data import PairLoader, pairs_from_arrays
+from pybackdoor.models.fold import Fold
 from pybackdoor.repair import TOLD
+from pybackdoor.rotation import Fit, Rows
 
 FAST = {"steps": 3, "precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2}
 
@@ -174,22 +176,56 @@ def test_ranks_get_the_same_bits(tmp_path):
     assert "another rank cannot rotate" in found["refused"]
 
 
-def test_what_holds_for_the_fitted_pairs_alone_is_not_taken(monkeypatch):
+def fitted(report):
+    return Fit(*(report[f"{name}_after"] for name in TOLD))
+
+
+def test_what_holds_for_the_fitted_pairs_alone_or_gains_nothing_is_not_taken(monkeypatch):
     model = make("ViT")
     new, batches = drifted(model), batches_for(model)
+    search, tried = pybackdoor.repair.kept_rotation, []
     taken = pybackdoor.repair_drift(new, model, batches, device="cpu").report
-    eye = torch.eye(32, dtype=torch.float64)
-    tried = []
 
-    def overfitted(rows, old, scale, start):
-        tried.append(start)
-        return -start
+    def repaired_with(found):
+        def instead(rows, old, scale, start):
+            tried[:] = [start]
+            return found(start)
 
-    monkeypatch.setattr(pybackdoor.repair, "kept_rotation", overfitted)
-    fallen_back = pybackdoor.repair_drift(new, model, batches, device="cpu")
-    torch.testing.assert_close(tried[0].T @ tried[0], eye, rtol=0, atol=1e-10)
+        monkeypatch.setattr(pybackdoor.repair, "kept_rotation", instead)
+        report = pybackdoor.repair_drift(new, model, batches, device="cpu").report
+        assert fitted(taken).objective < fitted(report).objective - 0.1
+        return report
+
+    overfitted = repaired_with(lambda start: -start)
     moved, origin = features(new, batches), features(model, batches)
     apart = (moved @ tried[0] - origin).square().sum(2)[:, torch.arange(PAIRS) % 5 == 0].mean(1)
-    report = fallen_back.report
-    assert [report["image_after"], report["text_after"]] == pytest.approx(apart.tolist(), abs=1e-5)
-    assert taken["rank"] == report["rank"]
+    assert fitted(overfitted)[:2] == pytest.approx(apart.tolist(), abs=1e-5)
+    better = search(*(Rows(*x.float()) for x in (moved, origin)), 10.0, tried[0])
+    turned = tried[0].T @ better
+    hair = torch.matrix_exp(1e-5 * (turned - turned.T))
+    assert fitted(repaired_with(lambda start: start @ hair)) == fitted(overfitted)
+
+
+def test_ctrl_c_during_the_search_comes_once_the_model_is_rotated(monkeypatch):
+    def presses(rows, old, scale, start):
+        os.kill(os.getpid(), signal.SIGINT)
+        return start
+
+    monkeypatch.setattr(pybackdoor.repair, "kept_rotation", presses)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        pybackdoor.par_clean(DualEncoder(), random_pairs(60, 20), device="cpu", **FAST)
+    report = stopped.value.result.report["repair"]
+    assert report["pairs"] == 60 and "seconds" in report
+
+
+def test_a_second_ctrl_c_leaves_no_tower_rotated_alone(monkeypatch):
+    model = make("DualEncoder")
+    before, fold = weights(model), Fold(model, *batches_for(model)[0])
+
+    def interrupted(self, tower, rotation):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fold, "_error", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fold.rotate_(turn(8))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from pybackdoor.rotation import (
     CLOSE,
+    ROWS,
     TEXTS,
+    Fit,
     Rows,
-    distances,
-    divergences,
     kept_rotation,
     nearest_rotation,
-    objective,
     slope,
 )
 
@@ -50,9 +49,9 @@ def test_objective_and_slope_are_those_of_autograd(n, dim, scale, seed):
     total = total + wanted["old_images"] + TEXTS * wanted["old_texts"]
     values = {name: value.item() for name, value in wanted.items()}
     assert judged(torch.stack(list(new)), torch.stack(list(old)), scale) == pytest.approx(values)
-    found = (*distances(new, old), *divergences(new, old, scale))
-    assert found == pytest.approx(tuple(values.values()), abs=1e-12)
-    assert objective(new, old, scale) == pytest.approx(total.item(), abs=1e-12)
+    found = Fit.of(new, old, scale)
+    assert found._asdict() == pytest.approx(values, abs=1e-12)
+    assert found.objective == pytest.approx(total.item(), abs=1e-12)
     (grad,) = torch.autograd.grad(total, skew)
     torch.testing.assert_close(2 * slope(new, old, scale), grad, rtol=0, atol=1e-10)
 
@@ -82,7 +81,7 @@ def test_stored_rows_are_found_again_where_the_gap_between_the_towers_has_change
     assert min(hits(old.image, before.text), hits(before.image, old.text)) < own - 0.1
     after = new.turned(kept)
     assert min(hits(old.image, after.text), hits(after.image, old.text)) > own - 0.02
-    assert objective(after, old, 20.0) < objective(before, old, 20.0)
+    assert Fit.of(after, old, 20.0).objective < Fit.of(before, old, 20.0).objective
     assert torch.equal(kept, kept_rotation(new, old, 20.0, nearest))  # draws of their own seed
 
 
@@ -93,20 +92,50 @@ def test_the_search_ends_where_the_objective_is_flat():
     found = kept_rotation(new, old, 5.0, torch.eye(2, dtype=torch.float64))
     angles = torch.linspace(-torch.pi, torch.pi, 721, dtype=torch.float64)
     turns = [torch.tensor([[a.cos(), -a.sin()], [a.sin(), a.cos()]]).double() for a in angles]
-    values = torch.tensor([objective(new.turned(t), old, 5.0) for t in turns])
-    reached = objective(new.turned(found), old, 5.0)
+    values = torch.tensor([Fit.of(new.turned(t), old, 5.0).objective for t in turns])
+    reached = Fit.of(new.turned(found), old, 5.0).objective
     lowest = (values[1:-1] < values[:-2]) & (values[1:-1] < values[2:])  # local minima
     assert (values[1:-1][lowest] - reached).abs().min() < 1e-3
-    assert reached < objective(new, old, 5.0)
+    assert reached < Fit.of(new, old, 5.0).objective
 
 
-def test_nothing_to_gain_moves_nothing():
+@pytest.mark.parametrize("scale", [1.0, 100.0, 22026.0])
+def test_fp32_finds_what_fp64_finds(scale):
+    g = torch.Generator().manual_seed(2)
+    new, old = (Rows(unit(g, 90, 12), unit(g, 90, 12)) for _ in range(2))
+    eye = torch.eye(12, dtype=torch.float64)
+    found = [
+        Fit.of(new.turned(kept_rotation(*rows, scale, eye)), old, scale).objective
+        for rows in ((new, old), [Rows(*(x.float() for x in each)) for each in (new, old)])
+    ]
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+    assert max(found) < 0.9 * Fit.of(new, old, scale).objective
+    sloped = [slope(Rows(*(x.to(t) for x in new)), Rows(*(x.to(t) for x in old)), scale).double()
+              for t in (torch.float64, torch.float32)]  # fmt: skip
+    error = (sloped[1] - sloped[0]).norm() / sloped[0].norm()
+    assert error < 1e-6 * max(1, scale / 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_at_the_best_rotation_rounding_moves_little(dtype):
     g = torch.Generator().manual_seed(1)
-    old = Rows(unit(g, 1, 3), unit(g, 1, 3))
-    eye = torch.eye(3, dtype=torch.float64)
-    assert slope(old, old, 1.0).abs().max() < 1e-12
-    zero = Rows(*(torch.zeros(2, 3, dtype=torch.float64) for _ in range(2)))
-    assert torch.equal(kept_rotation(zero, zero, 1.0, eye).round(decimals=12), eye)
+    old = Rows(*(unit(g, 40, 6).to(dtype) for _ in range(2)))
+    eye = torch.eye(6, dtype=torch.float64)
+    moved = kept_rotation(old, old, 10.0, eye) - eye
+    assert moved.norm() < 0.02
+    one = Rows(*(unit(g, 1, 6).to(dtype) for _ in range(2)))
+    assert Fit.of(one, one, 10.0) == (0, 0, 0, 0)
+
+
+def test_many_pairs_are_judged_in_blocks():
+    g = torch.Generator().manual_seed(4)
+    n = 2 * ROWS + 1
+    new, old = (Rows(unit(g, n, 3), unit(g, n, 3)) for _ in range(2))
+    parts = [slice(0, 342), slice(342, 684), slice(684, n)]
+    wanted = [Fit.of(Rows(*(x[p] for x in new)), Rows(*(x[p] for x in old)), 3.0) for p in parts]
+    sizes = torch.tensor([342.0, 342.0, n - 684.0], dtype=torch.float64)
+    means = sizes @ torch.tensor(wanted, dtype=torch.float64) / n
+    assert n == 1025 and Fit.of(new, old, 3.0) == pytest.approx(means.tolist())
 
 
 @given(st.integers(2, 9), st.integers(0, 12), st.integers(0, 99))

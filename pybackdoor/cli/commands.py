@@ -290,6 +290,11 @@ def _cleaning_text(out: str, result: CleanResult) -> str:
             f"images {change['old_images']}, old texts {change['old_texts']}. "
             "`pybackdoor eval --reference` says it in accuracy."
         )
+        if repair["image_after"] > repair["image_before"]:
+            lines.append(
+                "The images have moved by more than a rotation: train probes and adapters on image "
+                "embeddings anew."
+            )
     else:
         lines.append(f"The drift is not repaired: {repair['reason']}.")
         if "s_image" in last:

@@ -71,7 +71,7 @@ def par_clean(
     """Remove a backdoor from a CLIP model by Perturb and Recover.
 
     Training takes both encoders out of the old embedding space: mean cosine to the input model
-    falls to about 1 - tau/2. Most of that is one rotation which both share, so ``repair`` turns
+    falls to about 1 - tau/2. Much of that is one rotation which both share, so ``repair`` turns
     them back at the end, and stored images and texts of the old encoder find nearly what they
     found. What is left of the drift stands in the report; where it says that the repair was not
     done, they must be rebuilt. The backdoor may come back under later fine-tuning, and a clean

@@ -86,18 +86,21 @@ class Fold:
         Raises:
             ValueError: that is more than rounding; the model has been put back.
         """
-        turned = set()
-        for linear in self._maps.values():
-            if linear.weight.data_ptr() not in turned:
-                linear.rotate_(rotation)
-                turned.add(linear.weight.data_ptr())
-        error = max(self._error(tower, rotation) for tower in TOWERS)
-        if not error <= max(_rounding(linear) for linear in self._maps.values()):
+        try:
+            turned = set()
+            for linear in self._maps.values():
+                if linear.weight.data_ptr() not in turned:
+                    linear.rotate_(rotation)
+                    turned.add(linear.weight.data_ptr())
+            error = max(self._error(tower, rotation) for tower in TOWERS)
+            if not error <= max(_rounding(linear) for linear in self._maps.values()):
+                raise ValueError(
+                    f"the embeddings do not follow the rotation of both towers (they miss it by "
+                    f"{error:.1e})"
+                )
+        except BaseException:  # a second Ctrl-C among them: one tower alone would be rotated
             self.undo()
-            raise ValueError(
-                f"the embeddings do not follow the rotation of both towers (they miss it by "
-                f"{error:.1e})"
-            )
+            raise
         return error
 
     def undo(self) -> None:
