@@ -264,7 +264,8 @@ def _old_index(rows: list[dict]) -> str:
     if not gaps["images"]:
         return ""
     told = [
-        f"old {of} from {min(found):+.1f} to {max(found):+.1f} points of the model's own CA, "
+        f"old {of} from {min(found):+.1f} to {max(found):+.1f} points of the model's own CA "
+        f"({sum(found) / len(found):+.1f} on average), "
         f"{sum(gap >= -WITHIN for gap in found)} of {len(found)} at most {WITHIN:g} below"
         for of, found in gaps.items()
     ]

@@ -204,7 +204,10 @@ def test_the_report_means_over_seeds_and_leaves_out_what_is_stale(work, tmp_path
         in page
     )
     assert "more than 1e-07 (logits: 2e-06)" in " ".join(page.split())
-    below = "old images from -40.0 to -30.0 points of the model's own CA, 0 of 4 at most 2 below"
+    below = (
+        "old images from -40.0 to -30.0 points of the model's own CA (-36.2 on average), 0 of 4 at "
+        "most 2 below"
+    )
     assert f"After repair, over 4 cleaned models: {below}; old class texts from" in page
     assert "| wanet | 1 | none | 80.0 [70.0, 90.0] | 40.0 [30.0, 50.0] |" in page
     assert "| 0 of 1 |" in page and "finetune" not in page
