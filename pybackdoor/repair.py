@@ -335,9 +335,9 @@ class _Embedder:
         """[n, 2, D] unit rows, images and texts, in fp32 or what the model has beyond it."""
         x, _ = self.inputs(item)
         tokens = self._trim(item.batch.tokens).to(self._device)
-        rows = torch.stack(
-            [self._encode.image(self._model, x), self._encode.text(self._model, tokens)], 1
-        )
+        with self._encode.products(self._model):
+            image, text = self._encode.image(self._model, x), self._encode.text(self._model, tokens)
+        rows = torch.stack([image, text], 1)
         return nn.functional.normalize(
             rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1
         )
