@@ -14,7 +14,7 @@ from _tables import table
 from pybackdoor.ubt.gate import LEAST_SWING
 from pybackdoor.ubt.ranking import EXCESS
 
-FILES = ("ubt.json", "ubt_gate.json")  # below benchmarks/results
+FILES = ("ubt.json", "ubt_vit.json", "ubt_gate.json")  # below benchmarks/results
 CLEANED = """## UBT-style unlearning
 
 `python benchmarks/bench_ubt.py`: the small {arch} trained on its {planted:,} CIFAR-10 pairs,
@@ -24,6 +24,10 @@ these are of their word and lose it once disturbed, of which the gate wants {lea
 has no clean pairs; PAR beside it has 10,000. `k found`: it was not told k, and P@k is the precision
 among those it found. Seconds are of one core, and those of a ranking hold detection. (t): settings
 were chosen on this attack."""
+IMAGE = """The same with the small {arch} and {steps:,} steps of training. `image side`: the words
+are forgotten on the {share:g} % most suspicious patches of each image alone (`image_share`), in
+parentheses the share of the trigger's pixels that lie in them. Attacks that did not install:
+{failed}."""
 GATE = f"""The gate on separately trained models, `bench_ubt.py --gate-only`: how many pairs are
 poisoned is not given but found, as for a user. Lowest to highest of these runs: precision of the
 pairs found; excess of cohesion, of which the gate by fragility wants {EXCESS["fragility"]:g};
@@ -35,8 +39,9 @@ one model of BadNet-Stripes had been seen to depend on how many pairs were found
 
 def sections(folder: Path) -> list[str]:
     """The parts of the page that the files in ``folder`` give."""
-    cleaned, gate = (_read(folder / name) for name in FILES)
-    parts = [] if cleaned is None else _cleaned(cleaned)
+    cleaned, image, gate = (_read(folder / name) for name in FILES)
+    parts = [] if cleaned is None else [_introduction(cleaned), _cleaned(cleaned)]
+    parts += [] if image is None else [_of_images(image), _cleaned(image)]
     return [*parts, *([] if gate is None else _gate(gate))]
 
 
@@ -44,16 +49,29 @@ def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _cleaned(found: dict[str, Any]) -> list[str]:
-    cells = [cell for cell in found["cells"] if cell["status"] == INSTALLED]
-    header = ["attack", "ranking", "P@k", "gate", "swing", "CA before", "CA", "ASR before", "ASR"]
-    rows = [row for cell in cells for row in _rows(cell)]
-    first = cells[0]
-    about = CLEANED.format(
+def _introduction(found: dict[str, Any]) -> str:
+    first = found["cells"][0]
+    return CLEANED.format(
         arch=first["arch"], planted=round(first["k"] / first["rate"]), k=first["k"],
         rate=100 * first["rate"], least=LEAST_SWING,
     )  # fmt: skip
-    return [about, table([*header, "seconds"], rows)]
+
+
+def _of_images(found: dict[str, Any]) -> str:
+    first, failed = found["cells"][0], []
+    for cell in found["cells"]:
+        if cell["status"] != INSTALLED:
+            failed.append(f"{cell['attack']} (ASR {_percent(cell['asr_nontarget'])})")
+    return IMAGE.format(
+        arch=first["arch"], steps=first["steps"], share=100 * found["image_share"],
+        failed=", ".join(failed) or "none",
+    )  # fmt: skip
+
+
+def _cleaned(found: dict[str, Any]) -> str:
+    header = ["attack", "ranking", "P@k", "gate", "swing", "CA before", "CA", "ASR before", "ASR"]
+    cells = [cell for cell in found["cells"] if cell["status"] == INSTALLED]
+    return table([*header, "seconds"], [row for cell in cells for row in _rows(cell)])
 
 
 def _rows(cell: dict[str, Any]) -> Iterable[list[str]]:
@@ -65,7 +83,7 @@ def _rows(cell: dict[str, Any]) -> Iterable[list[str]]:
         gate, after = run.get("gate"), run.get("after")
         yield [
             name,
-            ranking,
+            ranking + (f" ({100 * run['trigger_kept']:.0f} %)" if "trigger_kept" in run else ""),
             f"{run['precision_at_k']:.3f}" if "precision_at_k" in run else "-",
             "-" if gate is None else "fires" if gate["fires"] else "stops",
             "-" if gate is None or gate["swing"] is None else f"{gate['swing']:.2f}",
