@@ -116,6 +116,18 @@ def test_fp32_finds_what_fp64_finds(scale):
     assert error < 1e-6 * max(1, scale / 10)
 
 
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds():
+    g = torch.Generator().manual_seed(2)
+    new, old = (Rows(unit(g, 90, 12), unit(g, 90, 12)) for _ in range(2))
+    eye = torch.eye(12, dtype=torch.float64)
+    moved = [Rows(*(x.float().cuda() for x in each)) for each in (new, old)]
+    assert Fit.of(*moved, 10.0) == pytest.approx(Fit.of(new, old, 10.0), rel=1e-4)
+    found = [kept_rotation(*rows, 10.0, eye) for rows in ((new, old), moved)]
+    objectives = [Fit.of(new.turned(rotation), old, 10.0).objective for rotation in found]
+    assert found[1].device.type == "cpu" and objectives[1] == pytest.approx(objectives[0], rel=0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_at_the_best_rotation_rounding_moves_little(dtype):
     g = torch.Generator().manual_seed(1)
