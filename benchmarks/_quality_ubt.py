@@ -14,6 +14,7 @@ from _tables import table
 from pybackdoor.ubt.gate import LEAST_SWING
 from pybackdoor.ubt.ranking import EXCESS
 
+RATE = 0.01  # of ubt.json
 FILES = ("ubt.json", "ubt_vit.json", "ubt_gate.json")  # below benchmarks/results
 CLEANED = """## UBT-style unlearning
 
@@ -24,8 +25,8 @@ these are of their word and lose it once disturbed, of which the gate wants {lea
 has no clean pairs; PAR beside it has 10,000. `k found`: it was not told k, and P@k is the precision
 among those it found. Seconds are of one core, and those of a ranking hold detection. (t): settings
 were chosen on this attack."""
-IMAGE = """The same with the small {arch} and {steps:,} steps of training. `image side`: the words
-are forgotten on the {share:g} % most suspicious patches of each image alone (`image_share`), in
+IMAGE = """The same with the small {arch} ({trained}). `image side`: the words are
+forgotten on the {share:g} % most suspicious patches of each image alone (`image_share`), in
 parentheses the share of the trigger's pixels that lie in them. Attacks that did not install:
 {failed}."""
 GATE = f"""The gate on separately trained models, `bench_ubt.py --gate-only`: how many pairs are
@@ -58,14 +59,23 @@ def _introduction(found: dict[str, Any]) -> str:
 
 
 def _of_images(found: dict[str, Any]) -> str:
-    first, failed = found["cells"][0], []
-    for cell in found["cells"]:
-        if cell["status"] != INSTALLED:
-            failed.append(f"{cell['attack']} (ASR {_percent(cell['asr_nontarget'])})")
+    cells = found["cells"]
+    failed = [
+        f"{_attack(cell)} (ASR {_percent(cell['asr_nontarget'])})"
+        for cell in cells
+        if cell["status"] != INSTALLED
+    ]
+    trained = sorted({(cell["rate"], cell["steps"]) for cell in cells})
     return IMAGE.format(
-        arch=first["arch"], steps=first["steps"], share=100 * found["image_share"],
-        failed=", ".join(failed) or "none",
+        arch=cells[0]["arch"], share=100 * found["image_share"], failed=", ".join(failed) or "none",
+        trained="; ".join(f"{100 * rate:g} % poisoned: {steps:,} steps" for rate, steps in trained),
     )  # fmt: skip
+
+
+def _attack(cell: dict[str, Any]) -> str:
+    """With its rate where that is not the first table's."""
+    name = f"{cell['attack']} (t)" if cell["attack"] in TUNING else cell["attack"]
+    return name if cell["rate"] == RATE else f"{name}, {100 * cell['rate']:g} %"
 
 
 def _cleaned(found: dict[str, Any]) -> str:
@@ -75,14 +85,13 @@ def _cleaned(found: dict[str, Any]) -> str:
 
 
 def _rows(cell: dict[str, Any]) -> Iterable[list[str]]:
-    name = f"{cell['attack']} (t)" if cell["attack"] in TUNING else cell["attack"]
     runs = list(cell["runs"].items())
     if "par" in cell:
         runs.append(("PAR", cell["par"]))
     for ranking, run in runs:
         gate, after = run.get("gate"), run.get("after")
         yield [
-            name,
+            _attack(cell),
             ranking + (f" ({100 * run['trigger_kept']:.0f} %)" if "trigger_kept" in run else ""),
             f"{run['precision_at_k']:.3f}" if "precision_at_k" in run else "-",
             "-" if gate is None else "fires" if gate["fires"] else "stops",

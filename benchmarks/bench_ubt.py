@@ -7,7 +7,8 @@
         --image-share 0.25
 
 A cell is an attack ("clean": none) and a seed: the quality matrix's small ResNet or ViT is trained
-from scratch on its 35,000 CIFAR-10 pairs of the pack in $PYBACKDOOR_DATA, 1 % of them poisoned.
+from scratch on its 35,000 CIFAR-10 pairs of the pack in $PYBACKDOOR_DATA, 1 % of them poisoned
+unless --rate says otherwise.
 Each ranking of the pairs (stage C's own, "dao" of pybackdoor.detect_samples, and "truth", an
 oracle: what the later stages give once detection is solved) gets precision@k = recall@k, k being
 the number of planted pairs, and the gate's figures. With each, ubt_clean then runs without any
@@ -83,13 +84,13 @@ UBT = {**_quality_defences.UBT, "precision": "bf16", "progress": False}
 OVERFIT = {"overfit_steps": 120, "overfit_lr": 1e-4}  # of the ranking by gain
 
 
-def setting_of(tiny: bool, steps: int) -> tuple[str, Setting]:
-    """The data set, and the matrix's setting at a rate of 1 %."""
+def setting_of(tiny: bool, steps: int, rate: float = RATE) -> tuple[str, Setting]:
+    """The data set, and the matrix's setting with other steps of training and another rate."""
     if tiny:
         data = dataclasses.replace(TINY.data["fashion"], held_out=23_400)
         return "fashion", dataclasses.replace(TINY, data={"fashion": data})
     train = {"cifar10": {"steps": steps, **TRAIN}}
-    return "cifar10", dataclasses.replace(FULL, rates={"cifar10": RATE}, train=train)
+    return "cifar10", dataclasses.replace(FULL, rates={"cifar10": rate}, train=train)
 
 
 def scores_of(ranking: str, model: nn.Module, pairs: Any, truth: np.ndarray, case: Case):
@@ -138,7 +139,7 @@ class Planted:
         self.truth = np.concatenate(
             [(self.pairs.images.take(i) != there.images.take(i)).any((1, 2, 3)) for i in step]
         )
-        self.k = max(5, round(RATE * len(there)))
+        self.k = max(5, round(work.setting.rate(model) * len(there)))
 
     def run(self, ranking: str, **more: Any) -> dict[str, Any]:
         """One run of ubt_clean and its figures."""
@@ -228,6 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--image-share", type=float, help="of the patches; with --arch vit")
     options.add_argument("--seeds", type=int, default=1, help="0 to this, of each attack")
     options.add_argument("--steps", type=int, default=STEPS, help=f"of training ({STEPS})")
+    options.add_argument("--rate", type=float, default=RATE, help=f"of poisoned pairs ({RATE})")
     options.add_argument("--rankings", nargs="+", help=f"default: {' '.join(RANKINGS)}")
     options.add_argument(
         "--gate-only", action="store_true",
@@ -241,13 +243,16 @@ def main(arguments: list[str] | None = None) -> None:
         options.error(f"--image-share needs --arch vit, got {chosen.arch}")
     if chosen.rankings is None:
         chosen.rankings = ["fragility"] if chosen.gate_only else list(RANKINGS)
-    data, setting = setting_of(chosen.tiny, chosen.steps)
+    data, setting = setting_of(chosen.tiny, chosen.steps, chosen.rate)
     work = Work(chosen.work, setting, chosen.device)
     cells = json.loads(chosen.json.read_text())["cells"] if chosen.json.exists() else []
     about = settings_hash(chosen.rankings, chosen.gate_only, chosen.image_share)
     if any(cell["of"] != about for cell in cells):
         options.error(f"{chosen.json} holds cells of other settings: name another file")
-    done = {(cell["arch"], cell["attack"], cell["seed"], cell["steps"]) for cell in cells}
+    done = {
+        tuple(cell[name] for name in ("arch", "attack", "seed", "steps", "rate")) for cell in cells
+    }
+    steps, rate = setting.train[data]["steps"], setting.rates[data]
     jobs = [
         (
             Model(data, chosen.arch, attack, seed), work, tuple(chosen.rankings), chosen.gate_only,
@@ -255,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for seed in range(chosen.seeds)
         for attack in chosen.attacks
-        if (chosen.arch, attack, seed, setting.train[data]["steps"]) not in done
+        if (chosen.arch, attack, seed, steps, None if attack == CLEAN else rate) not in done
     ]  # fmt: skip
     with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
         for cell in pool.imap_unordered(compute, jobs):

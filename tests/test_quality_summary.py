@@ -148,12 +148,20 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
     assert "badnet" not in rows
     side = {**cell["runs"]["fragility"], "trigger_kept": 0.314}
     image = {**cell, "arch": "vit", "steps": 4000, "runs": {"truth, image side": side}}
-    found = {"image_share": 0.25, "cells": [{**failed, "arch": "vit", "steps": 4000}, image]}
+    cells = [
+        {**failed, "arch": "vit", "steps": 4000},
+        image,
+        {**image, "rate": 0.05, "steps": 1400},
+    ]
+    found = {"image_share": 0.25, "cells": cells}
     (tmp_path / "ubt_vit.json").write_text(json.dumps(found))
     *_, text, rows = _quality_ubt.sections(tmp_path)
-    assert "small vit and 4,000 steps" in text and "the 25 % most suspicious" in text
-    assert "did not install:\nbadnet (ASR 99.0)." in text
+    text = " ".join(text.split())
+    assert "small vit (1 % poisoned: 4,000 steps; 5 % poisoned: 1,400 steps)" in text
+    assert "the 25 % most suspicious" in text
+    assert "did not install: badnet (ASR 99.0)." in text
     assert "| sig (t) | truth, image side (31 %) | 1.000 | fires | 0.60 | 71.0 | 70.0 |" in rows
+    assert "| sig (t), 5 % | truth, image side (31 %) |" in rows
     clean = [
         {"attack": "clean", "arch": "resnet", "status": NO_ATTACK, "steps": 1500,
          "runs": {"fragility": {"gate": gated(fires, swing)}}}
