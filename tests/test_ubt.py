@@ -16,6 +16,7 @@ from ubt_world import COLOURS, MEAN, STD, Planted, WordTokenizer, planted_pairs,
 
 import pybackdoor
 from pybackdoor.batches import InputRules
+from pybackdoor.cli.commands import _cleaning_text
 from pybackdoor.data import PairLoader, pairs_from_arrays
 from pybackdoor.detect import DetectionResult
 from pybackdoor.methods.ubt import _rest
@@ -24,9 +25,7 @@ from pybackdoor.ubt.fragility import Fragile
 from pybackdoor.ubt.gate import gate
 from pybackdoor.ubt.reading import Reader
 from pybackdoor.ubt.suspects import Suspects
-from pybackdoor.ubt.unlearn import (
-    some_pairs,
-)
+from pybackdoor.ubt.unlearn import StoppingRule, some_pairs
 
 PAIRS, TRUTH = planted_pairs()
 SCORES = TRUTH + np.linspace(0, 0.5, len(TRUTH))
@@ -84,6 +83,30 @@ def test_the_run_ends_with_the_look_that_finds_enough_forgotten(cleaned, monkeyp
     later = [step for step in looks if step >= 30]  # not in the first half, of large steps
     assert early.report["stopped"] == "forgotten" and len(later) < len(looks)
     assert early.report["steps_done"] == later[0] + 1 < 60
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_a_run_that_loses_accuracy_goes_back_and_says_so(cleaned, monkeypatch, kept):
+    """The proxy of accuracy is made up: it falls after so many steps, and does not come back."""
+    look = StoppingRule._look
+
+    def falls(rule, step, *features):
+        found = look(rule, step, *features)
+        found["proxy_accuracy"] = 1.0 if step < kept else 0.9
+        return found
+
+    monkeypatch.setattr(StoppingRule, "_look", falls)
+    loader = PairLoader(PAIRS, WordTokenizer(), batch_size=64)
+    told = "nothing is forgotten" if not kept else "its weights after 20 steps"
+    with pytest.warns(UserWarning, match=f"accuracy fell by more than max_drop = 0.05.*{told}"):
+        result = pybackdoor.ubt_clean(Planted(), loader, scores=SCORES, **OPTIONS, **FORGET)
+    assert result.report["stopped"] == "accuracy" and result.report["steps_kept"] == kept
+    assert cleaned.report["steps_kept"] == 60
+    unchanged = torch.equal(result.model.colour.weight, Planted().colour.weight)
+    assert unchanged == (kept == 0)
+    said = _cleaning_text("out", result)
+    assert ("Nothing is forgotten" in said) == (kept == 0)
+    assert ("stopped: accuracy, weights after 20 steps" in said) == (kept == 20)
 
 
 @pytest.mark.parametrize("at", [24, 31])

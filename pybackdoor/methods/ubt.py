@@ -18,6 +18,7 @@ training pairs D.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -184,7 +185,8 @@ def ubt_clean(
             the third term keeps the embeddings where they were.
     Returns:
         UbtResult. Its report holds the gate, the words, with ``image_share`` what the kept cells
-        gain, and the looks of the stopping rule.
+        gain, the looks of the stopping rule, and steps_kept, after which the weights are taken: 0,
+        with a warning, where accuracy fell too far at every look and nothing is forgotten.
     Raises:
         As ``par_clean``; ValueError: fewer than k pairs, captions all equal, too few pairs left
         for R, ``image_share`` with an image tower without patches.
@@ -306,16 +308,31 @@ def ubt_clean(
     searching = time.perf_counter() - began
     result = clean("ubt", model, keep, objective, own, **options)
     rule.settle(result.model, ranks.from_first(rule.bad))
+    kept = result.report["steps_done"]
+    if rule.reason == "accuracy":
+        kept = rule.kept()
+        warnings.warn(_gone_back(kept, max_drop), UserWarning, stacklevel=2)
     report = result.report | about | {
         "verdict": "suspicious pairs found",
         "whole_words": found.whole,
         "words": [asdict(token) | {"enriched": token.enriched} for token in found.tokens],
         "region": None if region is None else region.summary(),
         "kappa": rule.kappa, "stopped": rule.reason, "checks": rule.checks,
-        "seconds_searching": round(searching, 3),
+        "steps_kept": kept, "seconds_searching": round(searching, 3),
     }  # fmt: skip
     return UbtResult(
         result.model, result.history, report, suspects, score, chosen, judged, found, region
+    )
+
+
+def _gone_back(kept: int, max_drop: float) -> str:
+    """What a run says that has lost too much accuracy."""
+    state = f"the model has its weights after {kept} steps" if kept else (
+        "nothing is forgotten, the model is as it was given"
+    )  # fmt: skip
+    return (
+        f"accuracy fell by more than max_drop = {max_drop:g}, so {state}: lower lr and lr_start, "
+        "or give clean pairs as retain_loader"
     )
 
 

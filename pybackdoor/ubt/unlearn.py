@@ -297,6 +297,12 @@ class StoppingRule:
         good = {name: tensor for name, tensor in state.items() if name.startswith("good/")}
         self.good = {name.removeprefix("good/"): tensor for name, tensor in good.items()}
 
+    def kept(self) -> int:
+        """Steps after which ``good`` were the weights; 0 for those before the first."""
+        first = self.checks[0]["proxy_accuracy"]
+        fit = [c for c in self.checks if first - c["proxy_accuracy"] <= self._max_drop]
+        return fit[-1]["step"] + 1
+
     def settle(self, model: nn.Module, bad: bool) -> None:
         """At the end of a run: back to the last good look, where the last one was bad."""
         if bad:
