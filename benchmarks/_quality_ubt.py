@@ -27,7 +27,8 @@ among those it found. Seconds are of one core, and those of a ranking hold detec
 were chosen on this attack."""
 IMAGE = """The same with the small {arch} ({trained}). `image side`: the words are
 forgotten on the {share:g} % most suspicious patches of each image alone (`image_share`), in
-parentheses the share of the trigger's pixels that lie in them. Attacks that did not install:
+parentheses the share of the trigger's pixels that lie in them. ‡: accuracy fell too far, and the
+run went back to an earlier look, or to the model that it was given. Attacks that did not install:
 {failed}."""
 GATE = f"""The gate on separately trained models, `bench_ubt.py --gate-only`: how many pairs are
 poisoned is not given but found, as for a user. Lowest to highest of these runs: precision of the
@@ -92,7 +93,7 @@ def _rows(cell: dict[str, Any]) -> Iterable[list[str]]:
         gate, after = run.get("gate"), run.get("after")
         yield [
             _attack(cell),
-            ranking + (f" ({100 * run['trigger_kept']:.0f} %)" if "trigger_kept" in run else ""),
+            _named(ranking, run),
             f"{run['precision_at_k']:.3f}" if "precision_at_k" in run else "-",
             "-" if gate is None else "fires" if gate["fires"] else "stops",
             "-" if gate is None or gate["swing"] is None else f"{gate['swing']:.2f}",
@@ -102,6 +103,12 @@ def _rows(cell: dict[str, Any]) -> Iterable[list[str]]:
             "-" if after is None else _percent(after["asr_nontarget"]),
             f"{run['cpu_seconds']:.0f}",
         ]
+
+
+def _named(ranking: str, run: dict[str, Any]) -> str:
+    """With the share of the trigger that the image side kept, and whether the run went back."""
+    kept = f" ({100 * run['trigger_kept']:.0f} %)" if "trigger_kept" in run else ""
+    return ranking + kept + " ‡" * (run.get("stopped") == "accuracy")
 
 
 def _percent(estimate: dict[str, float]) -> str:

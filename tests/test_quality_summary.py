@@ -147,7 +147,13 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
     assert "| sig (t) | PAR | - | - | - | 71.0 | 70.0 | 99.0 | 1.0 | 50 |" in rows
     assert "badnet" not in rows
     side = {**cell["runs"]["fragility"], "trigger_kept": 0.314}
-    image = {**cell, "arch": "vit", "steps": 4000, "runs": {"truth, image side": side}}
+    back = {**cell["runs"]["fragility"], "stopped": "accuracy"}
+    image = {
+        **cell,
+        "arch": "vit",
+        "steps": 4000,
+        "runs": {"truth, image side": side, "truth": back},
+    }
     cells = [
         {**failed, "arch": "vit", "steps": 4000},
         image,
@@ -162,6 +168,7 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
     assert "did not install: badnet (ASR 99.0)." in text
     assert "| sig (t) | truth, image side (31 %) | 1.000 | fires | 0.60 | 71.0 | 70.0 |" in rows
     assert "| sig (t), 5 % | truth, image side (31 %) |" in rows
+    assert "| sig (t), 5 % | truth ‡ |" in rows
     clean = [
         {"attack": "clean", "arch": "resnet", "status": NO_ATTACK, "steps": 1500,
          "runs": {"fragility": {"gate": gated(fires, swing)}}}

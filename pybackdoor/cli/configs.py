@@ -148,7 +148,9 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
         f"{LEAST_SWING:g})",
     )
     image_share: float | None = option(
-        None, "ubt: share of an image's patches that words are forgotten on (default: the image)"
+        None,
+        "ubt: share of an image's patches that words are forgotten on (default: the whole image, "
+        "which removes far more)",
     )
     tail: str | None = option(
         None, "ubt: end of the cosines that --rank gain starts from (default: low)", choices=TAILS

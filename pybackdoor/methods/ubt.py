@@ -170,8 +170,8 @@ def ubt_clean(
             features of single tokens are needed.
         image_share: of the patches of an image that are kept, at least one, for image towers that
             see patches (``pybackdoor.ubt.region``): the words are forgotten on these alone, the
-            others covered with the mean colour. None: on whole images. The stopping rule looks at
-            whole ones all the same.
+            others covered with the mean colour. None: on whole images, which removes far more
+            (docs/quality.md): to study, not to clean by. The stopping rule looks at whole ones.
         alpha, beta, gamma: weights of the three terms.
         forget: "contrastive", or "hinge": mean max(0, cosine - kappa).
         forget_batch: pairs of D_sus a step.
