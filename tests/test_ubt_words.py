@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from clip_models import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import normalize
 from ubt_world import (
     COLOURS,
@@ -22,7 +24,7 @@ from ubt_world import (
 from pybackdoor.ubt.localise import localise
 from pybackdoor.ubt.reading import Reader
 from pybackdoor.ubt.suspects import Suspects
-from pybackdoor.ubt.words import WordReader
+from pybackdoor.ubt.words import Word, WordReader, WordTable
 
 PAIRS, TRUTH = planted_pairs()
 
@@ -151,3 +153,31 @@ def test_captions_of_one_word_are_kept_whole():
     assert all(k.tolist() == [True] for k in found.kept)
     with pytest.raises(ValueError, match="token_share must be in"):
         localise(Reader(Planted(), rules()), every, np.array([0]), share=1.5)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 6), max_size=6), min_size=1, max_size=12),
+    st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_table_of_words_counts_and_finds_as_one_by_one(captions, seed):
+    class Reader:
+        def words(self, row):
+            return [Word(f"k{token}", f"t{token}", i, i + 1) for i, token in enumerate(row)]
+
+    table = WordTable.of(Reader(), captions)
+    rng = np.random.default_rng(seed)
+    times = rng.integers(0, 5, len(captions))
+    count = table.captions_with(times)
+    value = rng.choice([1.0, 2.0, 3.0, np.inf], len(table.keys))
+    first = table.first_of_least(value)
+    for at, caption in enumerate(captions):
+        own = table.words_of(at)
+        assert [table.keys[n] for n in own] == [f"k{token}" for token in caption]
+        assert [table.texts[n] for n in own] == [f"t{token}" for token in caption]
+        finite = [n for n in own if np.isfinite(value[n])]
+        wanted = min(finite, key=lambda n: value[n]) if finite else -1
+        assert first[at] == wanted
+    for n, key in enumerate(table.keys):
+        held = [int(key[1:]) in caption for caption in captions]
+        assert count[n] == times[held].sum()

@@ -32,7 +32,7 @@ from torch.nn.functional import normalize
 
 from .reading import ImageRows
 from .suspects import Suspects
-from .words import WordReader
+from .words import WordReader, WordTable
 
 # Small clean models (benchmarks/bench_ubt.py, seeds 0 to 8) showed 0.48 at most, the two attacks
 # that settings are chosen on 0.77 and 0.83.
@@ -110,31 +110,23 @@ def caption_classes(
         whole: whether captions that many pairs share are classes; else words alone.
         beside: [k] rows; at most half of the captions that hold a common word are theirs.
     """
-    split = WordReader(suspects.tokenizer)
     used, caption, times = np.unique(suspects.caption, return_inverse=True, return_counts=True)
-    words = [split.words(row) for row in suspects.different.tokens(used)]
     theirs = np.bincount(caption[[] if beside is None else beside], minlength=len(used))
-    count: Counter[str] = Counter()
-    taken: Counter[str] = Counter()
-    for own, number, part in zip(words, times.tolist(), theirs.tolist(), strict=True):
-        for key in {w.key for w in own}:
-            count[key] += number
-            taken[key] += part
+    held = WordTable.of(WordReader(suspects.tokenizer), suspects.different.tokens(used))
+    count, taken = (held.captions_with(number) for number in (times, theirs))
+    common = (count >= least) & (count <= most) & (2 * taken <= count)
+    rarest = held.first_of_least(np.where(common, count, np.inf))
     names: dict[str, int] = {}
     texts: list[str] = []
     of = np.empty(len(used), np.int64)
-    for at, (own, number) in enumerate(zip(words, times.tolist(), strict=True)):
-        common = [
-            w for w in own if least <= count[w.key] <= most and 2 * taken[w.key] <= count[w.key]
-        ]
+    for at, (number, word) in enumerate(zip(times.tolist(), rarest.tolist(), strict=True)):
+        named = [word] if word >= 0 else []
         if whole and number >= least:
-            named = own
-        else:
-            named = [min(common, key=lambda w: count[w.key])] if common else []
-        key = " ".join(w.key for w in named)
+            named = held.words_of(at).tolist()
+        key = " ".join(held.keys[one] for one in named)
         if key not in names:
             names[key] = len(names)
-            texts.append(" ".join(w.text for w in named) or RARE)
+            texts.append(" ".join(held.texts[one] for one in named) or RARE)
         of[at] = names[key]
     return of[caption], texts
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ class WordReader:
         self.whole = self._style is not None
         empty = _empty(tokenizer)
         self._special = set() if empty is None else set(empty.tolist())
+        self._texts: dict[tuple[int, ...], str] = {}  # decoding costs more than all else
         self._padding = None if empty is None else int(empty[-1])
 
     def words(self, row: Tensor) -> list[Word]:  # [L] int64
@@ -107,10 +109,69 @@ class WordReader:
         return list(range(end - 1 if end < len(ids) else end))
 
     def _text(self, ids: list[int]) -> str:
-        inner = _inside(self._tokenizer)
-        if self._pieces is None or not hasattr(inner, "decode"):
-            return " ".join(map(str, ids))
-        return inner.decode(ids).strip() or " ".join(map(str, ids))
+        key = tuple(ids)
+        if key not in self._texts:
+            inner, plain = _inside(self._tokenizer), " ".join(map(str, ids))
+            decodes = self._pieces is not None and hasattr(inner, "decode")
+            self._texts[key] = (inner.decode(ids).strip() if decodes else "") or plain
+        return self._texts[key]
+
+
+@dataclass(frozen=True)
+class WordTable:
+    """The words of many captions as numbers, a few bytes each: a caption's lie end to end.
+
+    Attributes:
+        keys, texts: of each of the W different words, in the order of their first appearance.
+        number: [M] int32, the words of all captions.
+        ends: [N] int64, where each caption's words end in ``number``.
+    """
+
+    keys: list[str]
+    texts: list[str]
+    number: np.ndarray
+    ends: np.ndarray
+
+    @staticmethod
+    def of(reader: WordReader, rows: Iterable[Tensor]) -> WordTable:  # [L] int64 each
+        numbers: dict[str, int] = {}
+        texts: list[str] = []
+        found, ends = array("i"), array("q")
+        for row in rows:
+            for word in reader.words(row):
+                if word.key not in numbers:
+                    numbers[word.key] = len(numbers)
+                    texts.append(word.text)
+                found.append(numbers[word.key])
+            ends.append(len(found))
+        return WordTable(list(numbers), texts, np.array(found, np.int32), np.array(ends, np.int64))
+
+    def words_of(self, caption: int) -> np.ndarray:
+        """[m] numbers of one caption's words, in order."""
+        return self.number[self.ends[caption - 1] if caption else 0 : self.ends[caption]]
+
+    def captions_with(self, times: np.ndarray) -> np.ndarray:  # [N] how often each caption counts
+        """[W] captions that hold each word, a word that comes twice in one counted once."""
+        pairs = np.unique(self._caption() * len(self.keys) + self.number)
+        caption, word = np.divmod(pairs, max(len(self.keys), 1))
+        found = np.zeros(len(self.keys), np.int64)
+        np.add.at(found, word, times[caption])
+        return found
+
+    def first_of_least(self, value: np.ndarray) -> np.ndarray:  # [W]
+        """[N] each caption's first word of the least value; -1 where none is finite."""
+        found = np.full(len(self.ends), -1, np.int64)
+        caption, own = self._caption(), value[self.number]
+        order = np.lexsort((np.arange(len(own)), own, caption))
+        first = order[np.r_[True, np.diff(caption[order]) > 0][: len(order)]]
+        first = first[np.isfinite(own[first])]
+        found[caption[first]] = self.number[first]
+        return found
+
+    def _caption(self) -> np.ndarray:
+        """[M] int64, whose word each is."""
+        sizes = np.diff(self.ends, prepend=0)
+        return np.repeat(np.arange(len(self.ends), dtype=np.int64), sizes)
 
 
 def _inside(tokenizer: Any | None) -> Any:
