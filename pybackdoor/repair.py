@@ -82,14 +82,14 @@ def repair_drift(
         tokenizer: list of strings -> [n, L] tokens, for loaders that yield strings.
     Returns:
         The rotated copy, and a report: done; reason, where it is not done: no rotation serves the
-        pairs held out better; pairs used and, of these, held_out from the fit; left_out, with
-        embeddings that are not finite on every rank; rank: directions of the D that the pairs
-        speak of; of the pairs held out, which chose between the nearest rotation and the search's,
-        each with _before and _after: image and text, the mean squared distance of unit embeddings
-        to the reference's, in [0, 4], and old_images and old_texts, in nats, how far what the
-        reference's images, or its texts, have the model choose among captions diverges from its
-        own choice (``Fit``); error: distance of a unit embedding to the exactly rotated one, at
-        most; seconds.
+        pairs held out better; pairs used and, of these, held_out from the fit; left_out: those
+        with embeddings that are not finite, and batches before the first that every rank can use;
+        rank: directions of the D that the pairs speak of; of the pairs held out, which chose
+        between the nearest rotation and the search's, each with _before and _after: image and
+        text, the mean squared distance of unit embeddings to the reference's, in [0, 4], and
+        old_images and old_texts, in nats, how far what the reference's images, or its texts, have
+        the model choose among captions diverges from its own choice (``rotation.Fit``); error:
+        distance of a unit embedding to the exactly rotated one, at most; seconds.
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came; embeddings that
             are not finite; a one-shot iterator; or a model whose towers do not both end in a
