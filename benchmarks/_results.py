@@ -57,7 +57,8 @@ def load(path: Path) -> Document:
     return Document(path.name, machine, [_row(r) for r in rows], stages, notes)
 
 
-OTHERS = ("quality.json", "quality_tuning.json", "ubt.json", "ubt_gate.json")  # docs/quality.md's
+# What docs/quality.md shows.
+OTHERS = {"quality.json", "quality_tuning.json", "ubt.json", "ubt_vit.json", "ubt_gate.json"}
 
 
 def load_all(folder: Path) -> list[Document]:

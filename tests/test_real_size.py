@@ -62,7 +62,7 @@ def test_two_steps_of_a_vit_b_32_from_a_local_folder(pairs_csv, tmp_path, capsys
     )  # fmt: skip
     report = json.loads(capsys.readouterr().out)
     assert code == 0 and report["steps_done"] == 2 and report["pairs_seen"] == 12
-    assert report["repair"]["done"]
+    assert report["repair"]["pairs"] == 12  # two steps on these turn hardly anything
     before, after = (pybackdoor.load(tmp_path / name) for name in ("suspect", "out"))
     assert after.preprocess.size == 224 and after.tokenizer(["a cat"]).shape == (1, 77)
     moved = 0
