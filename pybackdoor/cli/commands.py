@@ -308,9 +308,9 @@ def _cleaning_text(out: str, result: CleanResult) -> str:
         if "s_image" in last:
             cos = {t: 1 - last[f"s_{t}"] / 2 for t in TOWERS}
             lines.append(
-                f"Mean cosine to the old embeddings: {cos['image']:.2f} image, {cos['text']:.2f} text. "
-                "Where that is far from 1, rebuild indexes, probes and adapters made with the old "
-                "model."
+                f"Mean cosine to the old embeddings: {cos['image']:.2f} image, {cos['text']:.2f} "
+                "text. Where that is far from 1, rebuild indexes, probes and adapters made with "
+                "the old model."
             )
     lines.append("Whether a backdoor is gone takes `pybackdoor eval` with its trigger.")
     return "\n".join(lines)
