@@ -178,7 +178,7 @@ def _left(groups: dict[tuple[str, str], list[dict]], defences: list[str]) -> lis
             for defence in defences
             if (judged := installed(groups.get((attack, defence), ())))
         }
-        if asr and min(asr.values()) > GONE:
+        if set(asr) - {NONE} and min(asr.values()) > GONE:
             best = min(asr, key=asr.__getitem__)
             words.append(f"{attack} (lowest: {100 * asr[best]:.1f} % by {best})")
     if not words:

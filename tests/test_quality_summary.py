@@ -76,6 +76,7 @@ def test_no_summary_without_something_to_compare():
 def test_nothing_left_is_not_told():
     groups = {("badnet", "none"): [row(0.7, 1.0)], ("badnet", "par"): [row(0.7, 0.1)]}
     groups["badnet", "ft_sam"] = [row(0.7, 0.14)]
+    groups["sig", "none"] = [row(0.7, 1.0)]  # met by no defence yet
     text = summary.summary(groups)
     assert "One seed:" in text and "Within 5 points of it: ft_sam 14.0 %, at 0.0 points" in text
     assert "No defence brings" not in text and "of those that cost" not in text
