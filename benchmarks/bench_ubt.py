@@ -241,6 +241,10 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = options.parse_args(arguments)
     if chosen.image_share is not None and chosen.arch != "vit":
         options.error(f"--image-share needs --arch vit, got {chosen.arch}")
+    if not 0 < chosen.rate < 1:
+        options.error(f"--rate must be a share between 0 and 1, got {chosen.rate:g}")
+    if chosen.tiny and chosen.rate != RATE:
+        options.error("--tiny has a rate of its own: leave --rate out")
     if chosen.rankings is None:
         chosen.rankings = ["fragility"] if chosen.gate_only else list(RANKINGS)
     data, setting = setting_of(chosen.tiny, chosen.steps, chosen.rate)

@@ -81,3 +81,16 @@ def test_an_attack_that_did_not_install_is_not_looked_at(tiny, monkeypatch, caps
     detect_planted.main([*arguments, "--json", str(other)])
     (cell,) = json.loads(other.read_text())["cells"]
     assert cell["runs"] == [] and "did not install, CA" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--rate", "2"], "between 0 and 1, got 2"),
+        (["--tiny", "--rate", "0.1"], "leave --rate out"),
+    ],
+)
+def test_a_rate_that_cannot_be_is_refused(given, said, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench_ubt.main(["--work", str(tmp_path), "--json", str(tmp_path / "x.json"), *given])
+    assert said in capsys.readouterr().err
