@@ -25,14 +25,8 @@ from pybackdoor.data import pairs_from_arrays
 from pybackdoor.ubt.fragility import (
     Picked,
     _apart,
-    _directions,
-    _discriminant,
-    _grown,
     _Looked,
-    _moments,
     _most_cohesive,
-    _settled,
-    _standard,
     fragility,
     picked,
 )
@@ -143,50 +137,6 @@ def test_a_sample_of_each_word_tells_which_one_to_look_at(monkeypatch, sample, k
     assert len(compared[0]) == 3 * min(sample, 100) and compared[1] == 9
     assert set(rest[0]) == set(own) - set(compared[0]) and rest[1] == 6
     assert set(closer[0]) == set(own) and len(closer[0]) == 100 and closer[1] == 9
-
-
-@pytest.mark.parametrize("least", [7, 15, 50])
-def test_as_many_are_suspicious_as_stand_off(least):
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(1000, 6))
-    x[:120, 2] += 8
-    grown, k = _grown(x, x[:, 2] + rng.normal(size=1000), least)
-    assert abs(k - 120) <= 2 and (top(grown, 118) < 120).all()
-    assert set(top(grown, k)) == set(np.flatnonzero(grown > 4))  # at rest
-    np.testing.assert_allclose(_discriminant(x, top(grown, k), _moments(x)), grown)
-
-
-def test_a_seed_of_a_part_grows_to_the_whole(monkeypatch):
-    monkeypatch.setattr(module, "_distance", lambda height, k: -k)  # the least stands off farthest
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(2000, 6))
-    flat, k = _grown(x, rng.normal(size=2000), 15)
-    assert k == 15  # nothing stands off
-    x[:60, 2] += 8
-    grown, k = _grown(x, x[:, 2], 20)
-    assert abs(k - 60) <= 2 and (top(grown, k) < 60).mean() > 0.98
-    x[:1100, 2] += 8
-    assert _grown(x, x[:, 2], 30)[1] <= 1000  # half at most
-
-
-def test_a_discriminant_is_fishers_and_a_settled_one_its_own_seed():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(200, 5)) * [1, 2, 1, 1, 0.5]
-    x[:40, 1] += 8
-    height = _discriminant(x, np.arange(40), _moments(x))
-    a, b = x[:40], x[40:]
-    within = (np.cov(a.T, bias=True) + np.cov(b.T, bias=True)) / 2 + 0.05 * np.eye(5)
-    direction = np.linalg.solve(within, a.mean(0) - b.mean(0))
-    assert np.corrcoef(height, x @ direction)[0, 1] == pytest.approx(1)
-    settled = _settled(x, rng.normal(size=200) + 2 * (np.arange(200) < 40), 40)
-    assert (top(settled, 40) < 40).mean() > 0.9
-    np.testing.assert_allclose(_discriminant(x, top(settled, 40), _moments(x)), settled)
-    wide = rng.normal(size=(300, 80)) @ np.diag(np.arange(80.0))
-    kept = _directions(wide)
-    assert kept.shape == (300, 64)
-    u, s, _ = np.linalg.svd(wide - wide.mean(0), full_matrices=False)
-    np.testing.assert_allclose(np.abs(kept[:, ::-1]), np.abs(u[:, :64] * s[:64]), atol=1e-6)
-    assert np.isfinite(_standard(np.ones((4, 2)))).all()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (20, 33)])

@@ -59,7 +59,7 @@ class DetectConfig(PromptOptions, PairOptions, ModelOptions):
     k: int | None = option(
         None,
         "dao, slof, lid, k_dist: neighbours of an image (default: 16); fragility: pairs to "
-        "find (default: as many as stand off)",
+        "find (default: as many as stand apart)",
     )
     reference: int | None = option(
         None, "pairs that neighbours are sought among, drawn at random; 0 = all (default: 256)"

@@ -146,8 +146,8 @@ def detect_samples(
             at views of the images beside their captions, of one word's pairs, the rest lower and
             all alike.
         k: neighbours of an image; default 16. Only for the first four. For fragility the pairs
-            sought, at least 5, of a word with 2 k pairs; default: as many as stand off, looked for
-            from 256 on, at least 64. See ``ubt.fragility``.
+            sought, at least 5, of a word with 2 k pairs; default: as many as stand apart, at least
+            64, looked for from 256 on. See ``ubt.fragility``.
         reference: neighbours are sought among this many pairs: the set is cut at random into parts
             of at least that size. 0 = among all. Default 256. Only for the first four. Poison is
             found while a part holds clearly fewer than k such images; more of them, as in a large

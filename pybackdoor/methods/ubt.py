@@ -151,7 +151,7 @@ def ubt_clean(
             result are in the order it gave.
         retain_loader: R, clean pairs as for ``par_clean``; None: D without its ``2 k`` most
             suspicious pairs, or fewer, so that half of the word's other pairs stay.
-        k: pairs of D_sus; None: by fragility as many as stand off, else 256.
+        k: pairs of D_sus; None: by fragility as many as stand apart, else 256.
         scores: [N] suspicion of each pair of D in its order, higher = more, in place of a ranking
             of our own; NaN: never chosen. Of what ``detect_samples`` returns by fragility the swing
             and the number found are taken over, too.

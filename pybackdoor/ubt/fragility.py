@@ -7,8 +7,8 @@ But the poison is of one word and of one kind: within each word's pairs, the k t
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
 the next seed, and so on; of all starts and words the most cohesive k pairs win. Words are compared
 by samples, that grow while fewer words are left, with a third of the image covered at a time; of
-the last one all pairs are looked at, with a ninth covered. How many are poisoned shows in how far
-the k highest stand off from the rest; a seed of all that do is followed until it stays the same.
+the last one all pairs are looked at, with a ninth covered. How many are poisoned shows in where
+the heights part best into two; a seed of all above is followed until it stays the same.
 
 Whether they are poison shows in their swing (swing.py).
 
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .discriminant import directions, grown, settled, standard
 from .gate import RARE, caption_classes, cohesion, top
 from .reading import ImageRows, Reader, View
 from .suspects import Suspects
@@ -40,10 +41,6 @@ _STANDS_OUT = 0.2  # a word less cohesive by so much than another one is not loo
 _OTHERS = 2048  # so many images of other words stand for all of them
 LEAST = 5  # pairs whose cohesion says something
 _STREAM = 0x66726167
-_ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
-_OFF = 4.0  # standard deviations above the rest from which a pair stands off
-_DIMS = 64  # principal directions of a class's image features that are looked at
-_RIDGE = 0.05  # of the discriminant, on directions of unit variance
 
 
 class Fragile(NamedTuple):
@@ -84,7 +81,7 @@ def fragility(
     of all where k is 32 or less.
 
     Args:
-        k: pairs sought, at least 5; None: 256, then as many as stand off, at least 64.
+        k: pairs sought, at least 5; None: 256, then as many as stand apart, at least 64.
             A pair's word is the rarest of its caption that 2 k captions hold, but not more than
             half of all. Words of fewer than 2 k pairs are passed over, and a poison that is the
             larger part of its word's pairs is not found. The swing of a few pairs is high by
@@ -127,10 +124,10 @@ def fragility(
     some = np.concatenate([rows[: _enough(len(rows), sought)] for rows in drawn])
     height, quarter = closer.height, max(LEAST, sought // 4)
     if k is None:
-        height, sought = _grown(closer.seen, height, quarter)
+        height, sought = grown(closer.seen, height, quarter)
     scores = np.full(len(image), height.min() - 1)
     scores[own] = height
-    surest = top(_settled(closer.seen, closer.height, quarter), quarter)
+    surest = top(settled(closer.seen, closer.height, quarter), quarter)
     texts = WordTexts.of(captions, suspects.caption, classes)
     swing = texts.lead(image, classes, some, own[surest])
     if swing > 0:
@@ -228,97 +225,16 @@ def picked(
     k: int,
 ) -> Picked:
     """Look at the pairs of one word."""
-    fall = _standard(lost)
-    features = _directions(F.normalize(image - image.mean(0), dim=-1).double().numpy())
-    seen = _standard(np.concatenate([features, fall], 1))
-    heights = [_settled(seen, start, k) for start in (*fall[:, :WHOLE].T, fall[:, WHOLE:].max(1))]
+    fall = standard(lost)
+    features = directions(F.normalize(image - image.mean(0), dim=-1).double().numpy())
+    seen = standard(np.concatenate([features, fall], 1))
+    heights = [settled(seen, start, k) for start in (*fall[:, :WHOLE].T, fall[:, WHOLE:].max(1))]
     tight = [cohesion(_apart(image, top(height, k))) for height in heights]
     at = int(np.argmax(tight))
     return Picked(tight[at], seen, heights[at])
-
-
-def _grown(x: np.ndarray, height: np.ndarray, least: int) -> tuple[np.ndarray, int]:
-    """(heights, k) of all pairs that stand off from the rest, from the least to half of all.
-
-    Of seeds of so many, the one that stands off farthest; from there all that stand off clearly are
-    the next seed, and so on.
-    """
-    steps = int(2 * math.log2(len(x) / 2 / least))
-    counts = [round(least * 2 ** (i / 2)) for i in range(steps + 1)]
-    seeds = [(_settled(x, height, count), count) for count in counts]
-    height, k = max(seeds, key=lambda seed: _distance(*seed))
-    whole, seed = _moments(x), top(height, k)
-    for _ in range(_ROUNDS):
-        off = np.flatnonzero(height > _OFF)
-        if not k <= len(off) <= len(x) / 2 or set(off) == set(seed):
-            break
-        seed = off
-        height = _discriminant(x, seed, whole)
-    return height, len(seed)
-
-
-def _distance(height: np.ndarray, k: int) -> float:
-    """Between the k highest and the others, in standard deviations within the two."""
-    inside = np.isin(np.arange(len(height)), top(height, k))
-    spread = (height[inside].var() + height[~inside].var()) / 2
-    return float(height[inside].mean() - height[~inside].mean()) / math.sqrt(spread)
 
 
 def _apart(image: Tensor, chosen: np.ndarray) -> Tensor:  # [n, D], [k] -> [k, D]
     """The chosen rows relative to the mean of the others, of unit length."""
     others = np.setdiff1d(np.arange(len(image)), chosen)
     return F.normalize(image[torch.from_numpy(chosen)] - image[torch.from_numpy(others)].mean(0))
-
-
-def _settled(x: np.ndarray, start: np.ndarray, k: int) -> np.ndarray:  # [n, d], [n] -> [n]
-    """Heights whose k largest are the seed that they come from, or those of the last round."""
-    height, seed, whole = start, top(start, k), _moments(x)
-    for _ in range(_ROUNDS):
-        height = _discriminant(x, seed, whole)
-        following = top(height, k)
-        if set(following) == set(seed):
-            break
-        seed = following
-    return height
-
-
-class _Moments(NamedTuple):
-    """Of rows: how many, their sum [d], and the sum of their outer products [d, d]."""
-
-    n: int
-    sum: np.ndarray
-    outer: np.ndarray
-
-    def mean(self) -> np.ndarray:
-        return self.sum / self.n
-
-    def cov(self) -> np.ndarray:
-        return self.outer / self.n - np.outer(self.mean(), self.mean())
-
-
-def _moments(x: np.ndarray) -> _Moments:  # [n, d]
-    return _Moments(len(x), x.sum(0), x.T @ x)
-
-
-def _discriminant(x: np.ndarray, seed: np.ndarray, whole: _Moments) -> np.ndarray:
-    """[n] heights along Fisher's direction, in standard deviations above the mean of the rest."""
-    inside = _moments(x[seed])
-    outside = _Moments(*(all_ - own for all_, own in zip(whole, inside, strict=True)))
-    within = (inside.cov() + outside.cov()) / 2
-    apart = inside.mean() - outside.mean()
-    height = x @ np.linalg.solve(within + _RIDGE * np.eye(x.shape[1]), apart)
-    rest = np.delete(height, seed)
-    return (height - rest.mean()) / max(rest.std(), np.finfo(np.float64).tiny)
-
-
-def _directions(x: np.ndarray) -> np.ndarray:  # [n, D] -> [n, at most _DIMS]
-    x = x - x.mean(0)
-    if x.shape[1] <= _DIMS:
-        return x
-    _, vectors = np.linalg.eigh(x.T @ x)
-    return x @ vectors[:, -_DIMS:]
-
-
-def _standard(x: np.ndarray) -> np.ndarray:
-    spread = x.std(0)
-    return (x - x.mean(0)) / np.where(spread > 0, spread, 1)

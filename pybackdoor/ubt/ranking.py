@@ -83,7 +83,7 @@ def ranked(
     """Rank the suspects by one of ``RANKINGS``.
 
     Args:
-        k: pairs sought; None: by fragility as many as stand off, else 256.
+        k: pairs sought; None: by fragility as many as stand apart, else 256.
         pool: ``overfit_options``.
         batch_size, precision, seed: of stage B, the precision of the towers besides.
     """
