@@ -27,9 +27,8 @@ among those it found. Seconds are of one core, and those of a ranking hold detec
 were chosen on this attack."""
 IMAGE = """The same with the small {arch} ({trained}). `image side`: the words are
 forgotten on the {share:g} % most suspicious patches of each image alone (`image_share`), in
-parentheses the share of the trigger's pixels that lie in them. ‡: accuracy fell too far, and the
-run went back to an earlier look, or to the model that it was given. Attacks that did not install:
-{failed}."""
+parentheses the share of the trigger's pixels that lie in them. ‡: any of the way cost too much
+accuracy, so that nothing is forgotten. Attacks that did not install: {failed}."""
 GATE = f"""The gate on separately trained models, `bench_ubt.py --gate-only`: how many pairs are
 poisoned is not given but found, as for a user. Lowest to highest of these runs: precision of the
 pairs found; excess of cohesion, of which the gate by fragility wants {EXCESS["fragility"]:g};
@@ -106,9 +105,9 @@ def _rows(cell: dict[str, Any]) -> Iterable[list[str]]:
 
 
 def _named(ranking: str, run: dict[str, Any]) -> str:
-    """With the share of the trigger that the image side kept, and whether the run went back."""
+    """With the share of the trigger that the image side kept, and whether nothing is forgotten."""
     kept = f" ({100 * run['trigger_kept']:.0f} %)" if "trigger_kept" in run else ""
-    return ranking + kept + " ‡" * (run.get("stopped") == "accuracy")
+    return ranking + kept + " ‡" * (run.get("way") == 0)
 
 
 def _percent(estimate: dict[str, float]) -> str:

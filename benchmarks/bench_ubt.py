@@ -159,7 +159,7 @@ class Planted:
             report = result.report
             found |= {
                 "after": measured(result.model, self.case, self.work).to_dict(),
-                "stopped": report["stopped"], "steps": report["steps_done"],
+                "stopped": report["stopped"], "steps": report["steps_done"], "way": report["way"],
                 "pairs_seen": report["pairs_seen"], "chosen": len(result.chosen),
                 "words": [w["text"] for w in report["words"] if w["enriched"]],
             }  # fmt: skip

@@ -148,7 +148,7 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
     assert "| sig (t) | PAR | - | - | - | 71.0 | 70.0 | 99.0 | 1.0 | 50 |" in rows
     assert "badnet" not in rows
     side = {**cell["runs"]["fragility"], "trigger_kept": 0.314}
-    back = {**cell["runs"]["fragility"], "stopped": "accuracy"}
+    back = {**cell["runs"]["fragility"], "way": 0.0}
     image = {
         **cell,
         "arch": "vit",

@@ -272,14 +272,13 @@ def _cleaning_text(out: str, result: CleanResult) -> str:
         where = ""
         if result.region is not None:
             where = f" on {result.report['region']['cells_kept']} patches of each image"
-        kept = result.report["steps_kept"]
-        if kept:
-            stopped = f"stopped: {result.report['stopped']}, weights after {kept} steps"
+        if way := result.report["way"]:
+            stopped = f"stopped: {result.report['stopped']}, {way:.0%} of the way taken"
             lines.append(f"words forgotten{where}: {words}; {stopped}")
         else:
             lines.append(
-                f"Nothing is forgotten (words: {words}): accuracy fell too far at every look, and "
-                "the model is as it was given. Lower --lr and --lr-start."
+                f"Nothing is forgotten (words: {words}): any of the way costs too much accuracy, "
+                "and the model is as it was given. Lower --lr and --lr-start."
             )
     lines += [
         f"{out}: cleaned by {result.report['method']} in {result.report['steps_done']} steps, "

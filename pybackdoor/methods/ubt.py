@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,11 @@ from ..ubt.localise import Localisation, check_share, localise
 from ..ubt.ranking import EXCESS, GIVEN, RANKINGS, Ranked, overfit_options, ranked
 from ..ubt.reading import ImageRows, Reader
 from ..ubt.region import Region, patch_size, suspicious_cells
+from ..ubt.stopping import RECALL, StoppingRule
 from ..ubt.suspects import RowLoader, Suspects
 from ..ubt.unlearn import (
     LocalUnlearning,
     Portions,
-    StoppingRule,
     check_weights,
     freeze_text,
     some_pairs,
@@ -179,14 +179,15 @@ def ubt_clean(
             else 256.
         train_text: also train what the image tower does not use.
         check_every, max_drop: steps between looks at the stopping rule, and the loss of proxy
-            accuracy from which an earlier look's weights are taken; see ``pybackdoor.ubt.unlearn``.
+            accuracy from which less of the way is taken; see ``pybackdoor.ubt.stopping``.
         **options: those of every cleaning method (``par_clean``), but 500 steps, and a learning
             rate that rises from 1e-7 to 1e-6 (``lr``) up to the middle, and no ``repair``:
             the third term keeps the embeddings where they were.
     Returns:
         UbtResult. Its report holds the gate, the words, with ``image_share`` what the kept cells
-        gain, the looks of the stopping rule, and steps_kept, after which the weights are taken: 0,
-        with a warning, where accuracy fell too far at every look and nothing is forgotten.
+        gain, the looks of the stopping rule, and ``way``, how much of the way from the model given
+        to the run's end was taken: as little as forgets, and not so much that accuracy falls by
+        ``max_drop``. 0, with a warning, where any of it costs too much, and nothing is forgotten.
     Raises:
         As ``par_clean``; ValueError: fewer than k pairs, captions all equal, too few pairs left
         for R, ``image_share`` with an image tower without patches.
@@ -307,32 +308,36 @@ def ubt_clean(
 
     searching = time.perf_counter() - began
     result = clean("ubt", model, keep, objective, own, **options)
-    rule.settle(result.model, ranks.from_first(rule.bad))
-    kept = result.report["steps_done"]
-    if rule.reason == "accuracy":
-        kept = rule.kept()
-        warnings.warn(_gone_back(kept, max_drop), UserWarning, stacklevel=2)
+    way = rule.settle(result.model, before.state_dict(), ranks)
+    taken = next((look for look in rule.ways if look["way"] == way), None)
+    if taken is None or taken["suspect_recall"] > RECALL:
+        warnings.warn(_too_little(taken, max_drop), UserWarning, stacklevel=2)
     report = result.report | about | {
         "verdict": "suspicious pairs found",
         "whole_words": found.whole,
         "words": [asdict(token) | {"enriched": token.enriched} for token in found.tokens],
         "region": None if region is None else region.summary(),
         "kappa": rule.kappa, "stopped": rule.reason, "checks": rule.checks,
-        "steps_kept": kept, "seconds_searching": round(searching, 3),
+        "way": way, "ways": rule.ways, "seconds_searching": round(searching, 3),
     }  # fmt: skip
     return UbtResult(
         result.model, result.history, report, suspects, score, chosen, judged, found, region
     )
 
 
-def _gone_back(kept: int, max_drop: float) -> str:
-    """What a run says that has lost too much accuracy."""
-    state = f"the model has its weights after {kept} steps" if kept else (
-        "nothing is forgotten, the model is as it was given"
-    )  # fmt: skip
+def _too_little(taken: Mapping[str, float] | None, max_drop: float) -> str:
+    """What a run says that has forgotten too little: nothing, or as little as a look's figures."""
+    if taken is None:
+        return (
+            f"accuracy fell by more than max_drop = {max_drop:g} at every eighth of the way, so "
+            "nothing is forgotten, the model is as it was given: lower lr and lr_start, or give "
+            "clean pairs as retain_loader"
+        )
     return (
-        f"accuracy fell by more than max_drop = {max_drop:g}, so {state}: lower lr and lr_start, "
-        "or give clean pairs as retain_loader"
+        f"{100 * taken['suspect_recall']:.0f} % of the suspicious pairs that were held out still "
+        f"find their own caption at {taken['way']:g} of the way, the most that max_drop = "
+        f"{max_drop:g} allows: give more steps, another lr or max_drop, or clean pairs as "
+        "retain_loader"
     )
 
 

@@ -15,8 +15,9 @@ from .localise import Localisation, Token, localise
 from .overfit import overfit
 from .reading import ImageRows, Reader, pair_cosines
 from .region import Region, patch_size, suspicious_cells
+from .stopping import StoppingRule
 from .suspects import Suspects
-from .unlearn import LocalUnlearning, Portions, StoppingRule
+from .unlearn import LocalUnlearning, Portions
 from .weak import weak_pool
 from .words import WordReader
 

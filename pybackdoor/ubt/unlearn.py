@@ -26,16 +26,10 @@ from ..data._keyed import permutation
 from ..distributed import Ranks
 from ..engine import Captions, Given, Objective, Preparation
 from ..ops import contrastive_par
-from .reading import Reader
-from .suspects import Suspects
+from .stopping import StoppingRule
 from .weak import one_of
 
 FORGETS = ("contrastive", "hinge")
-_LOOK = ("step", "suspect_cosine", "suspect_recall", "proxy_accuracy")
-_REASONS = ("steps", "forgotten", "accuracy")
-_RECALL = 0.05
-_KEPT = 0.25  # of max_drop: a run that has lost more recovers by its later, smaller steps
-_SAME_CAPTION = 0.9  # cosine of text features from which captions mean the same to the model
 _STREAM = 0x666F7267
 
 
@@ -210,152 +204,6 @@ def _as_long(parts: tuple[Tensor, Tensor]) -> list[Tensor]:
         torch.cat([p, p[:, -1:].expand(-1, length - p.shape[1])], 1) if p.shape[1] < length else p
         for p in parts
     ]
-
-
-class StoppingRule:
-    """Looks every n steps whether enough is forgotten, or too much.
-
-    Forgotten: the held-out suspicious pairs' mean cosine with their captions is at most kappa, the
-    mean cosine of mismatched pairs before, and for at most 5 % of them the best of R's captions
-    means the same as their own: without that a trigger may still win, at a low cosine; and the
-    proxy of accuracy on some pairs of R is within a quarter of ``max_drop`` of what it was. Too
-    much: it is lower by more than ``max_drop``. Large steps cost accuracy that the later, smaller
-    ones bring back: a run goes on all the same, and does not end before the middle, from which on
-    steps get smaller; one that ends with too little accuracy goes back to the weights of the last
-    look at which there was enough.
-    The proxy is the share of images whose best caption, of those pairs', means the same to the
-    model as their own. Captions mean the same whose text features' cosine is at least 0.9. These
-    images are mirrored: those that a model was trained on it knows by heart, and of that it loses
-    some points first, while accuracy on new images stays; on mirrored ones the two go together.
-
-    Attributes:
-        kappa: in [-1, 1].
-        checks: one dict per look: step, suspect_cosine, suspect_recall, proxy_accuracy. The first
-            is before any step, at -1.
-        reason: what ended the run: "forgotten", "steps", or, where weights of an earlier look are
-            taken, "accuracy".
-        good: weights of the last look within ``max_drop``.
-        bad: whether the last look was not.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        rules: InputRules,
-        suspects: Suspects,
-        held_out: np.ndarray,  # [h] rows of D_sus
-        retain: tuple[Tensor, Tensor],  # [r, H, W, 3] uint8 and [r, L] tokens
-        *,
-        every: int = 25,
-        max_drop: float = 0.03,
-        precision: str = "fp32",
-    ) -> None:
-        if every < 1:
-            raise ValueError(f"check_every must be at least 1 step, got {every}")
-        if not 0 <= max_drop <= 1:
-            raise ValueError(f"max_drop must be a share in [0, 1], got {max_drop}")
-        self._rules, self._precision = rules, precision
-        self._suspects, self._rows, self._retain = suspects, held_out, retain
-        self._every, self._max_drop = every, max_drop
-        self.reason, self.good, self.bad = "steps", _weights(model), False
-        self.checks: list[dict[str, float]] = []
-        image, text = self._features(model)
-        self.kappa = mismatched_cosine(image, text)
-        self._look(-1, model, image, text)
-
-    def __call__(
-        self, step: int, model: nn.Module, may_end: bool = True, last: bool = False
-    ) -> bool:
-        """Look, if it is time to or the last step; whether the run ends, where it may."""
-        due = last or (step + 1) % self._every == 0
-        if not due or step <= self.checks[-1]["step"]:
-            return self.reason != "steps"
-        found = self._look(step, model, *self._features(model))
-        drop = self.checks[0]["proxy_accuracy"] - found["proxy_accuracy"]
-        self.bad = drop > self._max_drop
-        if not self.bad:
-            self.good = _weights(model)
-            gone = found["suspect_cosine"] <= self.kappa and found["suspect_recall"] <= _RECALL
-            if may_end and gone and drop <= _KEPT * self._max_drop:
-                self.reason = "forgotten"
-        return self.reason != "steps"
-
-    def state(self) -> dict[str, Tensor]:
-        """All that the looks have left, for a run that goes on from here."""
-        looks = [[float(look[name]) for name in _LOOK] for look in self.checks]
-        return {
-            "looks": torch.tensor(looks, dtype=torch.float64),
-            "bad": torch.tensor(self.bad),
-            "reason": torch.tensor(_REASONS.index(self.reason)),
-            **{f"good/{name}": tensor for name, tensor in self.good.items()},
-        }
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        looks = [dict(zip(_LOOK, look, strict=True)) for look in state["looks"].tolist()]
-        self.checks = [{**look, "step": int(look["step"])} for look in looks]
-        self.bad, self.reason = bool(state["bad"]), _REASONS[int(state["reason"])]
-        good = {name: tensor for name, tensor in state.items() if name.startswith("good/")}
-        self.good = {name.removeprefix("good/"): tensor for name, tensor in good.items()}
-
-    def kept(self) -> int:
-        """Steps after which ``good`` were the weights; 0 for those before the first."""
-        first = self.checks[0]["proxy_accuracy"]
-        fit = [c for c in self.checks if first - c["proxy_accuracy"] <= self._max_drop]
-        return fit[-1]["step"] + 1
-
-    def settle(self, model: nn.Module, bad: bool) -> None:
-        """At the end of a run: back to the last good look, where the last one was bad."""
-        if bad:
-            self.reason = "accuracy"
-            model.load_state_dict(self.good)
-
-    def _look(self, step: int, model: nn.Module, image: Tensor, text: Tensor) -> dict[str, float]:
-        reader = Reader(model, self._rules, self._precision)
-        suspect = reader.images(self._suspects, self._rows)
-        captions = reader.tokens(self._suspects.tokens(self._rows))
-        figures = (
-            step, float((suspect * captions).sum(-1).double().mean()),
-            same_meaning(suspect, captions, text), same_meaning(image, text, text),
-        )  # fmt: skip
-        found = dict(zip(_LOOK, figures, strict=True))
-        self.checks.append(found)
-        return found
-
-    def _features(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        reader = Reader(model, self._rules, self._precision)
-        return reader.pixels(self._retain[0], mirrored), reader.tokens(self._retain[1])
-
-
-def mirrored(x: Tensor) -> Tensor:  # [n, 3, H, W]
-    return x.flip(3)
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-
-def mismatched_cosine(image: Tensor, text: Tensor) -> float:  # [r, D] unit rows each
-    """kappa: mean cosine of an image with the captions that mean something else than its own.
-
-    Raises:
-        ValueError: all captions mean the same to the model.
-    """
-    other = (text @ text.T) < _SAME_CAPTION
-    if not other.any():
-        raise ValueError(
-            "retain captions must differ: all held-out ones mean the same to the model"
-        )
-    return float((image @ text.T).double()[other].mean())
-
-
-def same_meaning(
-    image: Tensor,  # [r, D] unit rows
-    own: Tensor,  # [r, D] unit rows, the images' captions
-    text: Tensor,  # [t, D] unit rows, captions to choose from
-) -> float:
-    """Share of images whose best caption of ``text`` means the same to the model as their own."""
-    best = (image @ text.T).argmax(1)
-    return float(((text[best] * own).sum(-1) >= _SAME_CAPTION).double().mean())
 
 
 def freeze_text(model: nn.Module, images: Tensor, rules: InputRules) -> None:
