@@ -30,9 +30,7 @@ from pybackdoor.ubt.stopping import StoppingRule
 from pybackdoor.ubt.suspects import Suspects
 from pybackdoor.ubt.unlearn import some_pairs
 
-# Runs of few steps forget little, and say so.
-pytestmark = pytest.mark.filterwarnings("ignore:.*still find their own caption")
-
+few_steps = pytest.mark.filterwarnings("ignore:.*still find their own caption")  # forget little
 PAIRS, TRUTH = planted_pairs()
 SCORES = TRUTH + np.linspace(0, 0.5, len(TRUTH))
 OPTIONS = {
@@ -105,22 +103,51 @@ def test_a_run_that_forgets_too_little_says_so(cleaned, monkeypatch, accuracy, r
         result = pybackdoor.ubt_clean(Planted(), loader, scores=SCORES, **OPTIONS, **FORGET)
     said = [str(warning.message) for warning in told if warning.category is UserWarning]
     nothing = accuracy < 1
-    if nothing:
-        wanted = (
-            "accuracy fell by more than max_drop = 0.05 at every eighth .* nothing is forgotten"
-        )
-    else:
-        wanted = "30 % of the suspicious pairs .* still find their own caption at 1 of the way"
+    wanted = "accuracy fell .* nothing is forgotten" if nothing else "30 % of the suspicious pairs"
     assert [bool(re.match(wanted, line)) for line in said] == [True] * (nothing or recall > 0)
-    assert result.report["way"] == (0 if nothing else 1) and cleaned.report["way"] > 0
+    assert result.report["way"] == (0 if nothing else 1)
     assert len(result.report["ways"]) == (8 if nothing else 1)
     unchanged = torch.equal(result.model.colour.weight, Planted().colour.weight)
     assert unchanged == nothing
     text = _cleaning_text("out", result)
     assert ("Nothing is forgotten" in text) == nothing
-    assert ("stopped: steps, 100% of the way taken" in text) == (not nothing)
+    rest = f"stopped: steps, 1 of the way taken, where {100 * recall:.0f} % of the suspicious pairs"
+    assert (rest in text) == (not nothing)
 
 
+def test_of_the_way_as_little_is_taken_as_forgets(cleaned, monkeypatch, tmp_path):
+    """With a kappa that the run reaches, and by a run that had ended, too."""
+    monkeypatch.setattr("pybackdoor.ubt.stopping.mismatched_cosine", lambda *features: 0.5)
+    monkeypatch.setattr("pybackdoor.ubt.stopping._ENOUGH", 8)
+
+    def clean(**more):
+        loader = PairLoader(PAIRS, WordTokenizer(), batch_size=64)
+        return pybackdoor.ubt_clean(
+            Planted(), loader, scores=SCORES, folder=tmp_path, **OPTIONS, **FORGET, **more
+        )
+
+    first = clean()
+    way, ways = first.report["way"], first.report["ways"]
+    assert 0 < way < 1 and way == ways[-2]["way"] and ways[-1]["suspect_recall"] > 0.05
+    assert asr(first.model)[0] < 0.1
+    again = clean(resume=True)
+    assert again.report["ways"] == ways
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+def test_what_ends_the_looks_carries_the_run(monkeypatch):
+    def interrupted(rule, model, line):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StoppingRule, "_ways", interrupted)
+    loader = PairLoader(PAIRS, WordTokenizer(), batch_size=64)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        pybackdoor.ubt_clean(Planted(), loader, scores=SCORES, **OPTIONS, **FORGET)
+    assert len(stopped.value.result.history) == 60
+
+
+@few_steps
 @pytest.mark.parametrize("at", [24, 31])
 def test_an_interrupted_run_goes_on_with_what_the_looks_left(cleaned, tmp_path, at):
     def clean(**more):
@@ -165,6 +192,7 @@ def test_same_seed_same_bits_and_the_model_given_stays(cleaned):
     assert again.history == cleaned.history
 
 
+@few_steps
 def test_random_words_of_the_same_share_forget_less(cleaned, monkeypatch):
     module = sys.modules["pybackdoor.ubt.localise"]
     rng = np.random.default_rng(0)
@@ -180,6 +208,7 @@ def test_random_words_of_the_same_share_forget_less(cleaned, monkeypatch):
     )
 
 
+@few_steps
 def test_overfitting_ranks_where_no_scores_are_given():
     for rank in ("gain", "cosine", "fragility"):
         own = {} if rank == "fragility" else {"overfit_steps": 5, "overfit_lr": 1e-3}
@@ -205,6 +234,7 @@ def test_so_many_suspects_that_nothing_is_left_to_keep(monkeypatch):
         pybackdoor.ubt_clean(Planted(), PAIRS, batch_size=64, **OPTIONS | open_gate)
 
 
+@few_steps
 @pytest.mark.parametrize(("wanted", "fires"), [(0.3, True), (0.35, False)])
 def test_the_swing_that_the_gate_wants_is_the_users(monkeypatch, wanted, fires):
     found = Fragile(SCORES, 40, "blue", 0.33)
@@ -217,6 +247,7 @@ def test_the_swing_that_the_gate_wants_is_the_users(monkeypatch, wanted, fires):
     assert result.report["word"] == "blue"
 
 
+@few_steps
 @pytest.mark.parametrize(("swing", "fires"), [(0.6, True), (0.4, False), (None, True)])
 def test_what_detect_samples_found_is_taken_over(swing, fires):
     told = {"swing": swing, "found": 33, "word": "blue"} if swing is not None else {}
@@ -249,6 +280,7 @@ def test_a_clean_model_is_returned_as_it_is():
     assert result.keep().tolist() == list(range(600))
 
 
+@few_steps
 @pytest.mark.parametrize("train_text", [False, True])
 def test_clean_pairs_of_the_users_own(train_text):
     clean, _ = planted_pairs(300, 0, seed=5)

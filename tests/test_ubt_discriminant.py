@@ -39,11 +39,34 @@ def test_as_many_are_suspicious_as_stand_apart(least, inside):
     np.testing.assert_allclose(discriminant(x, top(height, k), moments(x)), height)
 
 
-def test_half_of_all_stand_apart_at_most_and_the_least_at_least():
+def test_a_group_of_more_than_half_is_not_cut_at_half():
     x = group(2000, 1100, 8)
-    assert grown(x, x[:, 2], 30)[1] <= 1000
+    height, k = grown(x, x[:, 2], 30)
+    assert k == 30 and (top(height, k) < 1100).all()  # the surest of it
     x = group(2000, 10, 8)
-    assert 30 <= grown(x, x[:, 2], 30)[1]
+    height, k = grown(x, x[:, 2], 30)
+    assert 30 <= k < 1000 and np.isin(np.arange(10), top(height, 30)).sum() >= 8
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "poison", "off", "other", "far"),
+    [
+        (4000, 20, 0.02, 10, 0.4, 6),
+        (4000, 20, 0.05, 8, 0.4, 8),
+        (1500, 79, 0.1, 8, 0.5, 8),
+        (1500, 79, 0.2, 6, 0.5, 8),
+        (1500, 79, 1 / 3, 6, 0.5, 8),
+    ],
+)
+def test_a_larger_group_that_parts_better_is_not_taken_for_it(n, d, poison, off, other, far):
+    for seed in range(3):
+        x = np.random.default_rng(seed).normal(size=(n, d))
+        inside = round(n * poison)
+        x[:inside, 0] += off
+        x[n - round(n * other) :, 1] += far
+        x = standard(x)
+        height, k = grown(x, settled(x, x[:, 0], min(256, inside)), 64)
+        assert abs(k - inside) <= 0.03 * inside and (top(height, k) < inside).mean() > 0.97
 
 
 @pytest.mark.parametrize("share", [0.05, 1 / 3])
@@ -81,9 +104,15 @@ def test_the_cut_is_the_one_of_least_error(n, seed, scale, away, shift):
 
 
 def test_equal_heights_have_a_cut():
-    assert 5 <= parted(np.ones(30), 5, 15).k <= 15
+    assert parted(np.full(30, 0.1), 5, 15) == (5, 0)
     two = parted(np.repeat([1.0, 0.0], [8, 22]), 5, 15)
     assert two.k == 8 and math.isfinite(two.gain)
+
+
+def test_equal_rows_apart_from_equal_rows_are_told_apart():
+    x = np.repeat([[1.0, 0], [0.0, 1]], [80, 520], 0)
+    height, k = grown(x, x[:, 0], 20)
+    assert k == 80 and np.isfinite(height).all() and (np.sort(top(height, 80)) < 80).all()
 
 
 def test_a_discriminant_is_fishers_and_a_settled_one_its_own_seed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from ubt_world import Planted, WordTokenizer, planted_pairs, rules, unit
 
 from pybackdoor.distributed import Ranks
-from pybackdoor.ubt.stopping import StoppingRule, mismatched_cosine, same_meaning
+from pybackdoor.ubt.stopping import Line, StoppingRule, mismatched_cosine, same_meaning
 from pybackdoor.ubt.suspects import Suspects
 
 PAIRS, TRUTH = planted_pairs()
@@ -33,11 +34,11 @@ def test_kappa_and_the_proxy_by_loops():
         mismatched_cosine(image, text[:1].expand(12, -1))
 
 
-def stopping(**options):
+def stopping(held=8, **options):
     every = Suspects.of(PAIRS, rules())
     rest = np.flatnonzero(~TRUTH)[:100]
     retain = every.pixels(rest), every.tokens(rest)
-    return StoppingRule(Planted(), rules(), every, np.flatnonzero(TRUTH)[:8], retain, **options)
+    return StoppingRule(Planted(), rules(), every, np.flatnonzero(TRUTH)[:held], retain, **options)
 
 
 @pytest.mark.parametrize(("columns", "accuracy"), [(slice(0, 3), 1), (slice(13, 16), 0)])
@@ -105,25 +106,11 @@ def test_what_was_looked_at_outlives_a_stop():
     assert again(0, Planted()) and len(again.checks) == 2  # that look was taken
 
 
-@pytest.mark.parametrize(
-    ("forgotten_from", "dear_from", "taken", "looks"),
-    [
-        (0.5, 2, 0.5, 6),  # as little of the way as forgets
-        (0, 2, 0.125, 8),
-        (2, 2, 1, 1),  # forgotten nowhere: all of it
-        (0.5, 0.75, 0.5, 6),  # what costs too much is passed over
-        (1, 0.75, 0.625, 4),  # forgotten where it costs too much: the most that may be taken
-        (0.5, 0, 0, 8),
-    ],
-)
-def test_as_little_of_the_way_is_taken_as_forgets(
-    monkeypatch, forgotten_from, dear_from, taken, looks
-):
-    """Looks are made up: from which shares of the way on the figures are such."""
-    rule, before, model = stopping(max_drop=0.05), Planted(), Planted()
-    with torch.no_grad():
-        model.colour.weight.add_(8)
-        model.register_buffer("count", torch.tensor(3))
+FIRST = SimpleNamespace(rank=0, from_first=lambda ways: ways)
+
+
+def made_up(monkeypatch, rule, before, forgotten_from, dear, recall=0.05):
+    """Looks that read the way off the weights; returns where they looked."""
     seen = []
 
     def look(self, there):
@@ -131,29 +118,95 @@ def test_as_little_of_the_way_is_taken_as_forgets(
         seen.append(way)
         return {
             "suspect_cosine": rule.kappa + (0 if way > forgotten_from - 1e-3 else 0.1),
-            "suspect_recall": 0.05,
-            "proxy_accuracy": 1 - (0.06 if way > dear_from - 1e-3 else 0.04),
+            "suspect_recall": recall,
+            "proxy_accuracy": 1 - (0.06 if dear(way) else 0.05),  # 1 - 0.95 is above 0.05
         }
 
     monkeypatch.setattr(StoppingRule, "_look", look)
+    return seen
+
+
+def moved():
+    """(before, after): a part moves by 8, a count goes from 0 to 3, a mask stays."""
+    before, after = Planted(), Planted()
+    for model, count in ((before, 0), (after, 3)):
+        model.register_buffer("count", torch.tensor(count))
+        model.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    with torch.no_grad():
+        after.colour.weight.add_(8)
+    return before, after
+
+
+@pytest.mark.parametrize(
+    ("forgotten_from", "dear", "taken", "looks"),
+    [
+        (0.5, lambda way: False, 0.5, 6),  # as little of the way as forgets
+        (0, lambda way: False, 0.125, 8),
+        (2, lambda way: False, 1, 1),  # forgotten nowhere: all of it
+        (0.5, lambda way: way > 0.74, 0.5, 6),  # what costs too much is passed over
+        (0.5, lambda way: 0.6 < way < 0.9, 0.5, 6),
+        (1, lambda way: way > 0.74, 0.625, 4),  # forgotten where dear: the most that may be taken
+        (0.5, lambda way: True, 0, 8),
+    ],
+)
+def test_as_little_of_the_way_is_taken_as_forgets(monkeypatch, forgotten_from, dear, taken, looks):
+    """Looks are made up: from which shares of the way on the figures are such."""
+    rule, (before, model) = stopping(held=24, max_drop=0.05), moved()
+    seen = made_up(monkeypatch, rule, before, forgotten_from, dear)
     end = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ranks = SimpleNamespace(from_first=lambda way: way)
-    assert rule.settle(model, before.state_dict(), ranks) == taken
-    assert [f["way"] for f in rule.ways] == [1 - k / 8 for k in range(looks)]
-    np.testing.assert_allclose(seen, [f["way"] for f in rule.ways], atol=1e-6)
+    for _ in range(2):  # once more, from there
+        model.load_state_dict(end)
+        assert rule.settle(model, before, FIRST) == taken
+        assert [f["way"] for f in rule.ways] == [1 - k / 8 for k in range(looks)]
+        np.testing.assert_allclose(seen, [f["way"] for f in rule.ways], atol=1e-6)
+        seen.clear()
     for name, there in model.state_dict().items():
-        if name == "count":
-            assert there == 3
-        else:
-            start = before.state_dict()[name].double()
-            wanted = start + taken * (end[name].double() - start)
-            torch.testing.assert_close(there.double(), wanted, atol=1e-6, rtol=0)
+        start = before.state_dict()[name].double()
+        wanted = start if name == "mask" else start + taken * (end[name].double() - start)
+        wanted = (start if taken == 0 else end[name].double()) if name == "count" else wanted
+        torch.testing.assert_close(there.double(), wanted, atol=1e-6, rtol=0)
     if taken in (0, 1):  # bit for bit
         same = before.state_dict() if taken == 0 else end
-        assert torch.equal(model.colour.weight, same["colour.weight"])
+        for name, there in model.state_dict().items():
+            assert torch.equal(there, same[name]), name
+    assert (rule.remark() is None) == (taken != 0)
 
 
-def test_a_high_recall_is_not_forgotten():
+@pytest.mark.parametrize(("held", "looks"), [(19, 1), (20, 6)])
+def test_a_few_held_out_pairs_do_not_tell(monkeypatch, held, looks):
+    rule, (before, model) = stopping(held=held, max_drop=0.05), moved()
+    made_up(monkeypatch, rule, before, 0.5, lambda way: False)
+    rule.settle(model, before, FIRST)
+    assert len(rule.ways) == looks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_other_precisions_are_halfway(dtype):
+    before, after = (model.to(dtype) for model in moved())
+    start, end = before.colour.weight.detach().clone(), after.colour.weight.detach().clone()
+    line = Line(after, before)
+    line.go(after, 0.5)
+    assert after.colour.weight.dtype == dtype and not after.mask.isnan().any()
+    torch.testing.assert_close(after.colour.weight.detach(), (start + end) / 2)
+
+
+@pytest.mark.parametrize(
+    ("taken", "said"),
+    [
+        ({"way": 1.0, "suspect_recall": 0.3}, "^30 % of .* caption: give more steps, or raise lr"),
+        ({"way": 0.5, "suspect_recall": 0.06}, "^6 % of .* at 0.5 of the way, the most .* = 0.05 "),
+        ({"way": 0.5, "suspect_recall": 0.05}, None),
+        ({}, "fell by more than max_drop = 0.05 at every eighth .* nothing is forgotten"),
+    ],
+)
+def test_it_says_where_too_little_is_forgotten(taken, said):
+    rule = stopping(max_drop=0.05)
+    rule.ways = [{"suspect_cosine": 1.0, "proxy_accuracy": 1.0, **taken}] if taken else []
+    remark = rule.remark()
+    assert remark is None if said is None else re.search(said, remark)
+
+
+def test_forgotten_takes_a_low_cosine_and_a_low_recall():
     rule = stopping()
     low = {"suspect_cosine": rule.kappa, "suspect_recall": 0.05}
     assert rule.forgotten(low)
@@ -161,20 +214,42 @@ def test_a_high_recall_is_not_forgotten():
     assert not rule.forgotten(low | {"suspect_cosine": rule.kappa + 1e-6})
 
 
-def test_ranks_take_the_firsts_way():
-    rule, model = stopping(), changed("corner")
-    after = model.corner.weight.clone()
-    taken = rule.settle(model, Planted().state_dict(), SimpleNamespace(from_first=lambda way: 0.25))
-    assert taken == 0.25
-    wanted = 0.75 * Planted().corner.weight + 0.25 * after
-    torch.testing.assert_close(model.corner.weight, wanted)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_take_the_firsts_looks(monkeypatch, rank):
+    rule, (before, model) = stopping(held=24), moved()
+    looks = made_up(monkeypatch, rule, before, 0, lambda way: False)
+    firsts = [{"way": 0.25, **rule.checks[0], "suspect_cosine": rule.kappa, "suspect_recall": 0}]
+    end = model.colour.weight.detach().clone()
+    ranks = SimpleNamespace(rank=rank, from_first=lambda ways: firsts)
+    assert rule.settle(model, before, ranks) == 0.25 and rule.ways == firsts
+    assert len(looks) == (8 if rank == 0 else 0)
+    wanted = 0.75 * before.colour.weight + 0.25 * end
+    torch.testing.assert_close(model.colour.weight.detach(), wanted.detach())
+
+
+def test_what_ends_the_looks_leaves_the_runs_end(monkeypatch):
+    rule, (before, model) = stopping(held=24), moved()
+    end = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seen = made_up(monkeypatch, rule, before, 0, lambda way: False)
+    look = StoppingRule._look
+
+    def interrupted(self, there):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return look(self, there)
+
+    monkeypatch.setattr(StoppingRule, "_look", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rule.settle(model, before, FIRST)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, end[name]), name
 
 
 def test_half_of_a_mirrored_corner_has_forgotten():
     """At half of the way from a corner to its negative there is nothing left of it."""
-    rule, model = stopping(), changed("corner")
-    way = rule.settle(model, Planted().state_dict(), Ranks())
+    rule, model = stopping(held=24), changed("corner")
+    way = rule.settle(model, Planted(), Ranks())
     assert 0 < way < 0.75 and rule.forgotten(rule.ways[-2]) and rule.ways[-2]["way"] == way
     assert not rule.forgotten(rule.ways[-1])
     dear = changed("colour")
-    assert rule.settle(dear, Planted().state_dict(), Ranks()) < 0.5  # beyond, colours are swapped
+    assert 0 < rule.settle(dear, Planted(), Ranks()) < 0.5  # beyond, colours are swapped

@@ -272,13 +272,18 @@ def _cleaning_text(out: str, result: CleanResult) -> str:
         where = ""
         if result.region is not None:
             where = f" on {result.report['region']['cells_kept']} patches of each image"
-        if way := result.report["way"]:
-            stopped = f"stopped: {result.report['stopped']}, {way:.0%} of the way taken"
-            lines.append(f"words forgotten{where}: {words}; {stopped}")
+        report = result.report
+        if report["way"]:
+            held = next(look for look in report["ways"] if look["way"] == report["way"])
+            lines.append(
+                f"words forgotten{where}: {words}; stopped: {report['stopped']}, {report['way']:g} "
+                f"of the way taken, where {100 * held['suspect_recall']:.0f} % of the suspicious "
+                "pairs that were held out still find their caption"
+            )
         else:
             lines.append(
-                f"Nothing is forgotten (words: {words}): any of the way costs too much accuracy, "
-                "and the model is as it was given. Lower --lr and --lr-start."
+                f"Nothing is forgotten (words: {words}): every eighth of the way costs too much "
+                "accuracy, and the model is as it was given. Lower --lr and --lr-start."
             )
     lines += [
         f"{out}: cleaned by {result.report['method']} in {result.report['steps_done']} steps, "

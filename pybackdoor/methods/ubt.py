@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from ..ubt.localise import Localisation, check_share, localise
 from ..ubt.ranking import EXCESS, GIVEN, RANKINGS, Ranked, overfit_options, ranked
 from ..ubt.reading import ImageRows, Reader
 from ..ubt.region import Region, patch_size, suspicious_cells
-from ..ubt.stopping import RECALL, StoppingRule
+from ..ubt.stopping import StoppingRule
 from ..ubt.suspects import RowLoader, Suspects
 from ..ubt.unlearn import (
     LocalUnlearning,
@@ -179,7 +179,7 @@ def ubt_clean(
             else 256.
         train_text: also train what the image tower does not use.
         check_every, max_drop: steps between looks at the stopping rule, and the loss of proxy
-            accuracy from which less of the way is taken; see ``pybackdoor.ubt.stopping``.
+            accuracy above which less of the way is taken; see ``pybackdoor.ubt.stopping``.
         **options: those of every cleaning method (``par_clean``), but 500 steps, and a learning
             rate that rises from 1e-7 to 1e-6 (``lr``) up to the middle, and no ``repair``:
             the third term keeps the embeddings where they were.
@@ -187,7 +187,7 @@ def ubt_clean(
         UbtResult. Its report holds the gate, the words, with ``image_share`` what the kept cells
         gain, the looks of the stopping rule, and ``way``, how much of the way from the model given
         to the run's end was taken: as little as forgets, and not so much that accuracy falls by
-        ``max_drop``. 0, with a warning, where any of it costs too much, and nothing is forgotten.
+        more than ``max_drop`` (0: nothing is forgotten). A warning says where too little is.
     Raises:
         As ``par_clean``; ValueError: fewer than k pairs, captions all equal, too few pairs left
         for R, ``image_share`` with an image tower without patches.
@@ -264,7 +264,7 @@ def ubt_clean(
     if not judged.fires:
         report = {
             "method": "ubt", "verdict": "no backdoor found", **about, "settings": own,
-            "steps_done": 0, "pairs_seen": 0, "seconds": 0.0,
+            "way": None, "steps_done": 0, "pairs_seen": 0, "seconds": 0.0,
             "seconds_searching": round(time.perf_counter() - began, 3),
         }  # fmt: skip
         return UbtResult(model, [], report, suspects, score, chosen, judged, None)
@@ -308,10 +308,13 @@ def ubt_clean(
 
     searching = time.perf_counter() - began
     result = clean("ubt", model, keep, objective, own, **options)
-    way = rule.settle(result.model, before.state_dict(), ranks)
-    taken = next((look for look in rule.ways if look["way"] == way), None)
-    if taken is None or taken["suspect_recall"] > RECALL:
-        warnings.warn(_too_little(taken, max_drop), UserWarning, stacklevel=2)
+    try:
+        way = rule.settle(result.model, before, ranks)
+    except BaseException as stop:
+        stop.result = result  # type: ignore[attr-defined]
+        raise
+    if remark := rule.remark():
+        warnings.warn(remark, UserWarning, stacklevel=2)
     report = result.report | about | {
         "verdict": "suspicious pairs found",
         "whole_words": found.whole,
@@ -322,22 +325,6 @@ def ubt_clean(
     }  # fmt: skip
     return UbtResult(
         result.model, result.history, report, suspects, score, chosen, judged, found, region
-    )
-
-
-def _too_little(taken: Mapping[str, float] | None, max_drop: float) -> str:
-    """What a run says that has forgotten too little: nothing, or as little as a look's figures."""
-    if taken is None:
-        return (
-            f"accuracy fell by more than max_drop = {max_drop:g} at every eighth of the way, so "
-            "nothing is forgotten, the model is as it was given: lower lr and lr_start, or give "
-            "clean pairs as retain_loader"
-        )
-    return (
-        f"{100 * taken['suspect_recall']:.0f} % of the suspicious pairs that were held out still "
-        f"find their own caption at {taken['way']:g} of the way, the most that max_drop = "
-        f"{max_drop:g} allows: give more steps, another lr or max_drop, or clean pairs as "
-        "retain_loader"
     )
 
 

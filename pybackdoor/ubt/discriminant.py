@@ -14,42 +14,64 @@ _ROUNDS = 20  # of discriminant and new seed; some five bring it to rest
 _DIMS = 64  # principal directions that are looked at
 _RIDGE = 0.05  # of the discriminant, on directions of unit variance
 _LEAST_SPREAD = 1e-3  # of one part, in the whole's: equal rows are no infinitely good part
+_HELD = 0.75  # of the surest rows: so many are in what is grown from them
+_INSIDE = 0.98  # of half of all: fewer, or where they part may lie beyond
 
 
 def settled(x: np.ndarray, start: np.ndarray, k: int) -> np.ndarray:  # [n, d], [n] -> [n]
     """Heights whose k largest are the seed that they come from, or those of the last round."""
-    return _followed(x, start, lambda height: k)[0]
+    return _followed(x, moments(x), start, lambda height: k)[0]
 
 
 def grown(x: np.ndarray, start: np.ndarray, least: int) -> tuple[np.ndarray, int]:
     """(heights [n], k) of the rows that stand apart from the rest, from the least to half of all.
 
-    Settled seeds of the least, √2 times as many, and so on are tried; from the one whose heights
-    part best, the rows above the threshold are the next seed, until they stay.
+    Settled seeds of the least, √2 times as many, and so on are each followed: the rows above the
+    threshold at which their heights part are the next seed. Of the ends that hold most of the first
+    seed, the surest rows, the one is taken whose heights part best: another group may part better,
+    but is not what was looked for. An end of half of all is none, since the heights might part
+    beyond; without any the surest rows are all.
 
     Args:
-        x: [n, d].
+        x: [n, d], n at least twice the least.
         start: [n] heights that seeds are taken from.
     """
-    most = len(x) // 2
+    most, whole = len(x) // 2, moments(x)
     steps = int(2 * math.log2(most / least))
-    seeds = (settled(x, start, round(least * 2 ** (step / 2))) for step in range(steps + 1))
-    best = max(seeds, key=lambda height: parted(height, least, most).gain)
-    return _followed(x, best, lambda height: parted(height, least, most).k)
+    counts = [round(least * 2 ** (step / 2)) for step in range(steps + 1)]
+    seeds = [_followed(x, whole, start, lambda height, k=k: k)[0] for k in counts]
+    surest, found = top(seeds[0], least), []
+    for seed in seeds:
+        height, k = _followed(x, whole, seed, lambda height: parted(height, least, most).k)
+        held = _highest(height, k)[surest].mean()
+        if held >= _HELD and k < _INSIDE * most:
+            found.append((parted(height, least, most).gain, k, height))
+    if not found:
+        return seeds[0], least
+    _, k, height = max(found, key=lambda end: end[0])
+    return height, k
 
 
 def _followed(
-    x: np.ndarray, height: np.ndarray, count: Callable[[np.ndarray], int]
+    x: np.ndarray, whole: Moments, height: np.ndarray, count: Callable[[np.ndarray], int]
 ) -> tuple[np.ndarray, int]:
-    """(heights, k): so many of the highest are the next seed, until they stay the same."""
-    whole, seed = moments(x), top(height, count(height))
+    """(heights, k): so many of the highest are the next seed, until they stay or some rounds on."""
+    seed = _highest(height, count(height))
     for _ in range(_ROUNDS):
-        height = discriminant(x, seed, whole)
-        following = top(height, count(height))
-        if set(following) == set(seed):
+        height = discriminant(x, np.flatnonzero(seed), whole)
+        following = _highest(height, count(height))
+        if (following == seed).all():
             break
         seed = following
-    return height, len(seed)
+    return height, int(seed.sum())
+
+
+def _highest(height: np.ndarray, k: int) -> np.ndarray:  # [n] -> [n] bool
+    """Which are the k highest; of equal ones the first, as by ``top``."""
+    least = np.partition(height, -k)[-k]
+    chosen = height > least
+    chosen[np.flatnonzero(height == least)[: k - int(chosen.sum())]] = True
+    return chosen
 
 
 class Parted(NamedTuple):
@@ -64,19 +86,18 @@ def parted(height: np.ndarray, least: int, most: int) -> Parted:
 
     Two normal distributions of their own share, mean and spread, cut at a threshold, against one:
     the gain is that in log-likelihood, in nats per row. The criterion is Kittler and Illingworth's
-    (Minimum error thresholding, Pattern Recognition 19(1), 1986).
+    (Minimum error thresholding, Pattern Recognition 19(1), 1986). Equal heights gain nothing.
     """
     n, h = len(height), np.sort(height)[::-1]
-    h = h - h.mean()
+    if h[0] == h[-1]:
+        return Parted(least, 0.0)
+    h = standard(h[:, None])[:, 0]
     upper = np.arange(1, n)
     total, square = (np.cumsum(power)[:-1] for power in (h, h * h))
-    spread = max(h.var(), np.finfo(np.float64).tiny)
-    parts = ((upper, total, square), (n - upper, -total, n * spread - square))
     gain = np.zeros(n - 1)
-    for count, sum_, squares in parts:
+    for count, sum_, squares in ((upper, total, square), (n - upper, -total, n - square)):
         share, var = count / n, squares / count - (sum_ / count) ** 2
-        var = np.maximum(var, _LEAST_SPREAD**2 * spread)
-        gain += share * (np.log(share) + np.log(spread / var) / 2)
+        gain += share * (np.log(share) - np.log(np.maximum(var, _LEAST_SPREAD**2)) / 2)
     k = least + int(gain[least - 1 : most].argmax())
     return Parted(k, float(gain[k - 1]))
 
@@ -107,7 +128,8 @@ def discriminant(x: np.ndarray, seed: np.ndarray, whole: Moments) -> np.ndarray:
     apart = inside.mean() - outside.mean()
     height = x @ np.linalg.solve(within + _RIDGE * np.eye(x.shape[1]), apart)
     rest = np.delete(height, seed)
-    return (height - rest.mean()) / max(rest.std(), np.finfo(np.float64).tiny)
+    least = max(_LEAST_SPREAD * height.std(), np.finfo(np.float64).tiny)
+    return (height - rest.mean()) / max(rest.std(), least)
 
 
 def directions(x: np.ndarray) -> np.ndarray:  # [n, D] -> [n, at most _DIMS]

@@ -13,12 +13,14 @@ from ..distributed import Ranks
 from .reading import Reader
 from .suspects import Suspects
 
-_FIGURES = ("suspect_cosine", "suspect_recall", "proxy_accuracy")
-_REASONS = ("steps", "forgotten")
-RECALL = 0.05
+_FIGURES = ("suspect_cosine", "suspect_recall", "proxy_accuracy")  # of a look
+_REASONS = ("steps", "forgotten")  # a checkpoint holds the place
+_RECALL = 0.05  # of the held-out suspicious pairs at most so many still find their caption
+_ENOUGH = 20  # held-out pairs that tell whether that is so
 _KEPT = 0.25  # of max_drop: a run that has lost more recovers by its later, smaller steps
 _SAME_CAPTION = 0.9  # cosine of text features from which captions mean the same to the model
 _PARTS = 8  # of the way
+_ROUNDING = 1e-9  # of a difference of shares
 
 
 class StoppingRule:
@@ -41,6 +43,7 @@ class StoppingRule:
             is before any step, at -1.
         reason: what ended the run: "forgotten" or "steps".
         ways: what ``settle`` looked at: one dict each: way, in (0, 1], and the same figures.
+            The first rank's.
     """
 
     def __init__(
@@ -76,43 +79,87 @@ class StoppingRule:
         if due and step > self.checks[-1]["step"]:
             found = {"step": step, **self._look(model)}
             self.checks.append(found)
-            if may_end and self.forgotten(found) and self._lost(found) <= _KEPT * self._max_drop:
+            if may_end and self.forgotten(found) and not self._dear(found, _KEPT):
                 self.reason = "forgotten"
         return self.reason != "steps"
 
-    def settle(self, model: nn.Module, before: Mapping[str, Tensor], ranks: Ranks) -> float:
+    def settle(self, model: nn.Module, before: nn.Module, ranks: Ranks) -> float:
         """Go back as far as what is forgotten stays so; farther, if accuracy has fallen too far.
 
         Weights on the straight line between the run's start and its end forget less and lose less
-        accuracy (the interpolation of WiSE-FT, arXiv 2109.01903). Of its eighths, from the end on,
-        those that cost more than ``max_drop`` are passed over; of the others the first one is
-        taken, and while that is forgotten the next.
+        accuracy (the interpolation of WiSE-FT, arXiv 2109.01903). Of its eighths those that cost
+        more than ``max_drop`` are passed over. Of the others the farthest is taken, and while that
+        is forgotten the next; not so where fewer than 20 pairs are held out, which hardly tell.
 
         Args:
-            model: at the run's end; it is left with the weights taken, on all ranks the first's.
-            before: its weights at the run's start.
+            model: at the run's end. It is left with the weights taken, on all ranks the first's,
+                or, whatever ends this early, with those of the run's end.
+            before: the model at the run's start, on the device where the first rank looks.
         Returns:
-            the way taken, a share in [0, 1]; 0 where each costs too much accuracy.
+            the way taken, a share in [0, 1]; 0, the model before, where each costs too much.
         """
-        after = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        best = 0.0
+        line, home = Line(model, before), next(model.parameters()).device
+        try:
+            if ranks.rank == 0:
+                model.to(next(before.parameters()).device)
+                self.ways = self._ways(model, line)
+                model.to(home)
+            self.ways = ranks.from_first(self.ways)
+        except BaseException:
+            model.to(home)
+            line.go(model, 1.0)
+            raise
+        way = self.taken()["way"] if self.taken() else 0.0
+        line.go(model, way)
+        return way
+
+    def taken(self) -> dict[str, float]:
+        """The look at the way that is taken; {} where that is none."""
+        affordable = [look for look in self.ways if not self._dear(look)]
+        forgotten = [look for look in affordable if self.forgotten(look)]
+        return (forgotten[-1:] or affordable[:1] or [{}])[0]
+
+    def remark(self) -> str | None:
+        """What to tell of a run that has forgotten too little."""
+        taken, most = self.taken(), f"max_drop = {self._max_drop:g}"
+        if not taken:
+            return (
+                f"accuracy fell by more than {most} at every eighth of the way, so nothing is "
+                "forgotten, the model is as it was given: lower lr and lr_start, or give clean "
+                "pairs as retain_loader"
+            )
+        if taken["suspect_recall"] <= _RECALL:
+            return None
+        found = (
+            f"{100 * taken['suspect_recall']:.0f} % of the suspicious pairs that were held out "
+            "still find their own caption"
+        )
+        if taken["way"] == 1:
+            return f"{found}: give more steps, or raise lr and lr_start"
+        return (
+            f"{found} at {taken['way']:g} of the way, the most that {most} allows: lower lr and "
+            "lr_start, give clean pairs as retain_loader, or raise max_drop"
+        )
+
+    def _ways(self, model: nn.Module, line: Line) -> list[dict[str, float]]:
+        """Looks from the end on, until one is not forgotten that could be taken."""
+        looks: list[dict[str, float]] = []
         for part in range(_PARTS, 0, -1):
-            go(model, before, after, part / _PARTS)
-            found = {"way": part / _PARTS, **self._look(model)}
-            self.ways.append(found)
-            if self._lost(found) > self._max_drop:
-                continue
-            forgotten = self.forgotten(found)
-            best = found["way"] if forgotten or not best else best
-            if not forgotten:
+            line.go(model, part / _PARTS)
+            looks.append({"way": part / _PARTS, **self._look(model)})
+            unclear = len(self._rows) < _ENOUGH or not self.forgotten(looks[-1])
+            if unclear and not self._dear(looks[-1]):
                 break
-        best = ranks.from_first(best)
-        go(model, before, after, best)
-        return best
+        return looks
+
+    def _dear(self, found: Mapping[str, float], share: float = 1.0) -> bool:
+        """Whether a look has lost more accuracy than a share of what may be lost."""
+        lost = self.checks[0]["proxy_accuracy"] - found["proxy_accuracy"]
+        return lost > share * self._max_drop + _ROUNDING
 
     def forgotten(self, found: Mapping[str, float]) -> bool:
         """Whether the figures of a look say so."""
-        return found["suspect_cosine"] <= self.kappa and found["suspect_recall"] <= RECALL
+        return found["suspect_cosine"] <= self.kappa and found["suspect_recall"] <= _RECALL
 
     def state(self) -> dict[str, Tensor]:
         """All that the looks have left, for a run that goes on from here."""
@@ -126,9 +173,6 @@ class StoppingRule:
         looks = [dict(zip(("step", *_FIGURES), x, strict=True)) for x in state["looks"].tolist()]
         self.checks = [{**look, "step": int(look["step"])} for look in looks]
         self.reason = _REASONS[int(state["reason"])]
-
-    def _lost(self, found: Mapping[str, float]) -> float:
-        return self.checks[0]["proxy_accuracy"] - found["proxy_accuracy"]
 
     def _look(self, model: nn.Module) -> dict[str, float]:
         return self._figures(model, *self._features(model))
@@ -148,14 +192,29 @@ class StoppingRule:
         return reader.pixels(self._retain[0], mirrored), reader.tokens(self._retain[1])
 
 
-def go(
-    model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor], way: float
-) -> None:
-    """Set the weights to those at a share of the way; what is no float to those after."""
-    model.load_state_dict({
-        name: torch.lerp(before[name].to(there), there, way) if there.is_floating_point() else there
-        for name, there in after.items()
-    })  # fmt: skip
+class Line:
+    """From a model's weights before to those it has now: parameters and buffers that differ."""
+
+    def __init__(self, model: nn.Module, before: nn.Module) -> None:
+        start = _tensors(before)
+        self._ends = {
+            name: (start[name].detach().to(there), there.detach().clone())
+            for name, there in _tensors(model).items()
+            if not torch.equal(start[name].to(there), there)
+        }
+
+    @torch.no_grad()
+    def go(self, model: nn.Module, share: float) -> None:
+        """Set the weights; what is no float to that before at 0, else to that after."""
+        there = _tensors(model)
+        for name, (before, after) in self._ends.items():
+            between = after.is_floating_point() and 0 < share < 1
+            value = before.lerp(after, share) if between else after if share else before
+            there[name].copy_(value)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def mirrored(x: Tensor) -> Tensor:  # [n, 3, H, W]
