@@ -298,3 +298,15 @@ def test_a_signal_keeps_the_last_state_and_resume_goes_on(
     assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == LONG[1]
     assert not (tmp_path / "out" / "checkpoints").exists()
     assert (tmp_path / "out" / "open_clip_model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("command", ["clean", "eval", "detect", "badclip"])
+def test_an_architecture_alone_is_no_model_to_judge(world, run, tmp_path, monkeypatch, command):
+    own = ["--pairs", world / "pairs.csv", "--out", tmp_path / "out.png"]
+    own += ["--test", world / "test.csv"] if command == "eval" else []
+    own += ["--target", "red"] if command == "badclip" else []
+    code, _, said = run(command, "--model", "ViT-B-32", *own)
+    assert code == 2 and "weights would be random" in said and "--pretrained" in said
+    monkeypatch.chdir(tmp_path)
+    Path("ViT-B-32").mkdir()  # a folder goes before an architecture
+    assert "open_clip_config.json" in run(command, "--model", "ViT-B-32", *own)[2]

@@ -30,7 +30,7 @@ kept = pybackdoor.ubt_clean(  # the looks are rank 0's, whatever each rank's own
     PairLoader(pairs.subset(np.flatnonzero(~truth)), WordTokenizer(), batch_size=24),
     scores=truth + np.linspace(0, 0.5, 600), steps=4, **common,
 )  # fmt: skip
-looks = kept.report["checks"]
+looks = [kept.report[name] for name in ("checks", "ways", "way")]
 if ranks.from_first(looks) != looks:
     raise SystemExit("ranks saw different looks")
 found |= {f"kept {n}": t for n, t in kept.model.state_dict().items()}

@@ -81,7 +81,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     for name, least in {"batch_size": 2, "steps": 1, "pairs": 2, "epochs": 1}.items():
         if getattr(config, name) < least:
             raise UsageError(f"{name} must be at least {least}, got {getattr(config, name)}")
-    loaded, device = inputs.read_model(config), pick_device(config.device)
+    loaded, device = inputs.read_model(config, untrained=True), pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     loader = Synthetic(config, loaded, device)

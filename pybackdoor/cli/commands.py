@@ -71,7 +71,7 @@ def run_poison(config: PoisonConfig) -> Outcome:
     if config.trigger is None or config.target is None:
         raise UsageError("--trigger and --target are required: what to plant, and what it yields")
     spec = inputs.read_trigger(config)
-    loaded = inputs.read_model(config)
+    loaded = inputs.read_model(config, untrained=True)
     pairs = inputs.read_pairs(config, loaded, whole=True)
     test = inputs.read_labelled(config.test, config, loaded) if config.test else None
 

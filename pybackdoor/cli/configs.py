@@ -17,7 +17,9 @@ from ..ubt.weak import TAILS
 @dataclass(frozen=True)
 class ModelOptions:
     model: str = option(
-        REQUIRED, "open_clip architecture, model folder, hub id (owner/name) or weight file"
+        REQUIRED,
+        "model folder, hub id (owner/name), open_clip architecture with --pretrained, or weight "
+        "file with --arch",
     )
     arch: str | None = option(None, "architecture, when --model is a weight file")
     pretrained: str | None = option(
@@ -115,7 +117,7 @@ class BadClipConfig(PairOptions, ModelOptions):
 
 @dataclass(frozen=True)
 class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
-    """Remove a backdoor without knowing the trigger, with clean image-caption pairs."""
+    """Remove a backdoor of unknown trigger, with clean image-caption pairs (ubt: suspect ones)."""
 
     out: str = option(REQUIRED, "folder for the cleaned model")
     method: str = option("par", "Perturb and Recover, or another", choices=tuple(METHODS))

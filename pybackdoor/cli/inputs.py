@@ -9,7 +9,8 @@ from typing import Any
 from .. import data
 from ..engine import pick_device
 from ..manifest import Manifest
-from ..models import MANIFEST, LoadedModel, load
+from ..models import MANIFEST, LoadedModel, is_architecture, load
+from ..options import UsageError
 from ..triggers import TriggerSpec, trigger
 from .configs import (
     EvalConfig,
@@ -21,7 +22,18 @@ from .configs import (
 )
 
 
-def read_model(config: ModelOptions) -> LoadedModel:
+def read_model(config: ModelOptions, *, untrained: bool = False) -> LoadedModel:
+    """The model that the options name.
+
+    Args:
+        untrained: whether an architecture alone will do, whose weights are random.
+    """
+    there = Path(config.model.removeprefix("local-dir:")).exists()
+    if not untrained and config.pretrained is None and not there and is_architecture(config.model):
+        raise UsageError(
+            f"--model {config.model} is an architecture, whose weights would be random: add "
+            "--pretrained with one of its tags or a weight file, or name your model's folder"
+        )
     return load(config.model, arch=config.arch, pretrained=config.pretrained)
 
 

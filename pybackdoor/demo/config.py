@@ -12,7 +12,7 @@ class DemoConfig:
     """Options of ``pybackdoor demo``."""
 
     out: str = option("demo-out", "folder for results, models and pictures")
-    trigger: str = option("badnet_stripes", "name of the trigger to plant (see pybackdoor info)")
+    trigger: str = option("badnet_stripes", "trigger to plant: any that needs no file")
     target: str | None = option(None, "class the trigger yields; default the last but one")
     images: str | None = option(
         None, "your own pictures: a folder of class folders, or .npy [N, H, W(, 3)] with --labels"

@@ -6,6 +6,7 @@ open_clip and transformers are imported only when one of their models is loaded.
 from .checkpoint import read_checkpoint
 from .hf import HFClip
 from .load import LoadedModel, create, load, preprocess_record
+from .openclip import is_architecture
 from .preprocess import Preprocess
 from .protocol import (
     check_clip,
@@ -36,6 +37,7 @@ __all__ = [
     "create",
     "image_features",
     "image_tower",
+    "is_architecture",
     "load",
     "logit_scale_parameters",
     "nonfinite_weights",

@@ -53,6 +53,11 @@ def named_config(name: str) -> dict[str, Any] | None:
     return None if model_cfg is None else {"model_cfg": model_cfg}
 
 
+def is_architecture(name: str) -> bool:
+    """Whether open_clip has an architecture of this name."""
+    return named_config(name) is not None
+
+
 def pretrained_config(name: str, tag: str) -> dict[str, Any]:
     """What open_clip records of a pretrained tag: hf_hub, mean, std, quick_gelu and more.
 
