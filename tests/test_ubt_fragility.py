@@ -279,3 +279,12 @@ def test_planted_pairs_are_found_by_what_a_model_really_sees(seed):
             best = top(found[poisoned].scores, 40)
             assert truth[best].all() and found[poisoned].word == str(WORDS.index("blue"))
     assert found[40].swing > 0.35 and found[0].swing < 0.1
+
+
+def test_of_a_third_of_a_word_nearly_all_are_found():
+    pairs, truth = colours(360, n=2400)
+    every = Suspects.of(pairs, rules())
+    reader = Reader(Planted(), rules())
+    found = fragility(reader, ImageRows(reader, every), every)
+    best = top(found.scores, found.k)
+    assert truth[best].mean() > 0.95 and truth[best].sum() > 0.9 * 360
