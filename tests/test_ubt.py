@@ -381,3 +381,11 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
     assert found[1].keys() == found[2].keys()
     for name, tensor in found[1].items():
         torch.testing.assert_close(found[2][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("bad", [{"check_every": 2.5}, {"max_drop": -0.1}])
+def test_looks_that_are_none_are_refused_before_the_search(monkeypatch, bad):
+    monkeypatch.setattr(Suspects, "of", lambda *_: pytest.fail("the pairs were read"))
+    loader = PairLoader(PAIRS, WordTokenizer(), batch_size=64)
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must"):
+        pybackdoor.ubt_clean(Planted(), loader, **OPTIONS, **bad)

@@ -75,9 +75,10 @@ def test_it_stops_when_enough_is_forgotten():
     rule = stopping(every=1)
     assert not any(rule(k, m) for k, m in enumerate([Planted(), broken, Planted()]))
     assert rule.reason == "steps"
-    for bad in ({"every": 0}, {"max_drop": 2}):
-        with pytest.raises(ValueError, match="check_every|max_drop"):
-            stopping(**bad)
+    for name, values in (("every", (0, 2.5, "10", True)), ("max_drop", (2, math.nan, "a"))):
+        for bad in values:
+            with pytest.raises(ValueError, match=rf"(check_every|max_drop) must .* got {bad!r}$"):
+                stopping(**{name: bad})
 
 
 def test_forgotten_is_not_enough_where_accuracy_has_not_come_back():

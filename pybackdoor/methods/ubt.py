@@ -49,7 +49,7 @@ from ..ubt.localise import Localisation, check_share, localise
 from ..ubt.ranking import EXCESS, GIVEN, RANKINGS, Ranked, overfit_options, ranked
 from ..ubt.reading import ImageRows, Reader
 from ..ubt.region import Region, patch_size, suspicious_cells
-from ..ubt.stopping import StoppingRule
+from ..ubt.stopping import StoppingRule, check_looks
 from ..ubt.suspects import RowLoader, Suspects
 from ..ubt.unlearn import (
     LocalUnlearning,
@@ -213,6 +213,7 @@ def ubt_clean(
         check_share(image_share, "image_share")
         patch_size(model)  # refuses a tower without patches
     check_weights(alpha, beta, gamma, forget)
+    check_looks(check_every, max_drop)
     if not ("steps" in options or "epochs" in options):
         options["steps"] = _STEPS
     if options.get("repair"):

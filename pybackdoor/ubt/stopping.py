@@ -58,10 +58,7 @@ class StoppingRule:
         max_drop: float = 0.03,
         precision: str = "fp32",
     ) -> None:
-        if every < 1:
-            raise ValueError(f"check_every must be at least 1 step, got {every}")
-        if not 0 <= max_drop <= 1:
-            raise ValueError(f"max_drop must be a share in [0, 1], got {max_drop}")
+        check_looks(every, max_drop)
         self._rules, self._precision = rules, precision
         self._suspects, self._rows, self._retain = suspects, held_out, retain
         self._every, self._max_drop = every, max_drop
@@ -190,6 +187,14 @@ class StoppingRule:
     def _features(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         reader = Reader(model, self._rules, self._precision)
         return reader.pixels(self._retain[0], mirrored), reader.tokens(self._retain[1])
+
+
+def check_looks(every: int, max_drop: float) -> None:
+    """Refuse options of the stopping rule that are none."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"check_every must be a whole number of steps, at least 1, got {every!r}")
+    if not isinstance(max_drop, int | float) or not 0 <= max_drop <= 1:
+        raise ValueError(f"max_drop must be a share in [0, 1], got {max_drop!r}")
 
 
 class Line:
