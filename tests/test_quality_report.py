@@ -110,6 +110,7 @@ def row(attack, defence, seed, ca, asr=None, status=INSTALLED):
     }  # fmt: skip
     if defence != "none":
         drift = {"image": 1.0, "text": 2.0, "old_images": 0.3, "old_texts": 0.4}
+        drift["reference_ca"] = 0.31
         made["drift"] = {name: estimate(value) for name, value in drift.items()}
         made["repair"] = {"image_before": 1.5, "text_before": 2.5}
         made["repair"] |= {"cosine_difference": 1e-7, "logit_difference": 2e-6}
@@ -205,10 +206,11 @@ def test_the_report_means_over_seeds_and_leaves_out_what_is_stale(work, tmp_path
     )
     assert "more than 1e-07 (logits: 2e-06)" in " ".join(page.split())
     below = (
-        "old images from -40.0 to -30.0 points of the model's own CA (-36.2 on average), 0 of 4 at "
-        "most 2 below"
+        "Old images from -40.0 to -30.0 points of the cleaned model's own CA (-36.2 on average), "
+        "0 of 4 at most 2 below; 4 of 4 at most 2 below the lower of its CA and that of the model "
+        "which they were stored from"
     )
-    assert f"After repair, over 4 cleaned models: {below}; old class texts from" in page
+    assert f"After repair, over 4 cleaned models. {below}. Old class texts from" in page
     assert "| wanet | 1 | none | 80.0 [70.0, 90.0] | 40.0 [30.0, 50.0] |" in page
     assert "| 0 of 1 |" in page and "finetune" not in page
     pictures = [path for path in written if path.suffix == ".png"]

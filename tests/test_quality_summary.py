@@ -93,7 +93,7 @@ def test_the_rule_takes_the_lowest_asr_that_is_cheap_and_else_the_cheapest(candi
 
 def test_tuning_runs_each_candidate_on_the_tuning_half_once(tmp_path, monkeypatch, capsys):
     candidates = {"finetune": [{"lr": 1e-3}, {"lr": 1e-5}], "par": [{"tau": 1.0}]}
-    monkeypatch.setattr(tune_quality, "CANDIDATES", candidates)
+    monkeypatch.setattr(tune_quality, "CANDIDATES", {"resnet": candidates})
     out = tmp_path / "tuning.json"
     arguments = ["--work", str(tmp_path), "--json", str(out), "--only", "finetune"]
     assert tune_quality.main(arguments, TINY) == 0 and not out.exists()
@@ -114,8 +114,18 @@ def test_tuning_runs_each_candidate_on_the_tuning_half_once(tmp_path, monkeypatc
     assert "trial" not in capsys.readouterr().out.replace("candidate", "")
 
 
+def test_tuning_names_the_methods_that_there_are_and_where_results_go(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tune_quality.main(
+            ["--work", str(tmp_path), "--arch", "pretrained", "--only", "invert"], TINY
+        )
+    assert "--only must be of finetune, par, got invert" in capsys.readouterr().err
+    assert tune_quality.results_of("resnet").name == "quality_tuning.json"
+    assert tune_quality.results_of("pretrained").name == "quality_tuning_pretrained.json"
+
+
 def test_an_attack_that_did_not_install_is_not_tuned_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tune_quality, "CANDIDATES", {"finetune": [{}]})
+    monkeypatch.setattr(tune_quality, "CANDIDATES", {"resnet": {"finetune": [{}]}})
     setting = dataclasses.replace(TINY, installed=1.0)
     arguments = ["--work", str(tmp_path), "--json", str(tmp_path / "t.json")]
     assert tune_quality.main(arguments, setting) == 1
