@@ -144,3 +144,18 @@ def test_what_is_not_launched():
         with pytest.raises(ValueError, match="must have 1 and 1 slices, got 3 and 3"):
             contrastive_par.exp_block(p, g, g, 0, None, g, g, "ieee")
     assert launches == []
+
+
+def test_tf32_is_the_nearest_and_keeps_what_is_not_finite():
+    from pybackdoor.ops._contrastive_par_gpu import _round_to_tf32
+
+    # The last three are NaN: a GPU's own, a CPU's, and one with a sign.
+    bits = [0x7F800000, -0x800000, 0x7FFFFFFF, 0x7FC00000, -0x400000]
+    odd = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    x = torch.cat([torch.randn(1000, generator=torch.Generator().manual_seed(0)), odd])
+    rounded = x.clone()
+    _round_to_tf32(rounded)
+    assert torch.equal(rounded[1000:1002], odd[:2]) and rounded[1002:].isnan().all()
+    step = x[:1000].abs().log2().floor().exp2() / 1024  # ten bits of mantissa
+    assert ((rounded - x)[:1000].abs() <= step / 2).all()
+    assert torch.equal((rounded[:1000] / step).round() * step, rounded[:1000])

@@ -125,6 +125,23 @@ def test_a_run_on_them_is_the_run(tmp_path, on_device):
     assert run("device") == run("none")
 
 
+@pytest.mark.gpu
+def test_batches_on_a_gpu_hold_while_another_stream_reads_them(tmp_path):
+    pairs = read(shard(tmp_path), cache="device")
+    stream = torch.cuda.Stream()
+    for _ in range(3):
+        with torch.cuda.stream(stream):
+            sums = {}
+            for batch in PairLoader(pairs, tokenize, batch_size=2, prefetch=4):
+                torch.cuda._sleep(5_000_000)  # the thread is ahead of this stream
+                sums |= dict(
+                    zip(batch["ids"].tolist(), batch["images"].sum((1, 2, 3)), strict=True)
+                )
+        stream.synchronize()
+        for row, total in sums.items():
+            assert total.item() == expected()[row].sum(dtype=np.int64)
+
+
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "_free_memory", lambda device: N * 192 - 1)
     match = 'cache="device" needs 2,304 bytes on cpu, 2,303 are free.* choose cache="ram", "disk"'

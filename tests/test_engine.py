@@ -92,6 +92,12 @@ BAD_SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_graphs_of_micro_batches_are_refused(mode):
+    with pytest.raises(ValueError, match=f"compile='{mode}' and micro_batch exclude each other"):
+        clean(compile=mode, micro_batch=8)
+
+
 @pytest.mark.parametrize("name", BAD_SETTINGS)
 def test_bad_setting_is_named(name):
     value, message = BAD_SETTINGS[name]

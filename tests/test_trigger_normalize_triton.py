@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from kernel_launches import caught  # noqa: E402
 from trigger_normalize_cases import MEAN, STD  # noqa: E402
 from trigger_normalize_triton_cases import CASES, run_case  # noqa: E402
 
+from pybackdoor import _backend  # noqa: E402
 from pybackdoor.kernels import trigger_normalize, trigger_normalize_backward  # noqa: E402
+from pybackdoor.ops import _trigger_normalize_gradient as gradient  # noqa: E402
 from pybackdoor.ops._trigger_normalize_arguments import Inputs, Plain  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -102,3 +105,34 @@ def test_no_images_are_no_launch():
         out = make(0, 3, 4, 4)
         trigger_normalize.forward(inputs, None, out, None, True, True, plain, list(MEAN))
     assert launches == []
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_kernels_are_launched_on_the_images_device(monkeypatch, backward):
+    """Triton takes the current device, whichever the tensors are on."""
+    forward_op, on, launches = sys.modules["pybackdoor.ops.trigger_normalize"], [], 0
+
+    @contextmanager
+    def running_on(device):
+        on.append(device)
+        yield
+        on.pop()
+
+    def launched(*_):
+        nonlocal launches
+        launches += 1
+        assert on == [torch.device("meta")]
+
+    monkeypatch.setattr(_backend, "running_on", running_on)
+    plain = Plain("blend", [False] * 3, 0.5, [0.0] * 5, 0, 0, "nhwc", "nchw", 0, [1.0] * 3)
+    one = make(3, 3, 4, 4)
+    inputs = Inputs(make(2, 4, 4, 3, dtype=torch.uint8), one, None, None, None, None, None)
+    if backward:
+        monkeypatch.setattr(trigger_normalize, "backward", launched)
+        monkeypatch.setattr(gradient, "sample_order", lambda *_: (None, None))
+        ran = gradient._launch(inputs, make(2, 3, 4, 4), (one, None), "triton", plain)
+    else:
+        monkeypatch.setattr(trigger_normalize, "forward", launched)
+        out = make(2, 3, 4, 4), make(0, dtype=torch.uint8)
+        ran = forward_op._launch(inputs, None, out, "triton", False, True, plain, [0.0] * 3)
+    assert (ran, launches, on) == ("triton", 1, [])

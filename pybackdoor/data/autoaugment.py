@@ -78,8 +78,11 @@ def autoaugment(
             if draws[1 + half, i] < probability:
                 negative = name in _SIGNED and bool(draws[3 + half, i] < 0.5)
                 groups.setdefault((name, magnitude, negative), []).append(i)
-        for (name, magnitude, negative), rows in groups.items():
-            which = torch.tensor(rows, device=out.device)
+        # One copy for all: each would wait for a GPU.
+        places = [i for rows in groups.values() for i in rows]
+        order = torch.tensor(places, dtype=torch.int64, device=out.device)
+        parts = order.split([len(rows) for rows in groups.values()])
+        for (name, magnitude, negative), which in zip(groups, parts, strict=True):
             out[which] = apply(out[which], name, magnitude, negative)
     return out
 

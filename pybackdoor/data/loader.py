@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,20 +223,27 @@ def _prefetched(
 ) -> Generator[dict[str, Tensor], None, None]:
     """The plan's batches, made by a thread that is at most depth batches ahead.
 
+    Batches that lie on a GPU are gathered on the thread's own stream, not behind the training.
     What the thread raises is raised here. However the caller leaves, the thread is over after.
     """
     ready: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
-    device = torch.cuda.current_device() if pin and torch.cuda.is_initialized() else None
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def work() -> None:
         try:
+            aside: AbstractContextManager[Any] = nullcontext()
             if device is not None:
                 torch.cuda.set_device(device)  # else pinning would open a context on device 0
-            for start in plan.starts:
-                if stop.is_set():
-                    return
-                ready.put(_batch(pairs, tokens, plan, start, pin))
+                aside = torch.cuda.stream(torch.cuda.Stream(device))
+            with aside:
+                for start in plan.starts:
+                    if stop.is_set():
+                        return
+                    batch = _batch(pairs, tokens, plan, start, pin)
+                    if batch["images"].is_cuda:
+                        torch.cuda.current_stream(batch["images"].device).synchronize()
+                    ready.put(batch)
         except BaseException as error:
             ready.put(error)
 
@@ -247,6 +254,9 @@ def _prefetched(
             item = ready.get()
             if isinstance(item, BaseException):
                 raise item
+            images = item["images"]
+            if images.is_cuda:  # the thread may not have their memory again before this stream
+                images.record_stream(torch.cuda.current_stream(images.device))
             yield item
     finally:
         stop.set()

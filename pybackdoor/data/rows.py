@@ -19,7 +19,7 @@ import sys
 import threading
 import warnings
 import zlib
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,6 +110,9 @@ class MemoryRows:
 class DeviceRows(MemoryRows):
     """Keeps images in a GPU's memory, where batches are gathered; all of its room is taken at once.
 
+    Threads write on a stream of its own: on the usual one each image would wait for the training
+    that is queued there. When put returns, an image is there for every stream.
+
     Raises:
         MemoryError: they would not fit into what is free.
     """
@@ -126,6 +129,9 @@ class DeviceRows(MemoryRows):
             )
         self._pixels = torch.empty(shape, dtype=torch.uint8, device=device)
         self._stamps: dict[int, int] = {}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:  # the memory's last user may not be done with it
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def gather(self, rows: np.ndarray) -> Tensor:  # [n] int64
         """[n, H, W, 3] uint8 on the device; undefined where a row has no image."""
@@ -134,12 +140,17 @@ class DeviceRows(MemoryRows):
     def get(self, row: int, stamp: int, out: np.ndarray) -> bool:
         if self._stamps.get(row) != stamp:
             return False
-        torch.from_numpy(out).copy_(self._pixels[row])
+        with self._aside():
+            torch.from_numpy(out).copy_(self._pixels[row])
         return True
 
     def put(self, row: int, stamp: int, pixels: np.ndarray) -> None:
-        self._pixels[row].copy_(torch.from_numpy(np.require(pixels, requirements="CW")))
+        with self._aside():  # from pageable memory: when it returns, it is done
+            self._pixels[row].copy_(torch.from_numpy(np.require(pixels, requirements="CW")))
         self._stamps[row] = stamp
+
+    def _aside(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
 class DiskRows:

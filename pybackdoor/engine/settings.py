@@ -18,6 +18,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16}
 LOCKS = ("text",)
 _KEPT = ("pairs", "faults", "seconds", "waiting")  # of a log, in a checkpoint, besides its steps
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+CAPTURED = COMPILE_MODES[1:]  # replayed from CUDA graphs, whose results the next replay overwrites
 
 Schedule = Callable[[int, int], float]  # (step, steps) -> learning rate
 Tracker = Callable[[int, dict[str, float]], None]
@@ -51,7 +52,7 @@ class Settings:
             features from one to the other; None: each epoch in a way of its own. The loader must
             name its images (``image_ids``).
         compile: None, or a mode of torch.compile for both towers: "default", "reduce-overhead"
-            (with CUDA graphs) or "max-autotune".
+            or "max-autotune" (both with CUDA graphs, which exclude ``micro_batch``).
         max_faults: batches whose loss or gradients are not finite that may be left out before the
             run is given up.
         shard: split parameters, gradients and the optimiser's state over the ranks, see
@@ -83,6 +84,12 @@ class Settings:
         if self.compile is not None and self.compile not in COMPILE_MODES:
             raise ValueError(
                 f"compile must be None or one of {list(COMPILE_MODES)}, got {self.compile!r}"
+            )
+        if self.compile in CAPTURED and self.micro_batch is not None:
+            raise ValueError(
+                f"compile={self.compile!r} and micro_batch exclude each other: the CUDA graph of a "
+                "micro-batch would write over the gradients of the one before it: choose "
+                "compile='default'"
             )
         for name in ("compile", "lock", "views") if self.shard else ():
             if getattr(self, name) is not None:

@@ -66,7 +66,7 @@ class InvertAndRecover(Objective):
         n = len(given.ids)
         which = torch.randint(len(found.mask), (n,), generator=generator, dtype=torch.int32)
         which[torch.rand(n, generator=generator) >= self._share] = -1
-        trigger = {"triggers": found.table(), "trigger_id": which.to(found.mask.device)}
+        trigger = {"triggers": found.table(), "trigger_id": which}
         return given.images(trigger=trigger), given.batch.tokens
 
     def reference(self, x: Tensor, tokens: Tensor | Captions, given: Given) -> tuple[Tensor, ...]:

@@ -77,9 +77,12 @@ def _round_to_tf32(x: Tensor) -> None:
     """To the nearest value of ten bits of mantissa, in place; tensor cores would cut them off.
 
     All unit rows would shrink alike, and with them every score but the target's, which is formed
-    in fp32: at s = 100 that moves the loss by percents.
+    in fp32: at s = 100 that moves the loss by percents. What is not finite stays: a GPU's NaN,
+    0x7fffffff, would be rounded to -0.
     """
-    x.view(torch.int32).add_(0x1000).bitwise_and_(-0x2000)
+    near = x.clone()
+    near.view(torch.int32).add_(0x1000).bitwise_and_(-0x2000)
+    x.copy_(torch.where(x.isfinite(), near, x))
 
 
 def wave_rows(a: int, dtype: torch.dtype) -> int:

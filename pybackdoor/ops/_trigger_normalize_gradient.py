@@ -70,7 +70,8 @@ def _launch(
     if kernel == "triton":
         from pybackdoor.kernels import trigger_normalize as twin
 
-        twin.backward(inputs, grad, order, begin, partial, *gradients, plain)
+        with _backend.running_on(grad.device):
+            twin.backward(inputs, grad, order, begin, partial, *gradients, plain)
         return "triton"
     extra = {"grad": grad, "order": order, "begin": begin, "partial": partial}
     extra |= {"pattern_grad": gradients[0], "mask_grad": gradients[1]}

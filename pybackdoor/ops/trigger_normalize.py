@@ -72,7 +72,8 @@ def _launch(
         from pybackdoor.kernels import trigger_normalize as twin
 
         poisoned = poisoned if poisoned.ndim == 4 else None
-        twin.forward(inputs, grid, out, poisoned, half_noise, quantize, plain, mean)
+        with _backend.running_on(out.device):
+            twin.forward(inputs, grid, out, poisoned, half_noise, quantize, plain, mean)
         return "triton"
     arguments = native_arguments(inputs, plain, out.dtype)
     if plain.mode == "warp":

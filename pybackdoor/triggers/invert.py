@@ -35,7 +35,11 @@ class Inverted:
     mask: Tensor
 
     def table(self) -> TriggerTable:
-        return TriggerTable("blend", pattern=self.pattern, mask=self.mask, clip=True)
+        """As the op reads them; looks at no value, for which a GPU would have to wait."""
+        return unchecked_table(
+            mode="blend", pattern=self.pattern, mask=self.mask, grid=None, nonzero_only=False,
+            additive=False, clip=True,
+        )  # fmt: skip
 
 
 def invert(
@@ -92,7 +96,7 @@ def invert(
     weights = torch.full_like(mask, opacity)
     learned = [pattern, mask.requires_grad_()] if sparse else [pattern]
     adam = torch.optim.Adam(learned, _LEARNING_RATE)
-    form = TriggerTable("blend", pattern=torch.zeros_like(draw), mask=weights, clip=True)
+    form = Inverted(torch.zeros_like(draw), weights).table()
     for _ in range(steps):
         rows = torch.randperm(len(images), generator=generator)[:batch_size].to(device)
         now = mask.sigmoid() if sparse else weights
