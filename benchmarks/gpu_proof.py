@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LIMIT = 525  # seconds in all: under nine minutes with the start and the summary
 ENOUGH = 5  # seconds without which no stage is started
+GRACE = 5  # seconds to say what there is, for a stage that is stopped
 BUILT = ROOT / "build" / "gpu_proof"  # the package as built here; used if it is there
 OK, FAILED, TIMED_OUT = "ok", "failed", "timed out"
 K2 = "bench_contrastive_par.py"
@@ -66,12 +68,12 @@ def build() -> Stage:
     return Stage("build", 120, [*pip, "--no-build-isolation", "--target", str(BUILT), str(ROOT)])
 
 
-def pytest(limit: int, *arguments: str) -> Stage:
+def pytest(name: str, limit: int, *arguments: str) -> Stage:
     """A run of tests; without the folder it runs in on the path, where no module is built."""
     code = "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     required = (("PYBACKDOOR_REQUIRE_GPU", "1"),) if "gpu" in arguments else ()
     command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *arguments]
-    return Stage("tests", limit, command, environment=required)
+    return Stage(name, limit, command, environment=required)
 
 
 def gpu_stages() -> list[Stage]:
@@ -79,9 +81,11 @@ def gpu_stages() -> list[Stage]:
     on, few = ["--device", "cuda", "--quick"], ["--repeats", "7"]
     small = ["2048x512", "1024x512", "4096x512"]
     main = ["--providers", "pybackdoor", "eager", "eager_shared", "compile"]
+    tests = ["-m", "gpu", "--maxfail=20", "--continue-on-collection-errors", "tests"]
     return [
         build(),
-        pytest(150, "-m", "gpu", "--maxfail=20", "--continue-on-collection-errors", "tests"),
+        pytest("tests", 150, *tests, "-k", "not triton"),
+        pytest("tests_triton", 120, *tests, "-k", "triton"),  # seconds of compiling each
         bench("ceilings", 30, "bench_ceilings.py", *on),
         bench("k1", 75, "bench_trigger_normalize.py", *on, *few),
         bench("k2_16k", 60, K2, *on, *few, "--shapes", "16384x512", *main),
@@ -104,7 +108,7 @@ def cpu_stages() -> list[Stage]:
     look += "print(json.dumps(pybackdoor.build_info()['ops']))"
     return [
         Stage("build", 30, [sys.executable, "-c", look]),
-        pytest(60, "tests/test_options.py"),
+        pytest("tests", 60, "tests/test_options.py"),
         bench("ceilings", 30, "bench_ceilings.py", *tiny),
         bench("k1", 120, "bench_trigger_normalize.py", *tiny),
         bench(
@@ -164,6 +168,9 @@ def run_stage(stage: Stage, limit: float, rows: Path) -> dict:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
+            process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
         finally:
             try:
                 os.killpg(process.pid, signal.SIGKILL)  # with all that it started

@@ -1,5 +1,6 @@
 """GPU policy: a test marked gpu skips without a CUDA device, or fails if one is required.
 
+A test of every instruction set of the CPU (``isa``) runs once on a GPU, where they mean nothing.
 Memory that a module's tests have freed goes back to the system.
 """
 
@@ -10,6 +11,23 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seen, again = set(), []
+    for item in reversed(items):  # the last sets are drivers that every CPU has
+        params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        if "isa" not in params or params.get("device") != "cuda":
+            continue
+        del params["isa"]
+        key = item.nodeid.split("[")[0], repr(sorted(params.items()))
+        if key in seen:
+            again.append(item)
+        seen.add(key)
+    if again:
+        config.hook.pytest_deselected(items=again)
+        gone = set(again)
+        items[:] = [item for item in items if item not in gone]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

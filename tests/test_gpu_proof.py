@@ -107,6 +107,13 @@ def test_a_hanging_stage_is_killed_with_what_it_started(tmp_path):
     assert not mark.exists()
 
 
+def test_a_stage_that_is_stopped_may_say_what_it_has_found(tmp_path, capfd):
+    code = "import time\ntry: time.sleep(60)\nfinally: print('two of three failed', flush=True)"
+    found = run_stage(python(code), 3, tmp_path / "r")
+    assert found["status"] == "timed out"
+    assert "two of three failed" in capfd.readouterr().out
+
+
 def test_the_rest_go_on_and_the_exit_status_tells(tmp_path, monkeypatch):
     stages = [
         python("raise SystemExit(3)", "first"),
@@ -152,7 +159,8 @@ def test_the_sanitizer_stages_run_the_kernels(tmp_path):
 
 def test_the_most_valuable_stages_come_first():
     names = [s.name for s in gpu_proof.gpu_stages()]
-    assert names[:4] == ["build", "tests", "ceilings", "k1"] and names[-2:] == ["k3", "k3_compile"]
+    assert names[:5] == ["build", "tests", "tests_triton", "ceilings", "k1"]
+    assert names[-2:] == ["k3", "k3_compile"]
     assert gpu_proof.LIMIT < 540
     for stage in gpu_proof.gpu_stages():
         assert stage.limit < 540 and not (stage.rows and not Path(stage.command[1]).exists())

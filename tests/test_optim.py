@@ -12,6 +12,13 @@ from pybackdoor.optim import AdamWEma
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+@pytest.fixture(autouse=True)
+def the_same_convolutions():
+    """Two models that are trained alike get the same gradients, bit for bit."""
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+        yield
+
+
 @pytest.fixture(params=["", "lanes32"])
 def isa(request, monkeypatch):
     """torch's fused AdamW, and the body shared with CUDA."""
