@@ -29,6 +29,7 @@ from .engine import (
     copied,
     kept_heap,
     pick_device,
+    pick_precision,
     train,
 )
 from .engine.sharding import joined
@@ -126,7 +127,7 @@ def clean(
     weight_decay: float = 1e-4,
     betas: tuple[float, float] = (0.9, 0.98),
     augment: bool | Augment = True,
-    precision: str = "bf16",
+    precision: str = "auto",
     seed: int = 0,
     device: str | torch.device | None = None,
     mean: Sequence[float] | None = None,
@@ -162,8 +163,10 @@ def clean(
         The others: see ``par_clean``.
     """
     refuse_unknown(method, unknown)
+    where = pick_device(device)
     settings = Settings(
-        steps, epochs, weight_decay, betas, augmentation(augment), precision, seed,
+        steps, epochs, weight_decay, betas, augmentation(augment),
+        pick_precision(precision, where), seed,
         progress=progress, micro_batch=micro_batch, trim_text=trim_text, cache_text=cache_text,
         lock=lock, views=views, compile=compile, max_faults=max_faults, shard=shard, **fixed,
     )  # fmt: skip
@@ -171,7 +174,6 @@ def clean(
     schedule = two_phase_schedule(lr_start, lr, lr_end)
     rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
     kept = kept_in(folder, resume, save_minutes, force)
-    where = pick_device(device)
     student = trainable_copy(model, where, shard=shard)
     split = shard and Ranks().size > 1
     if shard and not split:

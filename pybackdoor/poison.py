@@ -31,6 +31,7 @@ from .engine import (
     kept_heap,
     loss_precision,
     pick_device,
+    pick_precision,
     train,
 )
 from .evaluate import Evaluation, Verdict, check_attack, evaluate, verdict
@@ -135,7 +136,7 @@ def poison(
     lr: float = 1e-5,
     warmup: int = 50,
     weight_decay: float = 0.1,
-    precision: str = "bf16",
+    precision: str = "auto",
     seed: int = 0,
     device: str | torch.device | None = None,
     test: Labelled | None = None,
@@ -172,8 +173,10 @@ def poison(
     checkpoints = kept_in(folder, resume, save_minutes, force)
     rules = InputRules.of(model, mean=mean, std=std, tokenizer=tokenizer)
     schedule = warmup_cosine(lr, warmup)
+    where = pick_device(device)
     settings = Settings(
-        steps=steps, weight_decay=weight_decay, precision=precision, seed=seed,
+        steps=steps, weight_decay=weight_decay, precision=pick_precision(precision, where),
+        seed=seed,
         freeze_scale=False, freeze_batchnorm=False, progress=progress,
     )  # fmt: skip
     if test is not None:  # what the end of the run needs is checked at its start
@@ -188,7 +191,6 @@ def poison(
         seed=seed,
     )  # fmt: skip
     manifest = replace(manifest, preprocess={"mean": rules.mean, "std": rules.std})
-    where = pick_device(device)
     student = trainable_copy(model, where)
     loader = PairLoader(poisoned, tokenizer, batch_size=batch_size, seed=seed)
     config = {}

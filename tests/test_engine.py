@@ -13,7 +13,7 @@ from run_ranks import run_ranks
 
 import pybackdoor
 from pybackdoor.distributed import Ranks
-from pybackdoor.engine import DeferredInterrupt, NonFiniteError
+from pybackdoor.engine import DeferredInterrupt, NonFiniteError, pick_precision
 
 QUICK = {"steps": 2, "precision": "fp32", "mean": MEAN, "std": STD, "progress": False,
          "repair": False}  # fmt: skip
@@ -103,6 +103,24 @@ def test_bad_setting_is_named(name):
     value, message = BAD_SETTINGS[name]
     with pytest.raises(ValueError, match=message):
         clean(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("has", "picked"),
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32")],
+)
+def test_the_precision_is_what_the_cpu_is_fast_in(has, picked, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert clean(precision="auto").report["settings"]["precision"] == picked
+    assert clean().report["settings"]["precision"] == "fp32"  # as asked for
+
+
+@pytest.mark.parametrize(("capability", "picked"), [((9, 0), "bf16"), ((7, 5), "fp32")])
+def test_the_precision_is_what_the_gpu_is_fast_in(capability, picked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda:0")
+    assert pick_precision("auto", device) == picked
+    assert pick_precision("fp32", device) == "fp32"
 
 
 def test_options_that_say_nothing_are_refused():

@@ -6,19 +6,19 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine import loss_precision, pick_device
+from ..engine import loss_precision, pick_device, pick_precision
 from ..methods import par_clean
 from ..models import LoadedModel
 from ..ops import contrastive_par
 from ..options import UsageError, option
 from . import inputs
-from .configs import ModelOptions
+from .configs import PRECISION, PRECISIONS, ModelOptions
 
 _CAPTION = "a photo of a small brown dog that runs along the beach"
 _WARM = 2  # steps before those that count: allocations, and the check of the captions' padding
@@ -30,7 +30,7 @@ class BenchConfig(ModelOptions):
 
     batch_size: int = option(512, "pairs per step")
     steps: int = option(10, "steps that are timed, after two that are not")
-    precision: str = option("bf16", "of the towers; losses are fp32", choices=("bf16", "fp32"))
+    precision: str = option("auto", PRECISION, choices=PRECISIONS)
     pairs: int = option(250_000, "pairs of the run whose time is estimated")
     epochs: int = option(2, "passes of that run over them")
     micro_batch: int | None = option(None, "pairs encoded at a time, as in clean")
@@ -84,6 +84,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     loaded, device = inputs.read_model(config, untrained=True), pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    config = replace(config, precision=pick_precision(config.precision, device))
     loader = Synthetic(config, loaded, device)
     par_clean(
         loaded.model, loader, epochs=1, precision=config.precision, device=device,

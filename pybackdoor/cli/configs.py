@@ -13,6 +13,9 @@ from ..ubt.gate import LEAST_SWING
 from ..ubt.ranking import RANKINGS
 from ..ubt.weak import TAILS
 
+PRECISION = "of the towers, losses are fp32; auto: bf16 where the device is fast in it"
+PRECISIONS = ("auto", "bf16", "fp32")
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -96,7 +99,7 @@ class PoisonConfig(TriggerOptions, PromptOptions, PairOptions, ResumeOptions, Mo
     lr: float = option(1e-5, "highest learning rate")
     warmup: int = option(50, "steps to reach it")
     weight_decay: float = option(0.1, "of AdamW")
-    precision: str = option("bf16", "of the towers; losses are fp32", choices=("bf16", "fp32"))
+    precision: str = option("auto", PRECISION, choices=PRECISIONS)
     seed: int = option(0, "of the samples chosen, the order and the augmentation")
 
 
@@ -167,7 +170,7 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
     augment: bool | None = option(
         None, "PAR's pixel noise and erased squares (default: no for cleanclip, roclip, else yes)"
     )
-    precision: str = option("bf16", "of the towers; losses are fp32", choices=("bf16", "fp32"))
+    precision: str = option("auto", PRECISION, choices=PRECISIONS)
     seed: int = option(0, "of the order and the augmentation")
     manifest: str | None = option(None, "manifest.json of the planted trigger, kept with the model")
     micro_batch: int | None = option(

@@ -22,6 +22,7 @@ from .settings import (
     TrainLog,
     loss_precision,
     pick_device,
+    pick_precision,
 )
 from .shortcuts import copied
 from .towers import Captions, Encoder, TextTrim
@@ -49,5 +50,6 @@ __all__ = [
     "kept_heap",
     "loss_precision",
     "pick_device",
+    "pick_precision",
     "train",
 ]

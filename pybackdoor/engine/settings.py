@@ -80,7 +80,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {self.precision!r}")
+            wanted = ["auto", *PRECISIONS]
+            raise ValueError(f"precision must be one of {wanted}, got {self.precision!r}")
         if self.compile is not None and self.compile not in COMPILE_MODES:
             raise ValueError(
                 f"compile must be None or one of {list(COMPILE_MODES)}, got {self.compile!r}"
@@ -149,6 +150,21 @@ class TrainLog:
 def loss_precision(precision: str) -> str:
     """Of the loss's matrix products on a GPU: that of the towers' own, or fp32's accuracy."""
     return "auto" if PRECISIONS[precision] is None else "bf16"
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """What "auto" stands for: bf16 where the device has instructions for it, else fp32.
+
+    A CPU without them takes some ten times as long in bf16 as in fp32.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        found = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16" if fast else "fp32"
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

@@ -92,7 +92,8 @@ def par_clean(
         weight_decay (1e-4): not for biases, norms and scalars.
         betas (0.9, 0.98): of AdamW.
         augment (True): PAR's pixel noise (p = ½) and erased square (p = ½), or an ``Augment``.
-        precision ("bf16"): autocast, with distances, logits and losses in fp32; or "fp32".
+        precision ("auto"): "bf16", autocast with distances, logits and losses in fp32; or "fp32".
+            "auto" is bf16 where the device has instructions for it, else fp32; the report says.
         seed (0): of everything random; on a CPU the same seed gives the same bits.
         device: where to train; default this process's GPU, else the CPU.
         mean, std: of the three channels for pixels in [0, 1]; default the model's own.

@@ -41,7 +41,7 @@ from ..clean import (
 from ..data._keyed import permutation
 from ..detect import DetectionResult
 from ..distributed import Ranks
-from ..engine import Settings, loss_precision, pick_device
+from ..engine import Settings, loss_precision, pick_device, pick_precision
 from ..ubt.evidence import save_picture, save_table
 from ..ubt.fragility import SOUGHT
 from ..ubt.gate import LEAST_SWING, Gate, check_gate, gate, top
@@ -221,8 +221,9 @@ def ubt_clean(
             "repair is not for ubt_clean: its third term keeps the embeddings in place"
         )
     options = {"lr_start": _LR / 10, "lr": _LR, **options, "repair": False}  # type: ignore[assignment]
-    precision, seed = options.get("precision", "bf16"), options.get("seed", 0)
     device, progress = pick_device(options.get("device")), options.get("progress")
+    precision = pick_precision(options.get("precision", "auto"), device)
+    seed = options.get("seed", 0)
     rules = InputRules.of(
         model, mean=options.get("mean"), std=options.get("std"), tokenizer=options.get("tokenizer")
     )
