@@ -1,6 +1,7 @@
 """Noise and erasing of trigger_normalize: Philox, the normals, statistics, and the keys."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -195,7 +196,9 @@ def test_poisoned_images_carry_neither_noise_nor_holes():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_normalised_floats_get_the_same_augmentation(device):
+@pytest.mark.parametrize("at_once", [1, 7000, 1 << 21])  # one image, two of them, all
+def test_normalised_floats_get_the_same_augmentation(device, at_once, monkeypatch):
+    monkeypatch.setattr(sys.modules["pybackdoor.reference.trigger_normalize"], "_AT_ONCE", at_once)
     images, ids = random_images(24, 32, 32).to(device), torch.arange(24, device=device)
     options = {"augment": Augment(), "seed": 3, "view": 1, "sample_id": ids}
     want = trigger_normalize(images, **NORM, **options)
@@ -205,6 +208,8 @@ def test_normalised_floats_get_the_same_augmentation(device):
     noisy, square = reference.augment_decisions(Augment(), 3, 1, ids, (32, 32))
     untouched = ~noisy & (square[:, 2] == 0)
     assert untouched.any() and torch.equal(got[untouched], floats[untouched])
+    silent = options | {"augment": Augment(noise_p=0.0, erase_p=0.0)}
+    assert torch.equal(reference.augment_normalized(floats, MEAN, STD, **silent), floats)
     without = reference.augment_normalized(floats, None, None, **options)
     erased = torch.where((want == 0) & (square[:, 2] > 0)[:, None, None, None], 0, floats)
     assert torch.equal(without, erased)

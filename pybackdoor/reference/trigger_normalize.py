@@ -134,6 +134,9 @@ def _erase_(images: Tensor, square: Tensor) -> Tensor:
     return images.masked_fill_(inside, 0)
 
 
+_AT_ONCE = 1 << 21  # values that get noise at once: a GPU is busy, and memory stays bounded
+
+
 def augment_normalized(
     images: Tensor,
     mean: tuple[float, float, float] | None,
@@ -179,10 +182,11 @@ def augment_normalized(
     if mean is not None and std is not None:
         mean_c = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
         std_c = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
-        for i in noisy.nonzero().flatten().tolist():
-            pixels = images[i : i + 1].float() * std_c + mean_c
-            pixels = add_noise(pixels, augment, seed, view, sample_id[i : i + 1])
-            out[i] = ((pixels - mean_c) / std_c).to(images.dtype)[0]
+        rows = noisy.nonzero()[:, 0]
+        for part in rows.split(max(1, _AT_ONCE // max(1, images.shape[1:].numel()))):
+            pixels = images[part].float() * std_c + mean_c
+            pixels = add_noise(pixels, augment, seed, view, sample_id[part])
+            out[part] = ((pixels - mean_c) / std_c).to(images.dtype)
     return _erase_(out, square)
 
 
