@@ -30,6 +30,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
 from _quality_cells import Work, compute_cell, train_model
 from _quality_data import pack_path
@@ -39,7 +41,7 @@ from _quality_report import adopt, write_report
 from _quality_run import run, summary
 from _quality_setting import ATTACKS, BADCLIP, FULL, TINY, Cell, Model, Setting
 
-from pybackdoor.engine import pick_device
+from pybackdoor.engine import pick_device, pick_precision
 from pybackdoor.files import writable_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_report(work, options.out)
         return 0
     cells = [c for c in cells if not work.cell_file(c).exists()]
+    warn_if_slow(cells, setting, device)
     for pack in {setting.data[c.model.data].pack for c in cells} - {None}:
         pack_path(pack)  # refuses before the hours, not after
     for arch in {c.model.arch for c in cells}:
@@ -143,6 +146,20 @@ def plan(setting: Setting, axes: dict[str, list[Any]]) -> list[Cell]:
             for attack, defence in itertools.product(axes["attack"], axes["defence"]):
                 cells.append(Cell(Model(data, arch, attack, seed), defence))
     return cells
+
+
+def warn_if_slow(cells: Iterable[Cell], setting: Setting, device: str) -> None:
+    """Says beforehand that what is trained in bf16 takes long on a CPU without instructions for it.
+
+    The precision is part of a setting all the same: figures must not depend on the machine.
+    """
+    precisions = {c.model.options("train", setting)["precision"] for c in cells}
+    if "bf16" in precisions and pick_precision("auto", torch.device(device)) != "bf16":
+        print(
+            f"this {device} has no instructions for bf16, which most models are trained in: that "
+            "takes some ten times as long here",
+            file=sys.stderr,
+        )
 
 
 def waves(models: Iterable[Model]) -> list[list[Model]]:

@@ -261,3 +261,11 @@ def test_ubt_then_par_cleans_on_what_is_not_suspicious(tiny, monkeypatch):
     assert seen["ubt"] == {"seed": 3, **_quality_defences.UBT}
     ids = pairs.ids[np.arange(0, 60, 2)].tolist()
     assert seen["par"] == ("forgotten", ids, 16, {"tau": 1.0, "seed": 3, "lr": 0.5})
+
+
+def test_a_cpu_without_bf16_is_told_beforehand(monkeypatch, capsys):
+    cells = [Cell(Model("cifar10", arch, "clean", 0), "par") for arch in ("pretrained", "resnet")]
+    for has, given, told in ((True, cells, False), (False, cells, True), (False, cells[:1], False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
+        quality.warn_if_slow(given, FULL, "cpu")
+        assert ("this cpu has no instructions for bf16" in capsys.readouterr().err) == told
