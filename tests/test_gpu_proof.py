@@ -87,6 +87,10 @@ def test_no_result_is_overwritten(tmp_path):
     assert (first.name, gpu_proof.free_path(tmp_path, "a").name) == ("a.jsonl", "a-2.jsonl")
 
 
+# Whatever started the tests may have Ctrl-C ignored.
+INTERRUPTED = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def test_a_failing_stage_is_recorded_with_its_last_line(tmp_path, capfd):
     found = run_stage(python("print('one'); raise SystemExit('no such GPU')"), 30, tmp_path / "r")
     assert found["status"] == "failed" and found["error"] == "exit status 1: no such GPU"
@@ -98,9 +102,9 @@ def test_a_failing_stage_is_recorded_with_its_last_line(tmp_path, capfd):
 def test_a_hanging_stage_is_killed_with_what_it_started(tmp_path):
     mark = tmp_path / "child"
     child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
-    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]);"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])\n"
     start = time.monotonic()
-    found = run_stage(python(code + "time.sleep(60)"), 1.5, tmp_path / "r")
+    found = run_stage(python(INTERRUPTED + code + "time.sleep(60)"), 1.5, tmp_path / "r")
     assert found["status"] == "timed out" and found["error"] == "stopped after 2 s"
     assert time.monotonic() - start < 20
     time.sleep(4)
@@ -108,8 +112,8 @@ def test_a_hanging_stage_is_killed_with_what_it_started(tmp_path):
 
 
 def test_a_stage_that_is_stopped_may_say_what_it_has_found(tmp_path, capfd):
-    code = "import time\ntry: time.sleep(60)\nfinally: print('two of three failed', flush=True)"
-    found = run_stage(python(code), 3, tmp_path / "r")
+    code = "try: time.sleep(60)\nfinally: print('two of three failed', flush=True)"
+    found = run_stage(python(INTERRUPTED + code), 3, tmp_path / "r")
     assert found["status"] == "timed out"
     assert "two of three failed" in capfd.readouterr().out
 
