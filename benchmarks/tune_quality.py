@@ -82,11 +82,9 @@ CANDIDATES: dict[str, dict[str, list[dict[str, Any]]]] = {
             *({**rate, "every": 100, "inversion_steps": 300} for rate in rates(1.4e-3)),
         ],
     },
-    # A step of these takes seconds: the other methods take the fine-tuning's learning rate.
-    "pretrained": {
-        "finetune": rates(2e-4, 7e-4),
-        "par": [{**rate, "tau": 1.0} for rate in rates(2e-4, 7e-4)],
-    },
+    # A step of these takes seconds: the other methods take fine-tuning's learning rate, and what
+    # else was chosen on the ResNet.
+    "pretrained": {"finetune": rates(2e-4, 7e-4)},
 }
 
 

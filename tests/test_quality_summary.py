@@ -119,7 +119,7 @@ def test_tuning_names_the_methods_that_there_are_and_where_results_go(tmp_path, 
         tune_quality.main(
             ["--work", str(tmp_path), "--arch", "pretrained", "--only", "invert"], TINY
         )
-    assert "--only must be of finetune, par, got invert" in capsys.readouterr().err
+    assert "--only must be of finetune, got invert" in capsys.readouterr().err
     assert tune_quality.results_of("resnet").name == "quality_tuning.json"
     assert tune_quality.results_of("pretrained").name == "quality_tuning_pretrained.json"
 
