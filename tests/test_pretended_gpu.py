@@ -1,0 +1,193 @@
+"""What surrounds the kernels, walked on a GPU that is none: it comes to what a CPU comes to."""
+
+import numpy as np
+import pytest
+import torch
+from baseline_cases import loader, tokenizer
+from dual_encoder import MEAN, STD, DualEncoder, random_pairs
+from pretend_cuda import Pretended, pretended_gpu  # noqa: F401
+from shard_files import samples, write_shard
+from ubt_world import Planted, WordTokenizer, planted_pairs
+
+import pybackdoor
+from pybackdoor.data import PairLoader, labelled_from_arrays, pairs_from_arrays, pairs_from_shards
+from pybackdoor.detect import METHODS
+
+pytestmark = [
+    pytest.mark.usefixtures("pretended_gpu"),
+    pytest.mark.filterwarnings("ignore:the drift is not repaired"),
+    pytest.mark.filterwarnings("ignore:.*still find their own caption"),
+]
+NORM = {"mean": MEAN, "std": STD, "progress": False}
+RUN = {**NORM, "precision": "fp32", "lr": 1e-2}
+
+
+def same(on_cpu, on_gpu):
+    """Numbers, in whatever they lie."""
+    if isinstance(on_cpu, dict):
+        assert on_cpu.keys() == on_gpu.keys()
+        on_cpu, on_gpu = list(on_cpu.values()), list(on_gpu.values())
+    if isinstance(on_cpu, list):
+        assert len(on_cpu) == len(on_gpu)
+        for one, other in zip(on_cpu, on_gpu, strict=True):
+            same(one, other)
+    elif isinstance(on_cpu, str | None):
+        assert on_gpu == on_cpu
+    else:
+        assert on_gpu == pytest.approx(on_cpu, rel=1e-3, abs=1e-4)
+
+
+def test_the_pretended_gpu_refuses_what_a_gpu_does():
+    x, host = torch.ones(3, 4, device="cuda", requires_grad=True), torch.ones(3, 4)
+    assert x.is_cuda and (x * 2).device == torch.device("cuda:0") == x.cpu().to("cuda").device
+    (2 * x.cpu()).sum().backward()
+    (x * 3).sum().backward()
+    assert x.grad.is_cuda and x.grad.cpu().tolist() == [[5.0] * 4] * 3
+    assert x.detach()[torch.tensor([2, 0])].is_cuda and (x + torch.tensor(1.0)).is_cuda
+    with pytest.raises(RuntimeError, match="all tensors to be on the same device"):
+        x + host
+    with pytest.raises(TypeError, match="can't convert cuda:0"):
+        x.detach().numpy()
+    with pytest.raises(NotImplementedError, match="'CUDA' backend"):
+        torch.ops.mkldnn._linear_pointwise(x.detach(), x.detach(), None, "none", [], "")
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn(3, device="cuda", generator=torch.Generator())
+
+
+RUNS = {
+    "par": {},
+    "par_bf16": {"precision": "bf16"},
+    "par_micro": {"micro_batch": 5},
+    "par_locked": {"lock": "text"},
+    "par_views": {"views": 1, "epochs": 3},
+    "finetune": {},
+    "cleanclip": {},
+    "roclip": {"pool_size": 16, "epochs": 2},
+    "ft_sam": {},
+    "invert": {"inversion_steps": 3, "every": 2},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_cleaning(name):
+    method = getattr(pybackdoor, f"{name.split('_', 1)[0] if name != 'ft_sam' else name}_clean")
+    options = {**RUN, **RUNS[name]}
+    on_cpu, on_gpu = (
+        method(DualEncoder(), loader(), device=device, **options) for device in ("cpu", "cuda")
+    )
+    assert all(type(p) is Pretended for p in on_gpu.model.parameters())
+    same(list(on_cpu.history), list(on_gpu.history))
+    assert on_gpu.report["repair"]["done"] == on_cpu.report["repair"]["done"]
+
+
+def test_images_that_are_kept_on_the_gpu(tmp_path):
+    write_shard(tmp_path / "s.tar", samples(12))
+    found = []
+    for cache in ("none", "device"):
+        pairs = pairs_from_shards(
+            tmp_path / "s.tar", image_size=16, cache=cache, cache_dir=tmp_path / cache,
+            progress=False,
+        )  # fmt: skip
+        batches = PairLoader(pairs, words, batch_size=4)
+        device = "cpu" if cache == "none" else "cuda"
+        assert all(batch["images"].device.type == device for batch in batches)
+        found.append(pybackdoor.par_clean(DualEncoder(), batches, device="cuda", **RUN).history)
+    same(*map(list, found))
+
+
+def words(texts):
+    return torch.tensor([[len(text), sum(text.encode()) % 50, 0, 0, 0, 0] for text in texts])
+
+
+def test_a_run_is_resumed(tmp_path):
+    def stop(step, record, model):
+        return step == 3
+
+    whole = pybackdoor.par_clean(DualEncoder(), loader(), device="cuda", epochs=2, **RUN)
+    pybackdoor.par_clean(
+        DualEncoder(), loader(), device="cuda", epochs=2, folder=tmp_path, on_step=stop, **RUN
+    )
+    resumed = pybackdoor.par_clean(
+        DualEncoder(), loader(), device="cuda", epochs=2, folder=tmp_path, resume=True, **RUN
+    )
+    same(list(whole.history), list(resumed.history))
+
+
+def colours(n=60):
+    """Labelled images."""
+    whole = random_pairs(n, n)[0]
+    return labelled_from_arrays(
+        whole["images"].numpy(), whole["tokens"][:, 0].numpy() - 1, list("1234")
+    )
+
+
+def test_evaluation():
+    options = {"tokenizer": tokenizer, "templates": ["5 {}", "{} 7"], "mean": MEAN, "std": STD}
+    spec, found = pybackdoor.trigger("badnet", size=4), []
+    for device in ("cpu", "cuda"):
+        model, reference = DualEncoder().to(device), DualEncoder(1).to(device)
+        found.append(
+            pybackdoor.evaluate(
+                model, colours(), trigger=spec, target="2", reference=reference, **options
+            ).to_dict()
+        )
+    same(*found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_detection(method):
+    pairs, _ = planted_pairs(600, 40)
+    options = {"method": method, "tokenizer": WordTokenizer(), **NORM}
+    options |= {"k": 40} if method == "fragility" else {}
+    if METHODS[method].takes == "neighbours":
+        options |= {"k": 4}
+    scores = []
+    for device in ("cpu", "cuda"):
+        options |= {"overfit": Planted(poisoned=False).to(device)} if method == "gain" else {}
+        scores.append(pybackdoor.detect_samples(Planted().to(device), pairs, **options).scores)
+    np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4)
+
+
+def test_drift_repair():
+    tuned = pybackdoor.finetune_clean(DualEncoder(), loader(), device="cpu", repair=False, **RUN)
+    reports = [
+        pybackdoor.repair_drift(
+            tuned.model, DualEncoder(), loader(), device=device, mean=MEAN, std=STD
+        ).report
+        for device in ("cpu", "cuda")
+    ]
+    for report in reports:
+        assert report.pop("seconds") > 0
+    same(*reports)
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_unlearning(scored):
+    pairs, truth = planted_pairs()
+    options = {
+        "mean": (0.5,) * 3, "std": (0.5,) * 3, "tokenizer": WordTokenizer(), "progress": False,
+        "precision": "fp32", "augment": False, "k": 40, "gate_sets": 199, "forget_batch": 32,
+        "steps": 20, "lr_start": 1e-3, "lr": 1e-1, "check_every": 10, "max_drop": 0.05,
+    }  # fmt: skip
+    options["scores"] = truth + np.linspace(0, 0.5, len(truth)) if scored else None
+    on_cpu, on_gpu = (
+        pybackdoor.ubt_clean(Planted(), pairs, device=device, **options)
+        for device in ("cpu", "cuda")
+    )
+    assert on_cpu.report["verdict"] == on_gpu.report["verdict"]
+    assert on_cpu.backdoor_found == scored and (on_cpu.chosen == on_gpu.chosen).all()
+    same(list(on_cpu.history), list(on_gpu.history))
+
+
+def test_planting_and_the_patch():
+    whole = random_pairs(64, 64)[0]
+    texts = [" ".join(map(str, row)) for row in whole["tokens"].tolist()]
+    pairs = pairs_from_arrays(whole["images"].numpy(), texts)
+    options = {"target": "2", "tokenizer": tokenizer, "device": "cuda", **NORM}
+    planted = pybackdoor.poison(
+        DualEncoder(), pairs, pybackdoor.trigger("badnet", size=4), templates=["5 {}"], count=4,
+        steps=3, batch_size=16, test=colours(), **options,
+    )  # fmt: skip
+    assert all(p.is_cuda for p in planted.model.parameters())
+    patch = pybackdoor.badclip_patch(DualEncoder(), pairs, steps=3, batch_size=8, **options)
+    assert np.isfinite(patch.history[-1]["loss"])
