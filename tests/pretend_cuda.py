@@ -123,7 +123,7 @@ def called(func: Any, args: tuple, kwargs: dict) -> Any:
     if there and func.namespace != "pybackdoor":
         refuse(func, name, given)
     asked = kwargs.get("device")
-    if name == "_to_copy" and there:
+    if there and (name == "_to_copy" or backward()):
         pass  # below Python it is on the CPU: what moves it is Moved
     elif asked is not None:
         there = torch.device(asked).type == "cuda"
@@ -150,11 +150,16 @@ def called(func: Any, args: tuple, kwargs: dict) -> Any:
     return tree_map(wrapped, found)
 
 
+def backward() -> bool:
+    """Whether a backward pass is running."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def refuse(func: Any, name: str, given: list) -> None:
     if func.namespace in ("mkldnn", "quantized", "onednn"):
         raise NotImplementedError(f"Could not run '{func}' with arguments from the 'CUDA' backend")
-    if torch._C._current_graph_task_id() != -1:
-        return  # a backward pass makes zeros like what is, below Python, of the CPU
+    if backward():
+        return  # it makes zeros like what is, below Python, of the CPU
     host = [x for x in given if type(x) in (Tensor, torch.nn.Parameter) and x.ndim > 0]
     if host and name not in _MIXED:
         raise RuntimeError(
