@@ -113,6 +113,10 @@ def test_the_precision_is_what_the_cpu_is_fast_in(has, picked, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert clean(precision="auto").report["settings"]["precision"] == picked
     assert clean().report["settings"]["precision"] == "fp32"  # as asked for
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch 2.10
+    fast = picked == "bf16"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast, raising=False)
+    assert pick_precision("auto", torch.device("cpu")) == picked
 
 
 @pytest.mark.parametrize(("capability", "picked"), [((9, 0), "bf16"), ((7, 5), "fp32")])

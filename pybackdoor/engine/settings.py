@@ -162,9 +162,15 @@ def pick_precision(precision: str, device: torch.device) -> str:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        found = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+        fast = _has_bf16()
     return "bf16" if fast else "fp32"
+
+
+def _has_bf16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.cpu._is_avx512_bf16_supported()  # torch 2.10
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
