@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 import pybackdoor
 from pybackdoor import reference
-from pybackdoor.ops import _contrastive_par_cpu
+from pybackdoor.ops import _contrastive_par_cpu, contrastive_par
 from pybackdoor.ops import _contrastive_par_driver as driver
-from pybackdoor.ops import contrastive_par
 from pybackdoor.ops._contrastive_par_check import owners, segments, weights
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -326,7 +325,7 @@ def test_thread_count_changes_no_bit(monkeypatch):
     case, before = random_case(700, 600, 64), torch.get_num_threads()
     found = []
 
-    def product(a, b):
+    def on_one_thread(a, b):
         """The libraries' own are not all the same bits with more threads."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -335,7 +334,7 @@ def test_thread_count_changes_no_bit(monkeypatch):
         finally:
             torch.set_num_threads(threads)
 
-    monkeypatch.setattr(_contrastive_par_cpu, "matmul_nt", product)
+    monkeypatch.setattr(_contrastive_par_cpu, "matmul_nt", on_one_thread)
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
