@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*still find their own caption"),
 ]
 NORM = {"mean": MEAN, "std": STD, "progress": False}
-RUN = {**NORM, "precision": "fp32", "lr": 1e-2}
+RUN = {**NORM, "precision": "fp32", "lr": 1e-2, "steps": 3}
 
 
 def same(on_cpu, on_gpu, rel=1e-3):
@@ -62,10 +62,10 @@ RUNS = {
     "par_bf16": {"precision": "bf16"},
     "par_micro": {"micro_batch": 5},
     "par_locked": {"lock": "text"},
-    "par_views": {"views": 1, "epochs": 3},
+    "par_views": {"views": 1, "steps": 7},  # an epoch has three
     "finetune": {},
     "cleanclip": {},
-    "roclip": {"pool_size": 16, "epochs": 2},
+    "roclip": {"pool_size": 16, "steps": 5},
     "ft_sam": {},
     "invert": {"inversion_steps": 3, "every": 2},
 }
@@ -76,7 +76,7 @@ def test_cleaning(name):
     method = getattr(pybackdoor, f"{name.split('_', 1)[0] if name != 'ft_sam' else name}_clean")
     options = {**RUN, **RUNS[name]}
     on_cpu, on_gpu = (
-        method(DualEncoder(), loader(), device=device, **options) for device in ("cpu", "cuda")
+        method(DualEncoder(), loader(48), device=device, **options) for device in ("cpu", "cuda")
     )
     assert all(type(p) is Pretended for p in on_gpu.model.parameters())
     same(list(on_cpu.history), list(on_gpu.history))
@@ -109,8 +109,15 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("open_clip", "fp32"),
+        ("open_clip", "bf16"),
+        ("open_clip_resnet", "bf16"),
+        ("hugging_face", "fp32"),
+    ],
+)
 def test_cleaning_real_towers(name, precision):
     if name == "hugging_face":
         pytest.importorskip("transformers")
@@ -147,15 +154,14 @@ def words(texts):
 
 def test_a_run_is_resumed(tmp_path):
     def stop(step, record, model):
-        return step == 3
+        return step == 1
 
-    whole = pybackdoor.par_clean(DualEncoder(), loader(), device="cuda", epochs=2, **RUN)
-    pybackdoor.par_clean(
-        DualEncoder(), loader(), device="cuda", epochs=2, folder=tmp_path, on_step=stop, **RUN
-    )
-    resumed = pybackdoor.par_clean(
-        DualEncoder(), loader(), device="cuda", epochs=2, folder=tmp_path, resume=True, **RUN
-    )
+    def run(**options):
+        return pybackdoor.par_clean(DualEncoder(), loader(48), device="cuda", **RUN, **options)
+
+    whole = run()
+    assert len(run(folder=tmp_path, on_step=stop).history) == 2
+    resumed = run(folder=tmp_path, resume=True)
     same(list(whole.history), list(resumed.history))
 
 
