@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from pybackdoor import _backend
+
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
 # A GPU takes indices of the host, and copies from it.
@@ -216,6 +218,8 @@ def pretended_gpu(monkeypatch) -> Iterator[torch.device]:
     for name in ("Event", "Stream"):
         monkeypatch.setattr(torch.cuda, name, _Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+    # An earlier test may have had it remembered that there is no GPU.
+    monkeypatch.setattr(_backend, "_triton_obstacle", lambda device: None)
     own_to = Tensor.to
 
     def to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
