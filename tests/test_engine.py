@@ -345,3 +345,16 @@ def test_shares_were_unequal_and_errors_reach_every_rank(one_and_two):
     assert two["a rank fails"] == "rank 1 could not read its batch; its own error says why"
     assert two["unequal steps"] == "every rank must take the same number of steps, got [3, 2]"
     assert two["a rank stops"] == 2
+
+
+def test_a_loader_that_names_no_batch_size():
+    data = torch.utils.data.DataLoader(random_pairs(32, 16), batch_size=None)
+    assert clean(loader=data).history == clean(loader=random_pairs(32, 16)).history
+
+
+def test_a_temperature_that_is_a_number():
+    model = DualEncoder()
+    scale = float(model.logit_scale.detach())
+    del model.logit_scale
+    model.logit_scale = scale
+    assert len(clean(model).history) == 2

@@ -103,7 +103,7 @@ class Gradients:
         """Features, with the same dropout whenever these rows are encoded in this step."""
         seed = (self._seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + place) % 2**63
         torch.default_generator.manual_seed(seed)
-        if self._model.logit_scale.is_cuda:
+        if next(self._model.parameters()).is_cuda:
             torch.cuda.manual_seed(seed)  # of this device alone
         return encode(self._model, rows)
 

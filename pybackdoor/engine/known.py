@@ -42,7 +42,7 @@ class Known:
         self._encode, self._trim, self._device = encode, trim, device
         self._ranks, self._watch, self._views = ranks, watch, settings.views
         self._kept: list[ImageFeatures] = []
-        pairs = steps * getattr(loader, "batch_size", 0)
+        pairs = steps * (getattr(loader, "batch_size", None) or 0)
         self._captions = getattr(loader, "captions", None) if settings.cache_text else None
         self.numbered = self._captions is not None and worth_it(self._captions, pairs)
         self._ids = None

@@ -50,7 +50,7 @@ class AugmentedViews:
         if batch.augmented is not None:
             return batch.augmented
         if self._captions is not None and batch.captions is not None:
-            return self._captions.tokens(batch.captions.numpy())
+            return self._captions.tokens(batch.captions.numpy(force=True))
         if batch.texts is not None and self._tokenizer is not None:
             tokens = self._tokenizer([self._reword(text) for text in batch.texts])
             return tokens.to(batch.tokens.dtype)

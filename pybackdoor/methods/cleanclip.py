@@ -38,7 +38,7 @@ class InModalContrastive(Contrastive):
 
     def inputs(self, given: Given) -> tuple[Tensor, Tensor]:
         images = torch.cat([given.images(), self._views.images(given)])
-        return images, torch.cat([given.batch.tokens, self._views.tokens(given)])
+        return images, torch.cat([given.batch.tokens.cpu(), self._views.tokens(given).cpu()])
 
     def __call__(
         self,

@@ -228,7 +228,7 @@ def ubt_clean(
         model, mean=options.get("mean"), std=options.get("std"), tokenizer=options.get("tokenizer")
     )
     if batch_size is None:
-        batch_size = getattr(suspect_loader, "batch_size", 256)
+        batch_size = getattr(suspect_loader, "batch_size", None) or 256
     began = time.perf_counter()
     suspects = Suspects.of(suspect_loader, rules, progress)
     given = None if scores is None else _given(scores, suspects, k)

@@ -207,6 +207,6 @@ def _empty(tokenizer: Any | None) -> np.ndarray | None:
     if tokenizer is None:
         return None
     try:
-        return np.asarray(tokenizer([""])[0])
+        return torch.as_tensor(tokenizer([""])[0]).numpy(force=True)
     except Exception:  # a tokenizer of the user's own may refuse it
         return None
