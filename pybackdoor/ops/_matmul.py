@@ -1,8 +1,9 @@
 """Matrix products on the CPU by the library that is fastest there.
 
 PyTorch's fp32 matmul calls MKL, which on other makers' CPUs runs at down to half of oneDNN's speed.
-oneDNN's error is as large with AVX-512, and with AVX2 up to 1.7 times (root mean square). It is
-called per product: the global matmul precision, which can turn fp32 into bf16, stays alone.
+oneDNN's error is at most twice as large (root mean square, which the tests hold it to; the larger
+with AVX2). It is called per product: the global matmul precision, which can turn fp32 into bf16,
+stays alone.
 """
 
 from __future__ import annotations

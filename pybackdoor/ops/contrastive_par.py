@@ -283,8 +283,8 @@ def contrastive_par(
     close). The defaults are CLIP's symmetric loss: owner i for row i, all weights 1 / (2 N).
 
     Rows without a negative, and images without a negative or a positive, contribute 0; NaN
-    features give a NaN loss. The number of threads changes no
-    bit, but for what it changes in torch's own matrix products (with AVX2 in torch 2.10: rounding).
+    features give a NaN loss. The number of threads changes no bit, but for what it changes in
+    torch's own matrix products: with AVX2 in torch 2.10 their rounding.
 
     Args:
         text: [M, D] fp32, bf16, fp16 or fp64 (fp64: on a GPU by the reference).
