@@ -243,3 +243,48 @@ def test_planting_and_the_patch():
     assert all(p.is_cuda for p in planted.model.parameters())
     patch = pybackdoor.badclip_patch(DualEncoder(), pairs, steps=3, batch_size=8, **options)
     assert np.isfinite(patch.history[-1]["loss"])
+
+
+@pytest.mark.parametrize("breaks", ["loader", "model", "track", "optimiser"])
+def test_a_run_that_breaks_off_has_all_steps_that_were_applied(breaks, monkeypatch):
+    """Their numbers may still be on their way from the GPU."""
+    calls = dict.fromkeys(("loader", "model", "track", "optimiser"), 0)
+
+    def third(name):
+        calls[name] += 1
+        if name == breaks and calls[name] == 3:
+            raise OSError("gone")
+
+    class Loader(list):
+        def __iter__(self):
+            for batch in list.__iter__(self):
+                third("loader")
+                yield batch
+
+    def image(self, x, own=DualEncoder.encode_image):
+        third("model")
+        return own(self, x)
+
+    def apply(self, *_, own=torch.optim.AdamW.step):
+        third("optimiser")
+        return own(self)
+
+    batches, options = random_pairs(80, 16), {**RUN, "steps": 5, "repair": False}
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone") as stopped:
+        patch.setattr(torch.optim.AdamW, "step", apply)
+        patch.setattr(DualEncoder, "encode_image", image)
+        pybackdoor.finetune_clean(
+            DualEncoder(),
+            Loader(batches),
+            device="cuda",
+            track=lambda *_: third("track"),
+            **options,
+        )
+    found = stopped.value.result
+    wanted = pybackdoor.finetune_clean(
+        DualEncoder(), batches, device="cpu", **options,
+        on_step=lambda step, *_: step == len(found.history) - 1,
+    )  # fmt: skip
+    same(list(wanted.history), list(found.history))
+    for name, weight in wanted.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name].cpu(), weight, msg=name)

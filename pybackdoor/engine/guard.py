@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -107,9 +108,11 @@ class Guard:
             arrival.record()
         self._sent.append(_Sent(step, item, outcome, ids, values, names, arrival))
 
-    def arrived(self, *, all_of_them: bool = False) -> list[Checked]:
-        """The steps whose numbers are due, in order; those behind a fault are dropped."""
-        found = []
+    def arrived(self, *, all_of_them: bool = False) -> Iterator[Checked]:
+        """The steps whose numbers are due, in order; those behind a fault are dropped.
+
+        One that is not taken stays due.
+        """
         while len(self._sent) > (0 if all_of_them else self._lag):
             sent = self._sent.popleft()
             if sent.arrival is not None:
@@ -117,10 +120,18 @@ class Guard:
             *values, flag, weights = sent.values.tolist()
             record = dict(zip(sent.outcome.scalars, values, strict=False))
             fault = self._fault(sent, values, bool(weights)) if flag else None
-            found.append(Checked(sent.item, record, fault))
             if fault is not None:
                 self._sent.clear()
-        return found
+            yield Checked(sent.item, record, fault)
+
+    @contextmanager
+    def applying(self) -> Iterator[None]:
+        """Around the optimiser's step: one that fails has not been taken."""
+        try:
+            yield
+        except BaseException:
+            self._sent.pop()
+            raise
 
     def lower(self) -> None:
         """Lets steps be applied again."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -253,6 +254,11 @@ class _Run:
                             cause = f"{lost.fault.cause}; no earlier state is kept"
                             raise NonFiniteError(cause) from None
                     bar.back_to(len(self.log.steps))
+                except BaseException:  # a step whose numbers are on their way has been applied
+                    self.track = self.on_step = None
+                    with suppress(Exception):
+                        self._settle(self.guard.arrived(all_of_them=True), bar)
+                    raise
 
     def _walk(self, bar: Progress, interrupt: DeferredInterrupt) -> bool:
         """Steps until the feed ends; True where a batch was left out and the walk starts anew."""
@@ -296,7 +302,8 @@ class _Run:
         self.guard.watch(step, item, item.ids, outcome)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step, self.feed.steps)
-        self.optimizer.step()
+        with self.guard.applying():
+            self.optimizer.step()
         if self.train_scale:
             with torch.no_grad():
                 self.model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
@@ -316,7 +323,7 @@ class _Run:
             trigger=trigger,
         )  # fmt: skip
 
-    def _settle(self, steps: list[Checked], bar: Progress) -> bool:
+    def _settle(self, steps: Iterable[Checked], bar: Progress) -> bool:
         """Writes down the steps that stand; True where the last one must be done without."""
         for item, record, fault in steps:
             step = item.after["given"] - 1
