@@ -1,5 +1,7 @@
 """Inverted triggers, and training against them."""
 
+import sys
+
 import pytest
 import torch
 from dual_encoder import MEAN, STD, DualEncoder, random_pairs
@@ -136,3 +138,39 @@ def test_ranks_put_their_triggers_together(tmp_path):
         assert found[f"{family}/mask"].shape == (4, 1, 16, 16)
         patterns = found[f"{family}/pattern"].flatten(1)
         assert len(torch.unique(patterns, dim=0)) == 4
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_an_inversion_that_is_done_again_takes_its_own_place(at, monkeypatch):
+    """The batch of its step is left out, and another takes the step."""
+    module, taken, broken = sys.modules["pybackdoor.methods.invert"], [], []
+
+    def quick(encode, pixels, **how):
+        return invert(encode, pixels, **how | {"steps": 1})
+
+    def features(self, x, own=DualEncoder.encode_image):
+        rows = own(self, x)
+        if self.training and len(taken) == at and not broken:
+            broken.append(1)
+            return rows * float("nan")
+        return rows
+
+    monkeypatch.setattr(module, "invert", quick)
+    monkeypatch.setattr(DualEncoder, "encode_image", features)
+    kept = []
+    own = module.InvertAndRecover.inputs
+
+    def inputs(self, given):
+        found = own(self, given)
+        kept.append((given.step, {name: len(one.mask) for name, one in self._found.items()}))
+        return found
+
+    monkeypatch.setattr(module.InvertAndRecover, "inputs", inputs)
+    pybackdoor.invert_clean(
+        DualEncoder(), random_pairs(96, 16), every=2, pool=4, steps=4, mean=MEAN, std=STD,
+        precision="fp32", device="cpu", progress=False, repair=False,
+        track=lambda step, record: taken.append(step),
+    )  # fmt: skip
+    assert broken and [step for step, _ in kept].count(at) == 2
+    for step, pool in kept:
+        assert set(pool.values()) == {step // 2 + 1}

@@ -49,6 +49,7 @@ class InvertAndRecover(Objective):
         self._families, self._how = tuple(families), how
         self._found: dict[str, Inverted] = {}
         self._told: dict[str, Tensor] = {}
+        self._last: tuple[int, dict[str, Inverted]] | None = None  # an inversion: step, pool before
 
     def prepare(self, run: Preparation) -> None:
         self._run = run
@@ -91,6 +92,7 @@ class InvertAndRecover(Objective):
         } | {f"told/{name}": value for name, value in self._told.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
+        self._last = None
         there = {name: tensor.to(self._run.device) for name, tensor in state.items()}
         self._found = {
             family: Inverted(there[f"{family}/pattern"], there[f"{family}/mask"])
@@ -106,6 +108,9 @@ class InvertAndRecover(Objective):
         images = given.batch.images
         if images.dtype != torch.uint8:
             raise TypeError(f"invert_clean needs uint8 images to stamp, got {images.dtype}")
+        if self._last is not None and self._last[0] >= given.step:  # it was done without a batch
+            self._found = self._last[1]
+        self._last = given.step, dict(self._found)
         modes = [(module, module.training) for module in run.model.modules()]
         run.model.eval()
         try:
