@@ -49,6 +49,15 @@ def _obstacle(name: str, device: torch.device, op: str) -> str | None:
     return obstacle
 
 
+def check_device(device: torch.device | str | int) -> None:
+    """Raises ValueError where torch cannot put a tensor there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device must be usable here, got {str(device)!r} ({reason})") from None
+
+
 @cache
 def _triton_obstacle(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on that device; None if they can."""

@@ -127,6 +127,12 @@ def test_the_precision_is_what_the_gpu_is_fast_in(capability, picked, monkeypatc
     assert pick_precision("fp32", device) == "fp32"
 
 
+@pytest.mark.parametrize("device", ["gpu", 7, "cuda:99"])
+def test_a_device_that_is_none_is_named(device):
+    with pytest.raises(ValueError, match=f"device must be usable here, got '{device}'"):
+        clean(device=device)
+
+
 def test_options_that_say_nothing_are_refused():
     with pytest.raises(TypeError, match="par_clean: unknown option 'lr_stat' .did you mean 'lr_st"):
         clean(lr_stat=1e-3)

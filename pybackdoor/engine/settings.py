@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._backend import check_device
 from ..ops import Augment
 from .history import History
 
@@ -177,9 +178,10 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, else a GPU, else the CPU; ``cuda`` alone means this rank's own."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device) == "cuda":  # not before: to look at it would open a context on the first GPU
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    check_device(device)
     picked = torch.device(device)
     if picked.type == "cuda":
-        if picked.index is None:
-            picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(picked)
     return picked

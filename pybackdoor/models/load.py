@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .._backend import check_device
 from . import hf, hub, openclip
 from .checkpoint import load_weights, read_checkpoint, weight_files
 from .folder import finish_interrupted, verify
@@ -88,7 +89,7 @@ def load(
         raise TypeError(f"load: source must be a name or a path, got {type(source).__name__}")
     if precision not in _DTYPES:
         raise ValueError(f"load: precision must be one of {', '.join(_DTYPES)}, got {precision!r}")
-    _check_device(device)
+    check_device(device)
     text = os.fspath(source)
     options = {"quick_gelu": quick_gelu, "cache_dir": cache_dir}
     if text.startswith(_LOCAL) or os.path.isdir(text):
@@ -136,7 +137,7 @@ def create(
         raise ValueError(
             f"create: precision must be one of {', '.join(_DTYPES)}, got {precision!r}"
         )
-    _check_device(device)
+    check_device(device)
     checked = openclip.check_config(config, "create()")
     loaded = _finish(openclip.build(checked, "create()"), checked, "create()")
     return loaded._replace(model=loaded.model.to(device=device, dtype=_DTYPES[precision]).eval())
@@ -151,14 +152,6 @@ def _refuse_given(kind: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"load: {name} must be left out when source is {kind}, got {value!r}")
-
-
-def _check_device(device: Any) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"load: device must be usable here, got {device!r} ({reason})") from None
 
 
 def _unknown(text: str) -> Exception:
