@@ -32,7 +32,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
         return torch.empty(shape, dtype=dtype, device=device)
     flat = torch.frombuffer(_C.Buffer(size), dtype=dtype)
     # set_ makes a tensor of its own; a view made here could not be changed in place under autograd.
-    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, tuple(shape))
+    return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, tuple(shape))
 
 
 def has_code_for(archs: str, capability: int) -> bool:

@@ -125,7 +125,8 @@ def badclip_patch(
     began, where = time.perf_counter(), pick_device(device)
     frozen = frozen_copy(model).to(where)
     encode = Encoder(PRECISIONS[precision], where)
-    at = torch.tensor([(height - side) // 2, (width - side) // 2], dtype=torch.int32)
+    middle = [(height - side) // 2, (width - side) // 2]
+    at = torch.tensor(middle, dtype=torch.int32, device="cpu")
     temperature = scale(frozen).detach()
 
     def embed(rows: np.ndarray, patch: Tensor | None = None) -> Tensor:  # -> [n, D]

@@ -111,7 +111,7 @@ def read_batch(raw: Any, rules: InputRules, *, first: bool = False) -> Batch:
         )
     if ids is not None:
         try:
-            ids = torch.as_tensor(ids)
+            ids = ids if isinstance(ids, Tensor) else torch.as_tensor(ids, device="cpu")
         except (TypeError, ValueError):
             raise TypeError(
                 f"ids must be integers, one per image, got {type(ids).__name__} {ids!r:.60}"

@@ -152,8 +152,10 @@ class Ranks:
         parameters = list(parameters)
         if not parameters:
             return
-        reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-        reached = reached.to(self._words(parameters[0].device))
+        reached = torch.tensor(
+            [p.grad is not None for p in parameters], dtype=torch.uint8,
+            device=self._words(parameters[0].device),
+        )  # fmt: skip
         dist.all_reduce(reached, dist.ReduceOp.MAX)
         bucket: list[Tensor] = []
         for p, used in zip(parameters, reached.tolist(), strict=True):

@@ -111,7 +111,7 @@ class FeatureReader:
     def normalised(self, images: Tensor) -> Tensor:  # as in Batch
         """[n, 3, H, W] on the model's device, in at least fp32."""
         dtype = torch.promote_types(self._encoder.input_dtype(self._model), torch.float32)
-        ids = torch.arange(len(images))
+        ids = torch.arange(len(images), device="cpu")
         return model_input(images, self.rules, device=self._device, dtype=dtype, ids=ids)
 
     def encoded(self, x: Tensor) -> Tensor:  # [n, 3, H, W] normalised

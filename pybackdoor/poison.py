@@ -176,8 +176,7 @@ def poison(
     where = pick_device(device)
     settings = Settings(
         steps=steps, weight_decay=weight_decay, precision=pick_precision(precision, where),
-        seed=seed,
-        freeze_scale=False, freeze_batchnorm=False, progress=progress,
+        seed=seed, freeze_scale=False, freeze_batchnorm=False, progress=progress,
     )  # fmt: skip
     if test is not None:  # what the end of the run needs is checked at its start
         check_attack(trigger, target, test)

@@ -64,7 +64,7 @@ class Fit(NamedTuple):
     @staticmethod
     def of(rows: Rows, old: Rows, scale: float) -> Fit:
         """Means over pairs; an image's texts are those of up to ROWS pairs, its own among them."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64, device="cpu")
         for new, there in _blocks(rows, old):
             apart = [(a - b).square().sum() for a, b in zip(new, there, strict=True)]
             own, *stored = (logits.log_softmax(1) for logits in _logits(new, there, scale))
@@ -120,7 +120,7 @@ def kept_rotation(
     least = torch.finfo(rotation.dtype).tiny
     generator = torch.Generator().manual_seed(0)
     for step in range(STEPS):
-        drawn = torch.randperm(n, generator=generator)[:ROWS].to(rotation.device)
+        drawn = torch.randperm(n, generator=generator, device="cpu")[:ROWS].to(rotation.device)
         found = slope(rows.take(drawn).turned(rotation), old.take(drawn), scale)
         angles = _MOMENTUM * angles + (1 - _MOMENTUM) * found
         square = _SQUARES * square + (1 - _SQUARES) * found.square().mean()

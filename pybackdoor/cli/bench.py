@@ -43,7 +43,7 @@ class Synthetic:
         side, n = loaded.preprocess.size, config.batch_size
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randint(
-            0, 256, (n, side, side, 3), dtype=torch.uint8, generator=generator
+            0, 256, (n, side, side, 3), dtype=torch.uint8, generator=generator, device="cpu"
         )
         self.tokens = loaded.tokenizer([_CAPTION[: -1 - i % 20] for i in range(n)])
         self._steps, self.device = _WARM + config.steps, device

@@ -119,4 +119,4 @@ def apply(images: Tensor, name: str, magnitude: int, negative: bool) -> Tensor:
 
 def _step(most: float, magnitude: int) -> float:
     """Rounded as torchvision has it: pixels are cut to integers, where the last bit shows."""
-    return float(torch.linspace(0.0, most, 10)[magnitude])
+    return float(torch.linspace(0.0, most, 10, device="cpu")[magnitude])

@@ -118,7 +118,7 @@ def _of_pairs(pairs: Pairs, readers: Sequence[FeatureReader], texts: bool) -> It
         rows = np.arange(start, min(start + readers[0].batch_size, len(pairs)))
         pixels, broken = attempt(pairs.images, rows)
         good = np.setdiff1d(np.arange(len(rows)), list(broken))
-        no_tokens = torch.empty(len(good), 0, dtype=torch.int64)
+        no_tokens = torch.empty(len(good), 0, dtype=torch.int64, device="cpu")
         batch = Batch(torch.from_numpy(pixels[good]), no_tokens, None)
         captions = [pairs.captions[int(row)] for row in rows[good]] if texts else []
         yield _Chunk(pairs.ids[rows], batch, captions, broken)

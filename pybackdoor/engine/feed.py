@@ -124,7 +124,7 @@ class Feed:
                 start = at["seen"] + sum(counts[: self._ranks.rank])
                 ids = batch.ids
                 if ids is None:
-                    ids = torch.arange(start, start + len(batch))
+                    ids = torch.arange(start, start + len(batch), device="cpu")
                 for name, more in (("used", 1), ("given", 1), ("seen", total)):
                     after[name] = at[name] + more
                 at = self.position = after

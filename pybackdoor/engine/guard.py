@@ -102,7 +102,7 @@ class Guard:
         names = (*outcome.scalars, *(f"gradient of {n}" for n, _ in grads), *self._state)
         values, arrival = torch.cat([values, self.flags.double()]), None
         if self._device.type == "cuda":
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True, device="cpu")
             values = host.copy_(values, non_blocking=True)
             arrival = torch.cuda.Event()
             arrival.record()

@@ -51,7 +51,7 @@ class ImageFeatures:
             raise ValueError(f"views needs an id of its own for each image, got {twice} twice")
         self._views, self._encode = views, encode
         self._ranks, self._watch = ranks, watch
-        self._known = torch.zeros(views, len(ids), dtype=torch.bool)
+        self._known = torch.zeros(views, len(ids), dtype=torch.bool, device="cpu")
         self._bank: Tensor | None = None  # [K, N, D], from the first features on
         self._arriving: list[tuple[int, Tensor, Tensor, torch.cuda.Event | None]] = []
         self._epoch: int | None = None
@@ -135,7 +135,7 @@ class ImageFeatures:
                 f"views: {self._views} views of {len(self._ids):,} images take {needed:,} bytes of "
                 f"features, at most {limit:,} are given to them: ask for fewer views, or none"
             )
-        return torch.empty(shape, dtype=features.dtype)
+        return torch.empty(shape, dtype=features.dtype, device="cpu")
 
     def _share(self, view: int) -> None:
         """Give every rank what any of them knows of a view; all ranks do it in the same step."""

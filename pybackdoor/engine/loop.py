@@ -143,12 +143,9 @@ class _Run:
         self.parts = Parts(model)
         named = [(n, p) for n, p in self.parts.named if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            decay_groups(named, settings.weight_decay),
-            lr=0.0,
-            betas=settings.betas,
-            eps=1e-8,
+            decay_groups(named, settings.weight_decay), lr=0.0, betas=settings.betas, eps=1e-8,
             fused=True,
-        )
+        )  # fmt: skip
         set_train_mode(model, settings.freeze_batchnorm)
         self.encode = Encoder(
             PRECISIONS[settings.precision], device, settings.compile, settings.micro_batch,

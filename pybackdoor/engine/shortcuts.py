@@ -107,7 +107,7 @@ def _agree(
 
 def _key(name: str, model: nn.Module) -> _Key:
     floats = (p for p in model.parameters() if p.is_floating_point())
-    weight = next(floats, torch.empty(0))
+    weight = next(floats, torch.empty(0, device="cpu"))
     return name, weight.dtype, weight.device.type
 
 

@@ -65,8 +65,9 @@ class InvertAndRecover(Objective):
         )
         generator = torch.Generator().manual_seed(self._seed(given, _DRAWS))
         n = len(given.ids)
-        which = torch.randint(len(found.mask), (n,), generator=generator, dtype=torch.int32)
-        which[torch.rand(n, generator=generator) >= self._share] = -1
+        drawn = {"generator": generator, "device": "cpu"}
+        which = torch.randint(len(found.mask), (n,), dtype=torch.int32, **drawn)
+        which[torch.rand(n, **drawn) >= self._share] = -1
         trigger = {"triggers": found.table(), "trigger_id": which}
         return given.images(trigger=trigger), given.batch.tokens
 

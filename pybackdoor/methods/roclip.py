@@ -34,7 +34,9 @@ class PooledContrastive(Contrastive):
         super().__init__(precision)
         self._views, self._size, self._every = views, pool_size, every
         self._rows: Tensor | None = None  # [m, D], oldest first
-        self._steps = torch.empty(0, dtype=torch.int64)  # [m], the step that gave each
+        self._steps = torch.empty(
+            0, dtype=torch.int64, device="cpu"
+        )  # [m], the step that gave each
 
     def prepare(self, run: Preparation) -> None:
         self._views.prepare(run)
@@ -79,7 +81,7 @@ class PooledContrastive(Contrastive):
         return loss, {"neighbour_cosine": total / sum(counts)}
 
     def _push(self, rows: Tensor, new: Tensor, step: int) -> None:
-        steps = torch.cat([self._steps[: len(rows)], torch.full((len(new),), step)])
+        steps = torch.cat([self._steps[: len(rows)], self._steps.new_full((len(new),), step)])
         kept = self._size + int((steps >= step - 1).sum())
         self._rows, self._steps = torch.cat([rows, new])[-kept:], steps[-kept:]
 

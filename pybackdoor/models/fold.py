@@ -119,7 +119,9 @@ class Fold:
     def _found(self, tower: str) -> LinearMap:
         """The tower's last linear map, tried with a rotation by large angles."""
         generator = torch.Generator().manual_seed(0)
-        turn = torch.randn(self.dim, self.dim, generator=generator, dtype=torch.float64)
+        turn = torch.randn(
+            self.dim, self.dim, generator=generator, dtype=torch.float64, device="cpu"
+        )
         turn = torch.linalg.qr(turn)[0]
         with _graph_of(self._parameters):
             candidates = list(_candidates(self._encoders[tower](_GRAPH_ROWS)))

@@ -89,7 +89,9 @@ def scale(model: nn.Module) -> Tensor:
         [] fp32 (fp64 for an fp64 model), without gradient, on logit_scale's device (a number: CPU).
     """
     value = model.logit_scale
-    log_scale = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+    if not isinstance(value, Tensor):
+        value = torch.tensor(float(value), device="cpu")
+    log_scale = value.detach()
     return log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).reshape(()).exp()
 
 

@@ -209,7 +209,8 @@ class Shared:
         return F.embedding(self._ends, x)
 
     def seen(self) -> Tensor:
-        return (torch.arange(self._place.shape[1]) <= self._stops[:, None])[:, None]
+        columns = torch.arange(self._place.shape[1], device=self._stops.device)
+        return (columns <= self._stops[:, None])[:, None]
 
 
 @dataclass(frozen=True)

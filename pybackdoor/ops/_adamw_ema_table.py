@@ -105,11 +105,12 @@ def addresses(groups: Sequence[Group]) -> list[list[int]]:
 
 def chunk_table(numels: Sequence[int], chunk: int) -> Tensor:
     """[chunks, 2] int64 (row, first element) that cover tensors of these sizes, in their order."""
-    sizes = torch.tensor(numels, dtype=torch.int64)
+    sizes = torch.tensor(numels, dtype=torch.int64, device="cpu")
     counts = (sizes + chunk - 1) // chunk
-    rows = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    rows = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
     first = (counts.cumsum(0) - counts)[rows]
-    return torch.stack((rows, (torch.arange(len(rows)) - first) * chunk), dim=1)
+    within = torch.arange(len(rows), device="cpu") - first
+    return torch.stack((rows, within * chunk), dim=1)
 
 
 class Table:
@@ -139,7 +140,8 @@ class Table:
             n = sum((m + chunk - 1) // chunk for m in numels[row : row + count])
             self.ranges.append((row, count, place, n))
             row, place = row + count, place + n
-        host = torch.cat((torch.tensor(rows, dtype=torch.int64), chunks.flatten()))
+        host = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        host = torch.cat((host, chunks.flatten()))
         if device.type == "cuda":
             host = host.pin_memory() if staging is None else staging[: len(host)].copy_(host)
         self._host = host  # pinned memory must outlive the copy, and a graph that captured it
@@ -182,7 +184,7 @@ class TableCache:
             self._key, self._table = key, Table(groups, device)
         if device.type == "cuda" and self._staging is None:
             size = self._table.staging_size
-            self._staging = torch.empty(size, dtype=torch.int64, pin_memory=True)
+            self._staging = torch.empty(size, dtype=torch.int64, pin_memory=True, device="cpu")
         return self._table
 
     def _capture(self, groups: Sequence[Group], device: torch.device) -> Table:

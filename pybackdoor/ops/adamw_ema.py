@@ -267,7 +267,7 @@ def adamw_ema(
         *(emas, shadows, references, inv_scale, found_inf, options),
     )
     if not params:
-        return StepStatus(*torch.zeros(3).unbind())
+        return StepStatus(*torch.zeros(3, device="cpu").unbind())
     by_value = not isinstance(lr, Tensor) or lr.device != params[0].device
     status = adamw_ema_step(
         [p.detach() for p in params],

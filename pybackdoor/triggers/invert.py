@@ -89,7 +89,7 @@ def invert(
     nhwc = images.shape[-1] == 3
     height, width = images.shape[1:3] if nhwc else images.shape[2:]
     device, generator = images.device, torch.Generator().manual_seed(seed)
-    draw = torch.randn((1, 3, height, width), generator=generator).to(device)
+    draw = torch.randn((1, 3, height, width), generator=generator, device="cpu").to(device)
     pattern = draw.requires_grad_()
     mask = torch.full((1, 1, height, width), _FIRST_WEIGHT, device=device).logit()
     sparse = family == "sparse"
@@ -98,7 +98,9 @@ def invert(
     adam = torch.optim.Adam(learned, _LEARNING_RATE)
     form = Inverted(torch.zeros_like(draw), weights).table()
     for _ in range(steps):
-        rows = torch.randperm(len(images), generator=generator)[:batch_size].to(device)
+        rows = torch.randperm(len(images), generator=generator, device="cpu")[:batch_size].to(
+            device
+        )
         now = mask.sigmoid() if sparse else weights
         x = trigger_normalize(
             images[rows], mean=mean, std=std, quantize=False,

@@ -142,7 +142,7 @@ def centred(image: Tensor, classes: np.ndarray) -> Tensor:  # [N, D] unit rows, 
     """[N, D] unit rows: the image features relative to the mean of their class."""
     number = torch.from_numpy(classes)
     size = int(classes.max()) + 1
-    sums = torch.zeros(size, image.shape[1], dtype=image.dtype).index_add_(0, number, image)
+    sums = image.new_zeros(size, image.shape[1]).index_add_(0, number, image)
     counts = torch.from_numpy(np.bincount(classes, minlength=size)).to(image.dtype)
     return normalize(image - (sums / counts[:, None].clamp(min=1))[number], dim=-1)
 

@@ -133,10 +133,11 @@ class Mentions:
 
     def __call__(self, tokens: Tensor) -> Tensor:  # [n, L]
         """[n] bool."""
-        return torch.tensor([self._known(tuple(row)) for row in tokens.tolist()], dtype=torch.bool)
+        known = [self._known(tuple(row)) for row in tokens.tolist()]
+        return torch.tensor(known, dtype=torch.bool, device="cpu")
 
     def _one(self, row: tuple[int, ...]) -> bool:
-        return any(w.key in self._words for w in self._split.words(torch.tensor(row)))
+        return any(w.key in self._words for w in self._split.words(torch.tensor(row, device="cpu")))
 
 
 def leave_one_out(

@@ -107,13 +107,13 @@ def suspicious_cells(
     assert rules.mean is not None  # else pixels are not read
     colour = tuple(min(255, max(0, round(255 * m))) for m in rules.mean)
     rows, columns = (max(1, s // p) for s, p in zip(pixels.shape[1:3], patch, strict=True))
-    one = torch.eye(rows * columns, dtype=torch.bool).view(-1, rows, columns)
+    one = torch.eye(rows * columns, dtype=torch.bool, device="cpu").view(-1, rows, columns)
     found = []
     with tqdm(
         total=len(chosen) * len(one), desc="cells of suspects", unit=" images",
         disable=None if progress is None else not progress, leave=False,
     ) as bar:  # fmt: skip
-        for part in torch.arange(len(chosen) * len(one)).split(_CHUNK):
+        for part in torch.arange(len(chosen) * len(one), device="cpu").split(_CHUNK):
             own, cell = part // len(one), part % len(one)
             features = reader.pixels(cover(pixels[own], one[cell], patch, colour))
             found.append(whole[own] - (features.double() * text[own]).sum(-1))
@@ -132,8 +132,8 @@ def cover(
 ) -> Tensor:
     """[n, H, W, 3] uint8, the hidden cells in one colour."""
     down, across = (
-        (torch.arange(side) // p).clamp(max=cells - 1)
+        (torch.arange(side, device=hidden.device) // p).clamp(max=cells - 1)
         for side, p, cells in zip(images.shape[1:3], patch, hidden.shape[1:], strict=True)
     )
     mask = hidden[:, down][:, :, across].unsqueeze(-1)
-    return torch.where(mask, torch.tensor(colour, dtype=torch.uint8), images)
+    return torch.where(mask, images.new_tensor(colour), images)

@@ -162,8 +162,8 @@ class StoppingRule:
         """All that the looks have left, for a run that goes on from here."""
         looks = [[float(value) for value in look.values()] for look in self.checks]
         return {
-            "looks": torch.tensor(looks, dtype=torch.float64),
-            "reason": torch.tensor(_REASONS.index(self.reason)),
+            "looks": torch.tensor(looks, dtype=torch.float64, device="cpu"),
+            "reason": torch.tensor(_REASONS.index(self.reason), device="cpu"),
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:

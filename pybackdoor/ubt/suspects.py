@@ -121,8 +121,10 @@ def _of_batches(loader: Iterable[Any], rules: InputRules, what: str) -> Suspects
             first, now = (tuple(part.shape[1:]) for part in (kept[0], kept[-1]))
             if first != now:
                 raise ValueError(f"{what} must yield {name} of one size, got {first} and {now}")
-        own = torch.arange(seen, seen + len(batch)) if batch.ids is None else batch.ids.cpu()
-        ids.append(own)
+        own = batch.ids
+        if own is None:
+            own = torch.arange(seen, seen + len(batch), device="cpu")
+        ids.append(own.cpu())
         seen += len(batch)
     if not seen:
         raise ValueError(f"{what} is empty: wanted pairs, got none")

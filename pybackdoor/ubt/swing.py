@@ -59,7 +59,7 @@ class WordTexts:
         """Of U different captions [U, D], each pair's own [N] and its word [N]."""
         both, times = np.unique(np.stack([classes, caption]), axis=1, return_counts=True)
         parts = (torch.from_numpy(x).split(_CHUNK) for x in (*both, times))
-        sums = torch.zeros(int(classes.max()) + 1, captions.shape[1], dtype=torch.float64)
+        sums = captions.new_zeros(int(classes.max()) + 1, captions.shape[1], dtype=torch.float64)
         for word, used, count in zip(*parts, strict=True):
             sums.index_add_(0, word, captions[used].double() * count[:, None])
         text = F.normalize(sums, dim=-1)

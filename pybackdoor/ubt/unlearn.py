@@ -152,7 +152,7 @@ class LocalUnlearning(Objective):
         owner = torch.arange(n, n + m, device=image.device)
         wide = torch.promote_types(image.dtype, torch.float32)
         weight = torch.full((m,), -1 / self._sample, dtype=wide, device=image.device)
-        suspect = torch.ones(n + m, dtype=torch.bool)
+        suspect = torch.ones(n + m, dtype=torch.bool, device="cpu")
         suspect[:n] = self._forgotten(given.batch.tokens.cpu())
         counts = None
         if given.counts:
@@ -214,9 +214,9 @@ def freeze_text(model: nn.Module, images: Tensor, rules: InputRules) -> None:
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     device = trained[0].device
-    x = model_input(
-        images[:2], rules, device=device, dtype=trained[0].dtype, ids=torch.arange(len(images[:2]))
-    )
+    images = images[:2]
+    ids = torch.arange(len(images), device=device)
+    x = model_input(images, rules, device=device, dtype=trained[0].dtype, ids=ids)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -87,7 +87,7 @@ class WordReader:
         inner = self._inner(row.tolist())
         if not inner:
             return row.clone()
-        keep = torch.zeros(len(row), dtype=torch.bool)
+        keep = torch.zeros(len(row), dtype=torch.bool, device=row.device)
         keep[: inner[0]] = True
         keep[inner[-1] + 1 :] = True
         for word in kept:
@@ -95,8 +95,8 @@ class WordReader:
         return self._filled(row[keep], len(row), row)
 
     def _filled(self, kept: Tensor, length: int, row: Tensor) -> Tensor:
-        padding = row[-1:] if self._padding is None else torch.tensor([self._padding])
-        return torch.cat([kept, padding.to(row.dtype).expand(length - len(kept))])
+        padding = row[-1:] if self._padding is None else row.new_tensor([self._padding])
+        return torch.cat([kept, padding.expand(length - len(kept))])
 
     def _inner(self, ids: list[int]) -> list[int]:
         """Columns of the words' tokens."""
@@ -207,6 +207,7 @@ def _empty(tokenizer: Any | None) -> np.ndarray | None:
     if tokenizer is None:
         return None
     try:
-        return torch.as_tensor(tokenizer([""])[0]).numpy(force=True)
+        row = tokenizer([""])[0]
+        return row.numpy(force=True) if isinstance(row, Tensor) else np.asarray(row)
     except Exception:  # a tokenizer of the user's own may refuse it
         return None
