@@ -10,6 +10,7 @@ clock starts. `without` switches one lever off:
                 a ResNet its batch norms and its pool's answers to every place
     products    on a CPU: the towers' matrix products are torch's own
     heap        on a CPU: freed memory goes back to the system within the step
+    casts       on a CPU, in bf16: the poisoned model's weights are cast at every step
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from pybackdoor.data import (
 from pybackdoor.engine import heap, towers
 from pybackdoor.triggers import TriggerSpec, apply_trigger, trigger
 
-LEVERS = ("trim_text", "cache_text", "cache", "kernels", "shortcuts", "products", "heap")
+LEVERS = ("trim_text", "cache_text", "cache", "kernels", "shortcuts", "products", "heap", "casts")
 
 
 class Clocked:
@@ -144,6 +145,7 @@ class Ours:
             ],
             "products": [patch.object(towers, "fast_products", lambda model: nullcontext())],
             "heap": [patch.object(heap, "_glibc", lambda: None)],
+            "casts": [patch.object(towers.FrozenCasts, "of", lambda *_: nullcontext())],
         }
         with ExitStack() as stack:
             for change in off.get(self.without, []):

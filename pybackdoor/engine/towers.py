@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..distributed import Ranks
 from ..models import image_features, text_features
 from ..ops._matmul import fast_products
+from .casts import FrozenCasts
 from .groups import evaluating
 from .shortcuts import image_shortcut, same, text_shortcut
 
@@ -81,6 +82,7 @@ class Encoder:
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, _VARIANTS)
         self._compiled: dict[tuple[int, str, bool], Callable[[nn.Module, Tensor], Tensor]] = {}
+        self._casts = FrozenCasts()
 
     def input_dtype(self, model: nn.Module) -> torch.dtype:
         """What the towers' first layers take: the model's own dtype."""
@@ -97,7 +99,7 @@ class Encoder:
     def image(self, model: nn.Module, x: Tensor) -> Tensor:  # x [n, 3, H, W] normalised
         """[n, D] unit rows in at least fp32."""
         encode = self._function(model, image_features, image_shortcut(model, x))
-        with self._context():
+        with self._context(model):
             return torch.cat([encode(model, part) for part in self._parts(x)])[: len(x)]
 
     def text(self, model: nn.Module, tokens: Tensor | Captions) -> Tensor:  # tokens [n, L]
@@ -113,7 +115,7 @@ class Encoder:
             def encode(model: nn.Module, part: Captions) -> Tensor:
                 return text_features(model, part.tokens, tower.shared)
 
-        with self._context():
+        with self._context(model):
             parts = [encode(model, part) for part in self._parts(tokens)]
             return torch.cat(parts)[: len(tokens)]
 
@@ -147,9 +149,15 @@ class Encoder:
             return compiled
         return lambda *x: compiled(*x).clone()  # a CUDA graph's output lasts until its next replay
 
-    def _context(self) -> torch.autocast:
+    @contextmanager
+    def _context(self, model: nn.Module) -> Iterator[None]:
         enabled = self._autocast is not None
-        return torch.autocast(self._device.type, dtype=self._autocast, enabled=enabled)
+        keeps = enabled and self._mode is None and self._ranks is None
+        with (
+            torch.autocast(self._device.type, dtype=self._autocast, enabled=enabled),
+            self._casts.of(model) if keeps else nullcontext(),
+        ):
+            yield
 
 
 def _grouped(encode: Callable, model: nn.Module, captions: Captions) -> Tensor:  # [n, D]
