@@ -157,7 +157,7 @@ def warn_if_slow(cells: Iterable[Cell], setting: Setting, device: str) -> None:
     if "bf16" in precisions and pick_precision("auto", torch.device(device)) != "bf16":
         print(
             f"this {device} has no instructions for bf16, which most models are trained in: that "
-            "takes some ten times as long here",
+            "takes several times as long here",
             file=sys.stderr,
         )
 

@@ -12,6 +12,7 @@ from shard_files import samples, write_shard
 from ubt_world import Planted, WordTokenizer, planted_pairs
 
 import pybackdoor
+from pybackdoor.batches import sent
 from pybackdoor.data import PairLoader, labelled_from_arrays, pairs_from_arrays, pairs_from_shards
 from pybackdoor.detect import METHODS
 from pybackdoor.models import HFClip
@@ -163,6 +164,22 @@ def test_a_run_is_resumed(tmp_path):
     assert len(run(folder=tmp_path, on_step=stop).history) == 2
     resumed = run(folder=tmp_path, resume=True)
     same(list(whole.history), list(resumed.history))
+
+
+def test_what_is_sent_lies_in_locked_memory_in_one_piece(monkeypatch):
+    """Else the copy waits for all that the GPU still has to do."""
+    locked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: locked.append(x) or x)
+    rows = torch.arange(12).view(3, 4)
+    for x in (rows, rows[:, :2]):
+        there = sent(x, torch.device("cuda"))
+        assert there.is_cuda and there.cpu().tolist() == x.tolist()
+        assert locked[-1].is_contiguous() and len(locked[-1]) == 3
+    assert sent(there, torch.device("cuda")) is there and len(locked) == 2
+    assert sent(rows, torch.device("cpu")) is rows and len(locked) == 2
+    pybackdoor.finetune_clean(DualEncoder(), random_pairs(48, 16), device="cuda", **RUN)
+    shapes = [tuple(x.shape) for x in locked[2:]]
+    assert {(16, 16, 16, 3), (16, 6)} <= set(shapes)
 
 
 def colours(n=60):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import InputRules, model_input
+from ..batches import InputRules, model_input, sent
 from ..distributed import Ranks
 from ..models import logit_scale_parameters
 from .checkpoints import (
@@ -291,7 +291,9 @@ class _Run:
         self.parts.drop_gradients()
         with self.encode.products(self.model):
             x, tokens = self.objective.inputs(given)
-            tokens = self.trim(tokens).to(self.device, non_blocking=True)
+            tokens = self.trim(tokens)
+            if isinstance(tokens, Tensor):  # else on the CPU
+                tokens = sent(tokens, self.device)
             if self.locked is not None:
                 self.locked.freeze(tokens)
             outcome = self.gradients(x, tokens, given)

@@ -156,7 +156,7 @@ def loss_precision(precision: str) -> str:
 def pick_precision(precision: str, device: torch.device) -> str:
     """What "auto" stands for: bf16 where the device has instructions for it, else fp32.
 
-    A CPU without them takes some ten times as long in bf16 as in fp32.
+    A CPU without them takes several times as long in bf16 as in fp32.
     """
     if precision != "auto":
         return precision

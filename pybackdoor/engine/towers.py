@@ -41,8 +41,8 @@ class Captions:
     def __getitem__(self, part: slice) -> Captions:
         return Captions(self.tokens[part], self.lengths[part])
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Captions:
-        return Captions(self.tokens.to(device, non_blocking=non_blocking), self.lengths)
+    def to(self, device: torch.device) -> Captions:
+        return Captions(self.tokens.to(device), self.lengths)
 
     def groups(self) -> list[tuple[Tensor, int]]:
         """([k] rows, length) of each group, shortest first; every row is in one."""

@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from ..batches import sent
 from ..data.autoaugment import autoaugment
 from ..data.eda import Synonyms, eda, synonym_source
 from ..engine import Given, Preparation
@@ -36,7 +37,7 @@ class AugmentedViews:
         self._captions = None if rewritten is None else rewritten(self._reword)
 
     def images(self, given: Given) -> Tensor:  # [n, 3, H, W] normalised, on the device
-        pixels = given.batch.images.to(self._device, non_blocking=True)
+        pixels = sent(given.batch.images, self._device)
         if pixels.is_floating_point():
             raise TypeError(
                 f"{self._method}: images must be uint8 pixels, which AutoAugment takes, got "
