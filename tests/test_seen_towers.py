@@ -335,11 +335,9 @@ def test_evaluation_takes_the_shortcut():
     assert ways(model)["text"]
 
 
-@pytest.mark.parametrize("units", [False, True])  # whether the CPU has tiles for bf16 products
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_attention_in_bf16_is_as_exact_as_torch_at_least(units, causal, autocast, monkeypatch):
-    monkeypatch.setattr(seen, "_MATRIX_UNITS", units)
+def test_attention_in_bf16_is_as_exact_as_torch_at_least(causal, autocast):
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 3, 9, 8, generator=generator).bfloat16() for _ in range(4)]
 
@@ -357,8 +355,41 @@ def test_attention_in_bf16_is_as_exact_as_torch_at_least(units, causal, autocast
     for want, one, two in zip(run(plain, torch.float64), own, got, strict=True):
         ulp = torch.finfo(torch.bfloat16).eps * want.abs().max()
         assert (two - want).abs().max() <= 2 * (one - want).abs().max() + ulp
-    same = all(torch.equal(one, two) for one, two in zip(own, got, strict=True))
-    assert same == units  # fp32 in between gives other bits
+    # fp32 in between gives other bits
+    assert not all(torch.equal(one, two) for one, two in zip(own, got, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "product"),
+    [
+        ({"kernel_size": 4, "stride": 4}, True),
+        ({"kernel_size": (2, 6), "stride": (2, 6), "bias": False}, True),
+        ({"kernel_size": 4, "stride": 3}, False),
+        ({"kernel_size": 4, "stride": 4, "padding": 2}, False),
+        ({"kernel_size": 2, "stride": 2, "dilation": 2}, False),
+        ({"kernel_size": 4, "stride": 4, "groups": 3}, False),
+        ({"kernel_size": 5, "stride": 5}, False),  # which leaves a rest of the image
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_patches_are_those_of_the_convolution(options, product, layout, monkeypatch):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 9, **options).double()
+    images = torch.randn(2, 3, 8, 12).double().to(memory_format=layout).requires_grad_()
+    own = seen.F.linear
+    calls = []
+    monkeypatch.setattr(seen.F, "linear", lambda *x: calls.append(x) or own(*x))
+
+    def run(rows):
+        conv.zero_grad()
+        images.grad = None
+        (rows * torch.linspace(-1, 1, rows.numel()).view_as(rows)).sum().backward()
+        return [rows.detach(), images.grad, *(p.grad for p in conv.parameters())]
+
+    got = run(seen.patches(conv, images))
+    assert bool(calls) == product
+    for one, two in zip(got, run(conv(images).flatten(2).transpose(1, 2)), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
 def test_attention_in_bf16_compiles_whole():

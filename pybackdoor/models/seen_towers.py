@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hf import HFClip
-from .seen import Affine, Block, ImageTower, Map, TextTower
+from .seen import Affine, Block, ImageTower, Map, TextTower, patches
 from .seen_resnet import ResNetTower, blocks, norms
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -136,7 +136,7 @@ def _open_clip_image(library: ModuleType, visual: nn.Module) -> ImageTower | Non
         return None
 
     def embed(images: Tensor) -> Tensor:
-        x = visual.conv1(images).flatten(2).transpose(1, 2)
+        x = patches(visual.conv1, images)
         first = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         return visual.ln_pre(torch.cat([first, x], 1) + visual.positional_embedding.to(x.dtype))
 
@@ -258,11 +258,15 @@ def _hf_image(model: nn.Module) -> ImageTower | None:
     blocks = _hf_blocks(vision.encoder)
     if blocks is None or not _usable(around, kinds | _TOKENWISE):
         return None
-    return ImageTower(
-        lambda images: vision.pre_layrnorm(embeddings(images)),
-        blocks,
-        lambda x: project(vision.post_layernorm(x)),
-    )
+
+    def embed(images: Tensor) -> Tensor:
+        conv = embeddings.patch_embedding
+        x = patches(conv, images.to(conv.weight.dtype))
+        first = embeddings.class_embedding.expand(len(x), 1, -1)
+        places = embeddings.position_embedding(embeddings.position_ids)
+        return vision.pre_layrnorm(torch.cat([first, x], 1) + places)
+
+    return ImageTower(embed, blocks, lambda x: project(vision.post_layernorm(x)))
 
 
 def _hf_text(model: nn.Module) -> TextTower | None:
