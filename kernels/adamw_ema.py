@@ -226,7 +226,7 @@ def project_kernel(
 
 def _two_floats(value: float) -> tuple[float, float]:
     """A double as the sum of two float32, as Triton passes floats; good to 2^-48."""
-    high = torch.tensor(value, dtype=torch.float64).float().double().item()
+    high = torch.tensor(value, dtype=torch.float64, device="cpu").float().double().item()
     return high, value - high if math.isfinite(high) else 0.0
 
 

@@ -17,7 +17,7 @@ except ImportError as error:
         "(or `python setup.py build_ext --inplace`) there first; else reinstall pybackdoor."
     ) from error
 
-__all__ = ["_C", "cuda_status", "empty"]
+__all__ = ["_C", "cuda_status", "empty", "sent"]
 
 POOL_FROM = 4 << 20  # bytes; below, malloc keeps freed memory by itself
 
@@ -33,6 +33,18 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     flat = torch.frombuffer(_C.Buffer(size), dtype=dtype)
     # set_ makes a tensor of its own; a view made here could not be changed in place under autograd.
     return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, tuple(shape))
+
+
+def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on the device, without waiting for what a GPU still has to do.
+
+    That takes page-locked memory in one piece: what has none, or was cut, is copied there first.
+    """
+    if device.type == "cuda" and not x.is_cuda:
+        whole = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        if not whole or not x.is_pinned():
+            x = torch.empty_like(x, pin_memory=True).copy_(x)
+    return x.to(device, non_blocking=True)
 
 
 def has_code_for(archs: str, capability: int) -> bool:

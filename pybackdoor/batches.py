@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
 from . import reference
+from ._native import sent
 from .data.tokens import adapted
 from .ops import Augment, trigger_normalize
 
@@ -149,17 +150,6 @@ def check_order(loader: Any, what: str) -> None:
         )
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device, without waiting for what a GPU still has to do.
-
-    That takes page-locked memory in one piece, also of what comes without or was cut.
-    """
-    if device.type == "cuda" and not x.is_cuda:
-        x = x.contiguous()
-        x = x if x.is_pinned() else x.pin_memory()
-    return x.to(device, non_blocking=True)
-
-
 def model_input(
     images: Tensor,  # as in Batch
     rules: InputRules,
@@ -178,7 +168,7 @@ def model_input(
     for that). Floats are the user's own normalisation: they are erased, and get noise only where
     mean and std say what a pixel is; no trigger can be put on them.
     """
-    images, ids = sent(images, device), ids.to(device, non_blocking=True)
+    images, ids = sent(images, device), sent(ids, device)
     if images.dtype == torch.uint8:
         return trigger_normalize(
             images,

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 from baseline_cases import loader, tokenizer
+from clip_models import tiny, tiny_hf
 from dual_encoder import MEAN, STD, DualEncoder, random_pairs
 from test_pretended_gpu import RUN, RUNS, colours
 from ubt_world import Planted, WordTokenizer, planted_pairs
 
 import pybackdoor
 from pybackdoor.data import pairs_from_arrays
+from pybackdoor.data.tokens import adapted
 from pybackdoor.detect import METHODS
+from pybackdoor.ops import _matmul
 from pybackdoor.optim import AdamWEma
 
 NORM = {"mean": MEAN, "std": STD, "progress": False}
@@ -25,9 +28,9 @@ pytestmark = [
 
 def both_ways(call):
     """What a call gives without a default device, and with one."""
+    wanted = call()
     with torch.device("meta"):
-        found = call()
-    return call(), found
+        return wanted, call()
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -38,6 +41,37 @@ def test_cleaning(name):
     assert list(found.history) == list(wanted.history)
     for one, other in zip(wanted.model.parameters(), found.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_reference_backend(monkeypatch):
+    monkeypatch.setenv("PYBACKDOOR_BACKEND", "reference")
+    model, batches = DualEncoder(), random_pairs(48, 16)
+    wanted, found = both_ways(
+        lambda: pybackdoor.finetune_clean(model, batches, device="cpu", **RUN).history
+    )
+    assert list(found) == list(wanted)
+
+
+def test_what_is_found_out_once_is_found_out_on_the_cpu():
+    _matmul._onednn.cache_clear()
+    with torch.device("meta"):
+        found = _matmul._onednn()
+    _matmul._onednn.cache_clear()
+    assert found is _matmul._onednn()
+
+
+def test_models_are_made_on_the_cpu(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        loaded = tiny()
+        return loaded.model.state_dict() | {"tokens": adapted(loaded.tokenizer)(["a dog"])}
+
+    wanted, found = both_ways(made)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    pytest.importorskip("transformers")
+    tiny_hf(vocab_size=49408, bos_token_id=49406, eos_token_id=49407).save_pretrained(tmp_path)
+    wanted, found = both_ways(lambda: pybackdoor.load(tmp_path).model.state_dict())
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
 def test_batches_without_ids():

@@ -80,6 +80,7 @@ def test_weights_are_cast_once_and_again_when_they_change(monkeypatch):
     assert casts_of(encode, model, *x) == 1 + rest
     layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)  # another tensor
     assert casts_of(encode, model, *x) == 1 + rest
+    assert len(encode._casts._kept[model]._casts) <= len(list(model.parameters()))
     found = encoded(encode, model, *x)
     for one, other in zip(uncached(monkeypatch, encode, model, *x), found, strict=True):
         assert torch.equal(one, other)
@@ -99,6 +100,42 @@ def test_gradients_of_the_input_pass_through(monkeypatch):
         patch.setattr(casts, "_get_current_dispatch_mode", lambda: object())
         wanted = slope()
     assert all(torch.equal(slope(), wanted) for _ in range(2))
+
+
+class Scales(DualEncoder):
+    """Writes into what it has cast, as one does that standardises its weights."""
+
+    def encode_image(self, x):
+        weight = self.image[6].weight.to(torch.bfloat16)
+        weight.mul_(2)
+        return super().encode_image(x) * weight.float().sum()
+
+
+def test_a_cast_that_the_model_writes_into_is_not_kept():
+    model, encode = frozen(Scales), Encoder(torch.bfloat16, CPU)
+    wanted = 2 * model.image[6].weight.bfloat16().float().sum()
+    x, _ = inputs(16, 6)
+    sums = []
+    with encode._context(model), torch.no_grad():
+        for _ in range(3):
+            weight = model.image[6].weight.to(torch.bfloat16).mul_(2)
+            sums.append(weight.float().sum())
+    assert torch.allclose(torch.stack(sums), wanted.expand(3))
+    one, two = (encoded(encode, model, x, x[:, 0, 0, :6].long().abs())[0] for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_inference_mode_keeps_nothing_that_training_cannot_use():
+    model, encode = frozen(DualEncoder), Encoder(torch.bfloat16, CPU)
+    x, tokens = inputs(16, 6)
+    with torch.inference_mode():
+        encode.image(model, x), encode.text(model, tokens)
+        made_there = frozen(DualEncoder)
+    leaf = x.clone().requires_grad_()
+    encode.image(model, leaf).sum().backward()
+    assert leaf.grad.isfinite().all()
+    encoded(encode, made_there, x, tokens)
+    assert not encode._casts._kept[made_there]._casts
 
 
 @pytest.mark.parametrize("why", ["a weight is trained", "fp32", "compiled", "another mode"])

@@ -12,7 +12,7 @@ from shard_files import samples, write_shard
 from ubt_world import Planted, WordTokenizer, planted_pairs
 
 import pybackdoor
-from pybackdoor.batches import sent
+from pybackdoor._native import sent
 from pybackdoor.data import PairLoader, labelled_from_arrays, pairs_from_arrays, pairs_from_shards
 from pybackdoor.detect import METHODS
 from pybackdoor.models import HFClip
@@ -169,17 +169,27 @@ def test_a_run_is_resumed(tmp_path):
 def test_what_is_sent_lies_in_locked_memory_in_one_piece(monkeypatch):
     """Else the copy waits for all that the GPU still has to do."""
     locked = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: locked.append(x) or x)
-    rows = torch.arange(12).view(3, 4)
-    for x in (rows, rows[:, :2]):
-        there = sent(x, torch.device("cuda"))
-        assert there.is_cuda and there.cpu().tolist() == x.tolist()
-        assert locked[-1].is_contiguous() and len(locked[-1]) == 3
-    assert sent(there, torch.device("cuda")) is there and len(locked) == 2
-    assert sent(rows, torch.device("cpu")) is rows and len(locked) == 2
+
+    def like(x, pin_memory=False, own=torch.empty_like, **options):
+        made = own(x, **options)
+        if pin_memory:
+            locked.append(made)
+        return made
+
+    monkeypatch.setattr(torch, "empty_like", like)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: any(x is one for one in locked))
+    device, rows = torch.device("cuda"), torch.arange(12).view(3, 4)
+    image = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for count, x in enumerate((rows, rows[:, :2], image, rows.float().T), 1):
+        there = sent(x, device)
+        assert there.is_cuda and there.cpu().tolist() == x.tolist() and len(locked) == count
+    assert locked[1].is_contiguous()
+    assert locked[2].is_contiguous(memory_format=torch.channels_last)
+    sent(locked[0], device), sent(locked[2], device)  # in locked memory as they are
+    assert sent(there, device) is there and sent(rows, torch.device("cpu")) is rows
+    assert len(locked) == 4
     pybackdoor.finetune_clean(DualEncoder(), random_pairs(48, 16), device="cuda", **RUN)
-    shapes = [tuple(x.shape) for x in locked[2:]]
-    assert {(16, 16, 16, 3), (16, 6)} <= set(shapes)
+    assert {(16, 16, 16, 3), (16, 6)} <= {tuple(x.shape) for x in locked[4:]}
 
 
 def colours(n=60):

@@ -23,10 +23,10 @@ class WordTokenizer:
     """One id a word: start, words, end, padding; no word marks."""
 
     def __call__(self, texts: list[str]) -> Tensor:
-        rows = torch.zeros(len(texts), CONTEXT, dtype=torch.int64, device="cpu")
+        rows = torch.zeros(len(texts), CONTEXT, dtype=torch.int64)
         for row, text in zip(rows, texts, strict=True):
             ids = [1, *(WORDS.index(w) for w in text.split()), 2][:CONTEXT]
-            row[: len(ids)] = row.new_tensor(ids)
+            row[: len(ids)] = torch.tensor(ids)
         return rows
 
 

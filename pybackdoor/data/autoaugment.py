@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._native import sent
 from ._keyed import keyed_words
 
 _STREAM = 0x6175746F  # apart from the orders of epochs, which are drawn from the same function
@@ -78,9 +79,8 @@ def autoaugment(
             if draws[1 + half, i] < probability:
                 negative = name in _SIGNED and bool(draws[3 + half, i] < 0.5)
                 groups.setdefault((name, magnitude, negative), []).append(i)
-        # One copy for all: each would wait for a GPU.
         places = [i for rows in groups.values() for i in rows]
-        order = torch.tensor(places, dtype=torch.int64, device=out.device)
+        order = sent(torch.tensor(places, dtype=torch.int64, device="cpu"), out.device)
         parts = order.split([len(rows) for rows in groups.values()])
         for (name, magnitude, negative), which in zip(groups, parts, strict=True):
             out[which] = apply(out[which], name, magnitude, negative)

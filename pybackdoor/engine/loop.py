@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import InputRules, model_input, sent
+from .._native import sent
+from ..batches import InputRules, model_input
 from ..distributed import Ranks
 from ..models import logit_scale_parameters
 from .checkpoints import (

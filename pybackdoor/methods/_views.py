@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..batches import sent
+from .._native import sent
 from ..data.autoaugment import autoaugment
 from ..data.eda import Synonyms, eda, synonym_source
 from ..engine import Given, Preparation

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_weights, read_checkpoint
@@ -120,7 +121,8 @@ def load_folder(folder: Path, weights: Path, config: Mapping[str, Any]) -> tuple
     """
     transformers = library(folder)
     try:
-        model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(_inert(config)))
+        with torch.device("cpu"):
+            model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(_inert(config)))
     except Exception as error:  # whatever the constructors raise on odd values
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .tokenizer import Tokenizer
@@ -127,9 +128,10 @@ def build(config: Mapping[str, Any], source: str) -> nn.Module:
     open_clip = library()
     with _config_folder(config) as folder, _quiet():
         try:
-            return open_clip.create_model(
-                f"local-dir:{folder}", load_weights=False, pretrained_text=False
-            )
+            with torch.device("cpu"):
+                return open_clip.create_model(
+                    f"local-dir:{folder}", load_weights=False, pretrained_text=False
+                )
         except Exception as error:  # whatever the constructors raise on odd values
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(

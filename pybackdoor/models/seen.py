@@ -27,7 +27,9 @@ Affine = tuple[Tensor, Tensor | None]  # weight [k, D] and bias [k]
 def attention(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:  # [n, heads, Lq | L | L, d]
     """PyTorch's attention; on a CPU bf16 is widened to fp32 for it.
 
-    A CPU's gradients in bf16 take some four times as long, with matrix units (AMX) and without.
+    Its gradients in bf16 take some four times as long there as in fp32, with matrix units (AMX) as
+    without. With them features alone would be faster in bf16; but those with and without gradients
+    are the same to the bit.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, **mask)

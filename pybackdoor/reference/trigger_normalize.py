@@ -192,13 +192,13 @@ def augment_normalized(
 
 def levels(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
     """[256] fp32 or fp64: x / 255 by true division, computed on the CPU."""
-    return (torch.arange(256, dtype=dtype) / 255).to(device)
+    return (torch.arange(256, dtype=dtype, device="cpu") / 255).to(device)
 
 
 def normalize_table(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """[3, 256] fp32 on the CPU: (x / 255 - mean) / std of each level, by true divisions."""
-    mean_c, std_c = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-    return (levels()[None] - mean_c[:, None]) / std_c[:, None]
+    mean_c, std_c = torch.tensor((mean, std), dtype=torch.float32, device="cpu")[:, :, None]
+    return (levels()[None] - mean_c) / std_c
 
 
 def quantize(values: Tensor, clip: bool = False) -> Tensor:
@@ -351,7 +351,7 @@ def trigger_normalize(
         for c in range(3):
             out[:, c] = table[c][poisoned[..., c].int()]
     else:
-        constants = torch.tensor((mean, std), dtype=torch.float32).to(poisoned)
+        constants = torch.tensor((mean, std), dtype=torch.float32, device="cpu").to(poisoned)
         out.copy_(((poisoned - constants[0]) / constants[1]).permute(0, 3, 1, 2))
     if augment is not None:
         size = (height, width)

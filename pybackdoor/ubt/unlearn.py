@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._native import sent
 from ..batches import InputRules, model_input, read_batch
 from ..data._keyed import permutation
 from ..distributed import Ranks
@@ -160,7 +161,7 @@ class LocalUnlearning(Objective):
             counts = [a + b for a, b in zip(given.counts, shares, strict=True)]
         fixed = {
             "owner": owner, "weight": weight, "counts": counts,
-            "suspect": suspect.to(image.device, non_blocking=True), **options,
+            "suspect": sent(suspect, image.device), **options,
         }  # fmt: skip
         of_text = contrastive_par(text[n:], image, scale, **fixed).loss
         of_image = contrastive_par(image[n:], text, scale, **fixed).loss
