@@ -128,7 +128,8 @@ TARGETS = [
     ),
     _k2_cpu(16384, "bytes", 0.7e9),
     *(
-        Target(CLEAN, "cpu", mode, "32x224x224x3", "float32", "ViT-B-32", "ratio", bound, (rival,))
+        Target(CLEAN, "cpu", mode, "32x224x224x3", dtype, "ViT-B-32", "ratio", bound, (rival,))
+        for dtype in ("float32", "bfloat16")
         for mode, rival, bound in (
             ("train", "published", 1.3),
             ("train", "tuned", 1.1),
