@@ -257,7 +257,8 @@ def _tokens(text: Any, rules: InputRules) -> Tensor:
             raise ValueError(f"captions must not be empty, got an empty one at {empty[0]}")
         if rules.tokenizer is None:
             raise ValueError("the loader yields strings: pass tokenizer=, or yield tokens")
-        text = rules.tokenizer(text)
+        with torch.device("cpu"):
+            text = rules.tokenizer(text)
     if text.ndim != 2 or text.is_floating_point():
         raise ValueError(
             f"tokens must be [n, L] integers, got {text.dtype} of shape {tuple(text.shape)}"

@@ -23,7 +23,7 @@ FIXED = {
 
 def tokenizer(texts: list[str]) -> torch.Tensor:  # [n, 6]
     rows = [[int(word) for word in text.split()][:6] for text in texts]
-    return torch.tensor([row + [0] * (6 - len(row)) for row in rows])
+    return torch.tensor([row + [0] * (6 - len(row)) for row in rows], device="cpu")
 
 
 def loader(pairs: int = 83, batch_size: int = 16, seed: int = 3, **options) -> PairLoader:

@@ -13,8 +13,8 @@ from test_pretended_gpu import RUN, RUNS, colours
 from ubt_world import Planted, WordTokenizer, planted_pairs
 
 import pybackdoor
+from pybackdoor.batches import InputRules, read_batch
 from pybackdoor.data import pairs_from_arrays
-from pybackdoor.data.tokens import adapted
 from pybackdoor.detect import METHODS
 from pybackdoor.ops import _matmul
 from pybackdoor.optim import AdamWEma
@@ -64,7 +64,7 @@ def test_models_are_made_on_the_cpu(tmp_path):
     def made():
         torch.manual_seed(0)
         loaded = tiny()
-        return loaded.model.state_dict() | {"tokens": adapted(loaded.tokenizer)(["a dog"])}
+        return loaded.model.state_dict()
 
     wanted, found = both_ways(made)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
@@ -72,6 +72,16 @@ def test_models_are_made_on_the_cpu(tmp_path):
     tiny_hf(vocab_size=49408, bos_token_id=49406, eos_token_id=49407).save_pretrained(tmp_path)
     wanted, found = both_ways(lambda: pybackdoor.load(tmp_path).model.state_dict())
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_captions_are_tokenised_on_the_cpu():
+    """On a GPU they are not cut: counting there would wait for it."""
+    rules = InputRules.of(
+        DualEncoder(), mean=MEAN, std=STD, tokenizer=lambda texts: torch.ones(len(texts), 6).long()
+    )
+    images = random_pairs(4, 4)[0]["images"]
+    with torch.device("meta"):
+        assert read_batch((images, ["a", "b", "c", "d"]), rules).tokens.device.type == "cpu"
 
 
 def test_batches_without_ids():

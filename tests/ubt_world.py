@@ -23,10 +23,10 @@ class WordTokenizer:
     """One id a word: start, words, end, padding; no word marks."""
 
     def __call__(self, texts: list[str]) -> Tensor:
-        rows = torch.zeros(len(texts), CONTEXT, dtype=torch.int64)
+        rows = torch.zeros(len(texts), CONTEXT, dtype=torch.int64, device="cpu")
         for row, text in zip(rows, texts, strict=True):
             ids = [1, *(WORDS.index(w) for w in text.split()), 2][:CONTEXT]
-            row[: len(ids)] = torch.tensor(ids)
+            row[: len(ids)] = row.new_tensor(ids)
         return rows
 
 

@@ -292,29 +292,19 @@ def _padding(tokens: np.ndarray) -> np.ndarray:
 
 
 def adapted(tokenizer: Any) -> Tokenizer:
-    """A call in open_clip's form; tokens lie on the CPU unless it puts them elsewhere itself."""
+    """A call in open_clip's form."""
     if not callable(tokenizer):
         raise TypeError(f"PairLoader: tokenizer must be callable, got {type(tokenizer).__name__}")
     if not hasattr(tokenizer, "model_max_length"):
-        return _on_the_cpu(tokenizer)
+        return tokenizer
     length = tokenizer.model_max_length
     if length > _NO_LIMIT:
         raise ValueError(
             "PairLoader: tokenizer.model_max_length must be the model's context length, got none"
         )
-    return _on_the_cpu(
-        lambda texts: tokenizer(
-            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )["input_ids"]
-    )
-
-
-def _on_the_cpu(tokenizer: Tokenizer) -> Tokenizer:
-    def call(texts: list[str]) -> Tensor:
-        with torch.device("cpu"):
-            return tokenizer(texts)
-
-    return call
+    return lambda texts: tokenizer(
+        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )["input_ids"]
 
 
 def _encoded_length(tokenizer: Any) -> Callable[[str], int] | None:

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.tokens import adapted
-
 _END, _STARTS, _CONTINUES = "</w>", ("Ġ", "▁"), "##"
 _SAMPLE = "a photograph of something unbelievable"
 
@@ -196,7 +194,7 @@ def _pieces_of(tokenizer: Any | None) -> Callable[[int], str] | None:
 def _style(tokenizer: Any | None, pieces: Callable[[int], str] | None) -> str | None:
     if pieces is None:
         return None
-    shown = [pieces(token) for token in adapted(tokenizer)([_SAMPLE])[0].tolist()]
+    shown = [pieces(token) for token in tokenizer([_SAMPLE])[0].tolist()]  # type: ignore[misc]
     if any(piece.endswith(_END) for piece in shown):
         return "end"
     if any(piece.startswith(_STARTS) for piece in shown):
@@ -209,7 +207,7 @@ def _empty(tokenizer: Any | None) -> np.ndarray | None:
     if tokenizer is None:
         return None
     try:
-        row = adapted(tokenizer)([""])[0]
+        row = tokenizer([""])[0]
         return row.numpy(force=True) if isinstance(row, Tensor) else np.asarray(row)
     except Exception:  # a tokenizer of the user's own may refuse it
         return None
