@@ -35,9 +35,9 @@ pairs found; excess of cohesion, of which the gate by fragility wants {EXCESS["f
 swing, of which it wants {LEAST_SWING:g}. What the swing is was changed twice: after one of the
 clean models of seeds 0 to 8 had fired, before those from 9 on had been looked at; and after that of
 one model of BadNet-Stripes had been seen to depend on how many pairs were found. What it wants was
-0.5 until a clean model of seed 9 came as near as that. A poisoned model that was missed is one whose
-attack hardly installed (ASR 90.9 %): a third of the pairs found are poisoned, too few for their
-cohesion, while its swing is that of the others."""
+0.5 until a clean model of seed 9 came as near as that. The poisoned model that was missed is one
+whose attack hardly installed (ASR 90.9 %): a third of the pairs found are poisoned, too few for
+their cohesion, while its swing is that of the others."""
 
 
 def sections(folder: Path) -> list[str]:
