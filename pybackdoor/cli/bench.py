@@ -113,8 +113,10 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 
 def _loss_seconds(config: BenchConfig, width: int, loader: Synthetic) -> float:
     """Of the loss alone, forward and backward."""
-    rows = torch.nn.functional.normalize(torch.randn(4, config.batch_size, width), dim=-1)
-    text, image, text_ref, image_ref = rows.to(loader.device)
+    rows = torch.nn.functional.normalize(
+        torch.randn(4, config.batch_size, width, device=loader.device), dim=-1
+    )
+    text, image, text_ref, image_ref = rows
     scale, times = torch.tensor(14.3, device=loader.device), []
     for _ in range(_WARM + config.steps):
         leaves = [t.clone().requires_grad_() for t in (text, image)]

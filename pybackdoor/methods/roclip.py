@@ -34,9 +34,8 @@ class PooledContrastive(Contrastive):
         super().__init__(precision)
         self._views, self._size, self._every = views, pool_size, every
         self._rows: Tensor | None = None  # [m, D], oldest first
-        self._steps = torch.empty(
-            0, dtype=torch.int64, device="cpu"
-        )  # [m], the step that gave each
+        # [m], the step that gave each
+        self._steps = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def prepare(self, run: Preparation) -> None:
         self._views.prepare(run)

@@ -27,7 +27,7 @@ Affine = tuple[Tensor, Tensor | None]  # weight [k, D] and bias [k]
 def attention(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:  # [n, heads, Lq | L | L, d]
     """PyTorch's attention; on a CPU bf16 is widened to fp32 for it.
 
-    Its gradients in bf16 take some four times as long there as in fp32, with matrix units (AMX) as
+    Its gradients in bf16 take several times as long there as in fp32, with matrix units (AMX) as
     without. With them features alone would be faster in bf16; but those with and without gradients
     are the same to the bit.
     """
@@ -41,8 +41,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:  # [n, heads, 
 def patches(conv: nn.Conv2d, images: Tensor) -> Tensor:  # [n, 3, H, W] -> [n, patches, D]
     """What a convolution makes of each patch; on a CPU by a product, where patches do not overlap.
 
-    oneDNN's gradient of such a weight takes half a second for 32 images in bf16 (AMX), a product's
-    0.03; in fp32 0.06 and 0.04.
+    oneDNN's gradient of such a weight takes many times as long as a product's in bf16 with AMX, and
+    somewhat longer in fp32.
     """
     down, across = conv.kernel_size
     apart = conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.groups == 1

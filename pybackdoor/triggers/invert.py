@@ -98,9 +98,8 @@ def invert(
     adam = torch.optim.Adam(learned, _LEARNING_RATE)
     form = Inverted(torch.zeros_like(draw), weights).table()
     for _ in range(steps):
-        rows = torch.randperm(len(images), generator=generator, device="cpu")[:batch_size].to(
-            device
-        )
+        order = torch.randperm(len(images), generator=generator, device="cpu")
+        rows = order[:batch_size].to(device)
         now = mask.sigmoid() if sparse else weights
         x = trigger_normalize(
             images[rows], mean=mean, std=std, quantize=False,
