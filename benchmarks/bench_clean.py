@@ -17,9 +17,11 @@ ms_median is milliseconds per 1,000 pairs. Modes:
     run         two epochs with an evaluation each, of clean and of triggered images, from files on
     ablation    pybackdoor as it is, and with one lever off each (_clean_ours.py); its case
                 "... evaluation" is per 1,000 images
-Notes hold pairs per second and, from a pass of its own, milliseconds by stage. Compilation (of the
-provider tuned, on CUDA; on a CPU only with --compile on) is in no time, but in a note. Peak memory
-is that of building a trainer and taking a step. Two torch threads, unless told otherwise.
+Notes hold pairs per second and, from a pass of its own, milliseconds by stage. The rate of mode
+train counts the products that a step needs (_clean_flops.py); its ceiling is a large product's in
+the same precision (_ceilings.py). Compilation (of the provider tuned, on CUDA; on a CPU only with
+--compile on) is in no time, but in a note. Peak memory is that of building a trainer and taking a
+step. Two torch threads, unless told otherwise.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _ceilings import ceilings
 from _clean_check import check_losses
 from _clean_data import Files, write_files
+from _clean_flops import pair_flops
 from _clean_ours import LEVERS, Ours
 from _clean_published import Published
 from _clean_setting import Setting, Stages, no_stages
@@ -159,12 +163,26 @@ class Benchmark:
                     self.trainers[name].block(self.batches(block)[:1])
                 seconds[name].append(self.trainers[name].block(self.batches(block)))
         samples = self.size.steps * self.setting.batch
+        rate = {"num_flops": 1000 * self.flops(), "ceilings": self.ceilings()}
         for name, trainer in self.trainers.items():
             note = f"ms by stage: {self.stages(trainer, samples)}"
             self.row(
                 name, "train", seconds[name], samples, note, rel_error=self.error[name],
-                peak_bytes=self.peak[name],
+                peak_bytes=self.peak[name], **rate,
             )  # fmt: skip
+
+    def flops(self) -> float:
+        """That a pair of the timed blocks needs."""
+        setting, table = self.setting, self.setting.table("pairs")
+        rows = [rows for block in range(self.size.blocks) for rows in self.batches(block)]
+        tokens = (setting.tokenizer([table[i][1] for i in batch]) for batch in rows)
+        return pair_flops(setting.loaded.model, setting.side, tokens)
+
+    def ceilings(self) -> dict[str, float]:
+        """Of the device, in this precision."""
+        setting = self.setting
+        dtype = torch.float32 if setting.precision == "fp32" else torch.bfloat16
+        return ceilings(setting.device, self.report.options.tiny, dtype)
 
     def stages(self, trainer, samples: int) -> str:
         """Milliseconds per 1,000 pairs of each stage of one block."""

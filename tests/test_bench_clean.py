@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import _clean_check  # noqa: E402
 import _clean_data  # noqa: E402
+import _clean_flops  # noqa: E402
 import bench_clean  # noqa: E402
 from _clean_published import Augmenting, Published  # noqa: E402
 from _clean_setting import Setting, Stages  # noqa: E402
@@ -59,6 +60,27 @@ def test_all_three_compute_the_same_losses(setting, precision):
     errors = _clean_check.check_losses(setting)
     assert errors.keys() == {"published", "tuned", "pybackdoor"}
     assert max(errors.values()) < (1e-5 if precision == "fp32" else 1e-2)
+
+
+def test_a_pair_needs_the_products_of_both_towers_and_of_the_poisoned_image():
+    with torch.random.fork_rng():
+        model = bench_clean.model_of("", tiny=True).model
+
+    def blocks(tokens, width=32, layers=2):
+        each = tokens * width * (3 * width + width + 2 * 4 * width) + 2 * tokens * tokens * width
+        return layers * each
+
+    patches = 16 * (3 * 8 * 8) * 32
+    image, head = blocks(17), 32 * 32
+    text = {n: blocks(n) + head for n in (5, 9)}
+    rows = torch.zeros(2, 3, 77, dtype=torch.long)
+    rows[0, 1, :5] = rows[1, 0, :9] = rows[1, 2, :2] = 1
+    found = _clean_flops.pair_flops(model, 32, rows)
+    trained = 3 * (image + head) + 2 * patches  # no gradient of the pixels
+    wanted = trained + (image + head + patches) + 3 * (text[5] + text[9]) / 2
+    assert found == 2 * wanted
+    model = bench_clean.load("RN50").model  # any of the benchmark's
+    assert _clean_flops.pair_flops(model, 224, rows) > 40e9
 
 
 @pytest.mark.parametrize("change", ["weight", "rate"])
@@ -142,6 +164,7 @@ def test_the_tiny_run_gives_every_row(files, monkeypatch):
         assert row["dtype"] == "float32" and row["precision"] == "fp32"
         if mode == "train":
             assert row["rel_error"] < 1e-5 and row["peak_bytes"] > 0
+            assert row["tflops"] > 0 and row["tflops_pct"] > 0
             for stage in ("data", "student", "reference", "loss", "backward", "optimizer"):
                 assert f"{stage} " in row["note"], (name, stage)
     assert not list(files.pairs.parent.glob("cache_*"))
