@@ -9,7 +9,7 @@ import warm
 from rank_pool import announced, free_port
 
 SCRIPT = Path(__file__).with_name("lost_rank.py")
-LIMIT = 2.0
+LIMIT = 4.0
 
 
 def start(fate, folder):
@@ -27,8 +27,10 @@ def test_a_lost_rank_ends_the_others(fate, tmp_path):
         began = time.monotonic()
         _, err = first.communicate(timeout=60)
         took = time.monotonic() - began
-        assert first.returncode not in (0, None) and took < 3 * LIMIT + 5, (took, err)
-        wanted = ("rank 1 has given no sign of life", "rank 0: another rank was lost")
+        assert first.returncode not in (0, None) and took < 2 * LIMIT - 1, (took, err)
+        wanted = ["rank 1 has given no sign of life", "rank 0: another rank was lost"]
+        if fate == "hangs":  # it has a limit's time for its step, and is found at once
+            wanted = ["rank 1 hangs, or waits for one that does"]
         assert any(text in err for text in wanted), err[-2000:]
     finally:
         second.send_signal(signal.SIGCONT)
@@ -41,6 +43,7 @@ def test_a_lost_rank_ends_the_others(fate, tmp_path):
     "fate, says",
     [
         ("is slow", ["DONE 7 []"] * 2),
+        ("is slow while the other saves", ["DONE 7 []"] * 2),
         ("is told to end", ["ENDED Terminated"] * 2),
         (
             "a weight breaks",

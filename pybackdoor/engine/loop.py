@@ -366,11 +366,10 @@ class _Run:
     def _save(self) -> None:
         """Every rank looks at its own weights; the first one writes."""
         step = len(self.log.steps)
-        if step == 0 or (self.folder is not None and self.folder.step == step):
-            step = 0
-        if not any(mine for (mine,) in self.ranks.agree([step], self.device)):
-            return
-        with self.watch.patient():
+        unsaved = step > 0 and (self.folder is None or self.folder.step != step)
+        with self.watch.patient():  # another rank's hook may take its time
+            if not any(mine for (mine,) in self.ranks.agree([unsaved], self.device)):
+                return
             tensors = train_state(self.parts, self.optimizer, self.ranks.rank == 0)
             tensors |= {_OBJECTIVE + n: t.detach().cpu() for n, t in self.objective.state().items()}
             broken = not_finite(tensors, self.guard.watched)

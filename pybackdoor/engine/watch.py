@@ -1,8 +1,8 @@
 """Ends every process of a run when one of them is gone or hangs, instead of leaving it waiting.
 
-Each rank's thread writes a beat into the process group's store, as long as the training loop gets
-on: as long as its last step is not older than the limit, or than many times its longest step. A
-thread that hears nothing from a rank for the limit says so and ends its process.
+Each rank's thread writes a beat into the process group's store, and whether the training loop gets
+on: whether its last step is not older than the limit, or than many times its longest step. A thread
+that hears of a rank that it does not, or hears nothing from it, says so and ends its process.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from .faults import NonFiniteError
 LIMIT = 30.0  # seconds
 _PATIENCE = 20  # times the longest step so far: what a step may take
 _BEATS = 6  # in the time limit
+_MISSED = 4  # beats: two are left for when the last one was written and when it is looked for
+_LEFT, _STUCK = b"-1", b"-2"  # in place of a beat's number
 
 
 class Watch:
     """Within the block the ranks watch each other; does nothing for a single process.
 
     Args:
-        limit: seconds without a beat after which a rank is lost; PYBACKDOOR_RANK_TIMEOUT sets
-            another one.
+        limit: seconds within which the others of a lost rank have ended, where it hangs after the
+            step it hangs in has taken as long; PYBACKDOOR_RANK_TIMEOUT sets another one.
     """
 
     _runs = 0
@@ -89,32 +91,33 @@ class Watch:
             self._thread.join()
             if kind is None or issubclass(kind, NonFiniteError):  # which every rank raises
                 with suppress(RuntimeError):
-                    self._beat(-1)
+                    self._beat(_LEFT)
 
     def _gets_on(self) -> bool:
         if self._calm > 0 or self._longest == 0:  # nobody knows how long the first step takes
             return True
         return time.monotonic() - self._since < max(self._limit, _PATIENCE * self._longest)
 
-    def _beat(self, count: int) -> None:
-        self._store.set(str(self._ranks.rank), str(count))
+    def _beat(self, what: bytes) -> None:
+        self._store.set(str(self._ranks.rank), what)
 
     def _work(self) -> None:
         others = [r for r in range(self._ranks.size) if r != self._ranks.rank]
-        heard = dict.fromkeys(others, ("", time.monotonic()))
-        count = 0
+        heard = dict.fromkeys(others, (b"", time.monotonic()))
+        count, silence = 0, self._limit * _MISSED / _BEATS
         while not self._over.wait(self._limit / _BEATS):
             try:
-                if self._gets_on():
-                    count += 1
-                    self._beat(count)
+                count += 1
+                self._beat(b"%d" % count if self._gets_on() else _STUCK)
                 for rank in others:
                     beat = self._store.get(str(rank)) if self._store.check([str(rank)]) else b""
                     last, when = heard[rank]
-                    if beat != last:
+                    if beat == _STUCK:
+                        self._end(f"rank {rank} hangs, or waits for one that does")
+                    elif beat != last:
                         heard[rank] = beat, time.monotonic()
-                    elif beat != b"-1" and time.monotonic() - when > self._limit:
-                        self._end(f"rank {rank} has given no sign of life for {self._limit:g} s")
+                    elif beat != _LEFT and time.monotonic() - when > silence:
+                        self._end(f"rank {rank} has given no sign of life for {silence:g} s")
             except (RuntimeError, dist.DistError) as error:
                 self._end(f"the first rank's store is gone ({str(error).splitlines()[0]})")
 
