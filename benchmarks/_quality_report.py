@@ -15,7 +15,7 @@ from _quality_defences import DEFENCES, NONE
 from _quality_models import ARCHITECTURES
 from _quality_picture import draw
 from _quality_setting import ATTACKS, CLEAN, TUNING, Cell, Model, Setting
-from _quality_summary import chosen_settings, summary
+from _quality_summary import ca_loss, chosen_settings, summary
 from _tables import table
 
 from pybackdoor.files import write_atomically, write_json
@@ -51,7 +51,8 @@ models.
 """
 
 OUTDATED = """Groups marked † hold, {n} in all, rows whose settings, or the code that they depend
-on, have changed since and which have not been computed anew."""
+on, have changed since and which have not been computed anew; the models that they cleaned, of the
+same settings, were others, whose own CA their losses of CA are taken from."""
 
 CHOICE = """## How the settings were chosen
 
@@ -197,14 +198,14 @@ def _place(name: str) -> tuple[int, str]:
 
 def with_controls(rows: list[dict]) -> list[dict]:
     """Each row with what its defence costs the clean model of its seed; None where not measured."""
-    clean = {(*_key(r), r["seed"]): r["ca"]["value"] for r in rows if r["attack"] == CLEAN}
+    clean = {(*_key(r), r["seed"]): r for r in rows if r["attack"] == CLEAN}
 
     def loss(row: dict) -> float | None:
         before, after = (
             clean.get((row["data"], row["arch"], CLEAN, defence, row["seed"]))
             for defence in (NONE, row["defence"])
         )
-        return None if before is None or after is None else before - after
+        return None if before is None or after is None else ca_loss(after, before)
 
     return [{**row, "control_ca_loss": loss(row)} for row in rows]
 

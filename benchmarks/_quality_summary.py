@@ -73,6 +73,16 @@ def installed(rows: Iterable[dict]) -> list[dict]:
     return [row for row in rows if row["status"] == INSTALLED]
 
 
+def ca_loss(row: dict, none: dict) -> float:
+    """What a defence cost its own model, which a row of earlier code shares with no other row.
+
+    Args:
+        none: the row without a defence, which stands in where the model's own CA is not in the row.
+    """
+    before = row.get("drift", {}).get("reference_ca", none["ca"])
+    return before["value"] - row["ca"]["value"]
+
+
 def _standing(
     defence: str, rows: dict[str, dict[int, dict]], before: dict[str, dict[int, dict]]
 ) -> Standing:
@@ -96,7 +106,7 @@ def _standing(
         worst_asr=asr[worst],
         gone=sum(value <= GONE for value in asr.values()),
         attacks=len(before),
-        ca_loss=mean(per_attack(lambda row, old: old["ca"]["value"] - row["ca"]["value"]).values()),
+        ca_loss=mean(per_attack(ca_loss).values()),
         control=mean(losses) if losses else None,
         rebound=mean(per_attack(lambda row, old: row["rebound"]["highest"]).values()),
         seconds=mean(per_attack(lambda row, old: row["cpu_seconds"]).values()),

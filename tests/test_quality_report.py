@@ -194,14 +194,15 @@ def test_the_report_means_over_seeds_and_leaves_out_what_is_stale(work, tmp_path
     assert len(results["rows"]) == len(ROWS) and results["schema"] == report.SCHEMA
     assert results["machine"]["torch"] and results["settings"]["defences"]["par"]["steps"] == 300
     losses = {(r["attack"], r["defence"], r["seed"]): r["control_ca_loss"] for r in results["rows"]}
-    assert losses["sig", "par", 0] == pytest.approx(0.1) and losses["sig", "par", 1] is None
+    assert losses["sig", "par", 0] == pytest.approx(0.31 - 0.7)  # of the model that was cleaned
+    assert losses["sig", "none", 0] == 0 and losses["sig", "par", 1] is None
     page = (tmp_path / "out/docs/quality.md").read_text()
     assert "| sig (t) | 95.0 (75.0) | 30.0 (65.0) | 30.0 (65.0) |" in page
     assert "| clean | (80.0) | (70.0) | - |" in page
     assert "| wanet | attack did not install | attack did not install | - |" in page
     full = "| sig (t) | 1 | par | 65.0 [50.0, 80.0] | 30.0 [10.0, 50.0] | 50.0 [40.0, 60.0] | "
     assert (
-        full + "1.50 / 2.50 | 1.00 / 2.00 | 30.0 / 40.0 | 20.0 (60.0) | 50.0 | 10.0 | 10 | 4 | 2 |"
+        full + "1.50 / 2.50 | 1.00 / 2.00 | 30.0 / 40.0 | 20.0 (60.0) | 50.0 | -39.0 | 10 | 4 | 2 |"
         in page
     )
     assert "more than 1e-07 (logits: 2e-06)" in " ".join(page.split())

@@ -55,6 +55,13 @@ def test_a_standing_is_a_mean_over_the_untouched_attacks_that_installed():
     assert none.ca_loss == 0 and none.gone == 0
 
 
+def test_a_loss_of_accuracy_is_that_of_the_model_which_was_cleaned():
+    old, cleaned = row(0.7, 1.0), row(0.65, 0.1)
+    assert summary.ca_loss(cleaned, old) == pytest.approx(0.05)
+    own = cleaned | {"drift": {"reference_ca": {"value": 0.72}}}
+    assert summary.ca_loss(own, old) == pytest.approx(0.07)
+
+
 def test_the_summary_names_the_best_the_cheapest_and_what_is_left():
     text = summary.summary(GROUPS)
     assert "| par | 19.0 | blended 30.0 | 1 of 2 | 4.5 | 1.0 | 50.0 | 12 |" in text
