@@ -69,9 +69,9 @@ class Setting:
         return {**common, **self.own.get(arch, {}).get(what, {})}
 
 
-# From scratch, on one thread, in at most three minutes for CIFAR-10's ResNet: four to five passes.
+# From scratch, on one thread, in some minutes for CIFAR-10's ResNet: five passes.
 # bf16 halves the time of the ResNet on CPUs that have it. The rates are what it takes to install
-# the attacks in that budget; published ones are ten times lower, on a hundred times the pairs.
+# the attacks in that budget; published ones are far lower, on a hundred times the pairs.
 TRAIN = {"batch_size": 128, "lr": 3e-3, "warmup": 50, "weight_decay": 0.05, "precision": "bf16"}
 # Pretrained towers learn from fewer pairs, and lose what they know at the common learning rates.
 # fp32: on CPUs depthwise convolutions take twice as long backwards in bf16.
@@ -107,7 +107,7 @@ FULL = Setting(
     patch={"steps": 600, "batch_size": 64, "lr": 1e-2, "precision": "bf16"},
     # The demo's steps; learning rates that tune_quality.py chose on TUNING for most.
     clean={"steps": 300, "batch_size": 128, "lr_start": 1.4e-3, "lr": 1e-4, "precision": "bf16"},
-    # A later user's fine-tuning: the learning rate that cleaning ends with, constant, a small
+    # A later user's fine-tuning: half of cleaning's learning rate, constant, a small
     # batch, no augmentation; on clean pairs that no defence has seen.
     rebound={
         "steps": 300, "batch_size": 64, "lr_start": 5e-5, "lr": 5e-5, "lr_end": 5e-5,

@@ -20,7 +20,7 @@ _to_copy = torch.ops.aten._to_copy.default
 class FrozenCasts:
     """Keeps them, half of the model's own size, for as long as it and this object live.
 
-    On a CPU alone: seeing each operator costs 5 us, which there is little beside what it takes. A
+    On a CPU alone, where seeing each operator costs little beside what it takes. A
     weight that was changed since is cast again, unless it was changed in place through its `data`,
     which nobody can see.
     """

@@ -1,9 +1,9 @@
 """Matrix products on the CPU by the library that is fastest there.
 
-PyTorch's fp32 matmul calls MKL, which on other makers' CPUs runs at down to half of oneDNN's speed.
-oneDNN's error is at most twice as large (root mean square, which the tests hold it to; the larger
-with AVX2). It is called per product: the global matmul precision, which can turn fp32 into bf16,
-stays alone.
+PyTorch's fp32 matmul calls MKL, which on some makers' CPUs is slower than oneDNN; the ablation of
+bench_clean.py tells what that makes of a step. oneDNN's error is at most twice as large (root mean
+square, which the tests hold it to; the larger with AVX2). It is called per product: the global
+matmul precision, which can turn fp32 into bf16, stays alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 _aten = torch.ops.aten
-# Multiplications: below, a product takes 0.5 ms at most, and oneDNN gains little on it.
+# Multiplications: on smaller products oneDNN gains little.
 _LARGE = 1 << 25
 _WIDE = 256  # a model without weights that wide has no large product
 
@@ -57,7 +57,7 @@ def fast_products(model: nn.Module) -> Iterator[None]:
 
     Those are the forward pass of linear layers and the gradients of their inputs. The gradients of
     weights, whose left factor is transposed, are no faster there. Entered once for a step: seeing
-    an operator costs 5 us, so nothing is done for models whose products are small, nor within
+    every operator has a cost, so nothing is done for models whose products are small, nor within
     another dispatch mode, which would see other operators than it expects.
     """
     op = _onednn() if torch.backends.mkldnn.enabled else None
