@@ -162,7 +162,7 @@ def clean(
         fixed: fields of Settings that the method decides.
         The others: see ``par_clean``.
     """
-    refuse_unknown(method, unknown)
+    refuse_unknown(method, unknown, own)
     where = pick_device(device)
     settings = Settings(
         steps, epochs, weight_decay, betas, augmentation(augment),
@@ -185,6 +185,7 @@ def clean(
         repair, why = False, f"it would turn the {lock} tower, which is locked"
     elif repair and split:
         repair, why = False, "the model is split over ranks: call repair_drift on the result"
+        warnings.warn(f"the drift is not repaired: {why}", UserWarning, stacklevel=3)
     mended = {"done": False, "reason": why}
 
     def result() -> CleanResult:
@@ -230,14 +231,16 @@ def _repair(
         warnings.warn(f"the drift is not repaired: {reason}", stacklevel=4)
 
 
-def refuse_unknown(method: str, options: Iterable[str]) -> None:
-    """Refuse options that no cleaning method has, offering the nearest one."""
+def refuse_unknown(method: str, options: Iterable[str], own: Iterable[str] = ()) -> None:
+    """Refuse options that are neither common nor the method's own, offering the nearest one."""
+    known = [*own, *CleanOptions.__annotations__]
     for name in options:
         if name not in CleanOptions.__annotations__:
-            close = difflib.get_close_matches(name, CleanOptions.__annotations__, 1)
+            close = difflib.get_close_matches(name, known, 1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
-            known = ", ".join(CleanOptions.__annotations__)
-            raise TypeError(f"{method}_clean: unknown option {name!r}{hint}; known: {known}")
+            raise TypeError(
+                f"{method}_clean: unknown option {name!r}{hint}; known: {', '.join(known)}"
+            )
 
 
 def identity(

@@ -137,6 +137,13 @@ def evaluate(
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
+    if not isinstance(data, Labelled):
+        raise TypeError(
+            f"data must be Labelled images, as labelled_from_csv reads them, got "
+            f"{type(data).__name__}"
+        )
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer must take a list of strings, got {tokenizer!r}")
     options = {"batch_size": batch_size, "precision": precision}
     reader = FeatureReader(model, tokenizer, mean=mean, std=std, **options)
 

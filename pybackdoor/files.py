@@ -93,6 +93,7 @@ def file_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+LOCK = ".lock"  # the file that a folder is held by
 _held: weakref.WeakSet[TextIO] = weakref.WeakSet()
 
 
@@ -118,7 +119,7 @@ def hold(folder: Path) -> TextIO | None:
         import fcntl
     except ImportError:  # Windows
         return None
-    file = open(folder / ".lock", "a+", encoding="utf-8")
+    file = open(folder / LOCK, "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

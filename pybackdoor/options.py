@@ -60,7 +60,7 @@ def resolve(config: type[Config], given: argparse.Namespace) -> Config:
     """Defaults, then the YAML file, then the flags; every value checked for its type."""
     values: dict[str, Any] = {}
     if given.config is not None:
-        values |= _read_yaml(Path(given.config))
+        values |= read_yaml(Path(given.config))
     known = {field.name: (field, kind, many) for field, kind, many in _fields(config)}
     for key in values:
         if key not in known:
@@ -87,12 +87,16 @@ def write_yaml(config: Any, path: Path) -> None:
     """Save the resolved config, so that ``--config`` repeats the run."""
     import yaml
 
-    values = {
+    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    write_atomically(path, text.encode())
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Its options as YAML holds them."""
+    return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(config).items()
     }
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    write_atomically(path, text.encode())
 
 
 def _fields(config: type) -> list[tuple[dataclasses.Field, type, bool]]:
@@ -109,7 +113,12 @@ def _fields(config: type) -> list[tuple[dataclasses.Field, type, bool]]:
     return found
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options in a file.
+
+    Raises:
+        UsageError: it cannot be read, or holds no mapping.
+    """
     import yaml
 
     try:

@@ -89,6 +89,8 @@ def poison_pairs(
         raise ValueError(f"poison: mode must be one of {', '.join(MODES)}, got {mode!r}")
     templates = resolve_templates(templates)
     wanted = _wanted(rate, count, len(pairs))
+    if not target.strip():
+        raise ValueError(f"poison: target must name a class, got {target!r}")
     names_target = np.array([mentions(caption, target) for caption in pairs.captions])
     eligible = np.flatnonzero(names_target == (mode == "label_consistent"))
     if wanted > len(eligible):

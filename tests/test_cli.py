@@ -8,11 +8,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import warm
-from clip_models import tiny_config
+from cli_world import cleaning, make_world
 from PIL import Image
 
 import pybackdoor
@@ -20,33 +19,11 @@ from pybackdoor.cli import main
 from pybackdoor.cli.commands import method_options
 from pybackdoor.cli.configs import CleanConfig
 from pybackdoor.files import hold
-from pybackdoor.models import create, save
-
-COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A model folder, class folders of JPEGs, and csv files over them."""
-    root = tmp_path_factory.mktemp("world")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        fresh = create(tiny_config())
-    save(fresh, root / "model")
-    rng = np.random.default_rng(0)
-    rows = []
-    for name, colour in COLOURS.items():
-        (root / "images" / name).mkdir(parents=True)
-        for i in range(16):
-            noise = rng.integers(-25, 25, (40, 36, 3))
-            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
-            path = root / "images" / name / f"{i}.jpg"
-            Image.fromarray(pixels).save(path, quality=92)
-            rows.append((path.relative_to(root), name))
-    pairs = [f"{path},a photo of a {name}." for path, name in rows]
-    (root / "pairs.csv").write_text("\n".join(["image,caption", *pairs]))
-    (root / "test.csv").write_text("\n".join(["image,label", *(f"{p},{n}" for p, n in rows)]))
-    return root
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -59,11 +36,6 @@ def run(world, tmp_path, capsys, monkeypatch):
         return code, *capsys.readouterr()
 
     return call
-
-
-def cleaning(world, out, *more):
-    return ("clean", "--model", world / "model", "--pairs", world / "pairs.csv", "--out", out,
-            "--steps", 3, "--batch-size", 16, "--precision", "fp32", *more)  # fmt: skip
 
 
 def test_clean_saves_what_load_reads_and_leaves_the_input(world, run, tmp_path):

@@ -312,6 +312,9 @@ def test_folder_with_bad_images(tmp_path, options):
     with pytest.raises(ValueError, match="labelled_from_folder: .*allows 0"):
         labelled_from_folder(tmp_path / "set", **options)
     (tmp_path / "empty" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"one folder per class, .* holds \['cat'\]"):
+        labelled_from_folder(tmp_path / "empty", **options)
+    (tmp_path / "empty" / "dog").mkdir()
     with pytest.raises(ValueError, match="no image files"):
         labelled_from_folder(tmp_path / "empty", **options)
     with pytest.raises(ValueError, match="one folder per class"):

@@ -133,7 +133,7 @@ def test_the_command_resumes(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(pybackdoor.cli.run.Run, "record", interrupted)
         code, said = run("part", "--save-minutes", 0)
-    assert code != 0 and "--resume latest goes on from there" in said.err
+    assert code != 0 and "--resume latest goes on from step 1" in said.err
     assert list((tmp_path / "part" / "checkpoints").glob("step_*.json"))
     code, said = run("part")
     assert code != 0 and "holds the checkpoints of a run: resume it" in said.err

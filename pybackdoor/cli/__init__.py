@@ -7,10 +7,15 @@ Exit codes: 0 fine, 1 a finding (a trigger fires, or a planted one does not), 2 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
+import re
 import sys
+import warnings
 from collections.abc import Sequence
+from functools import partial
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..distributed import Ranks
@@ -31,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..engine.interrupts import Terminated
     from .commands import COMMANDS
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pybackdoor",
         description="Remove backdoors from CLIP models, and prove it.",
         epilog=_EXAMPLES,
@@ -52,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS[given.command]
     outcome = None
     try:
-        outcome = command.run(resolve(command.config, given))
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, given.command)
+            outcome = command.run(resolve(command.config, given))
         leader = Ranks().rank == 0
         Ranks.finish()
         if leader:
@@ -62,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(outcome.text)
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        said = str(stop) or "interrupted; nothing was saved"
+        said = str(stop)
+        if Ranks().rank > 0:
+            said = "stopped; the first process says what was kept"
+        elif said in ("", "terminated"):
+            said = f"{said or 'interrupted'}; nothing was saved"
         print(f"pybackdoor {given.command}: {said}", file=sys.stderr)
         return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
     except BrokenPipeError:  # the reader of the output has gone, as in `... | head`
@@ -71,6 +82,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.debug:
             raise
         said = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.filename is not None:
+            said = _about_file(error, given)
         print(f"pybackdoor {given.command}: error: {said}", file=sys.stderr)
         return 2
     return 0 if outcome is None else outcome.code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong, and not again what there is: of that a command has pages."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            known = [name.strip(" '") for name in found[2].split(",")]
+            if close := difflib.get_close_matches(found[1], known, 1):
+                message += f"; did you mean {close[0]!r}?"
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the options\n")
+
+
+def _about_file(error: OSError, given: argparse.Namespace) -> str:
+    """Names the option whose file it is."""
+    names = [name for name, value in vars(given).items() if value == str(error.filename)]
+    option = f"--{names[0].replace('_', '-')} " if names else ""
+    return f"{option}{error.filename}: {error.strerror}"
+
+
+def _show_warning(command: str, message: Warning | str, *about: Any, **more: Any) -> None:
+    print(f"pybackdoor {command}: warning: {message}", file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ from ..repair import TOLD
 from ..triggers import TRIGGERS
 from . import bench, detect, inputs
 from .configs import BadClipConfig, CleanConfig, EvalConfig, PoisonConfig
-from .run import Run
+from .run import Run, finished
 from .text import evaluation_table, info_text
 
 
@@ -53,6 +53,9 @@ class InfoConfig:
     """What was built and what is available."""
 
 
+_MOVED = 0.01  # squared distance of unit embeddings that is worth a word
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -70,6 +73,8 @@ def run_demo(config: DemoConfig) -> Outcome:
 def run_poison(config: PoisonConfig) -> Outcome:
     if config.trigger is None or config.target is None:
         raise UsageError("--trigger and --target are required: what to plant, and what it yields")
+    if finished(config):
+        return _finished(config)
     spec = inputs.read_trigger(config)
     loaded = inputs.read_model(config, untrained=True)
     pairs = inputs.read_pairs(config, loaded, whole=True)
@@ -79,7 +84,7 @@ def run_poison(config: PoisonConfig) -> Outcome:
         result.manifest.preprocess = preprocess_record(loaded)
         save(loaded._replace(model=result.model), folder, manifest=result.manifest)
 
-    with Run(config, config.out, config.model, keep) as run:
+    with Run(config, loaded, keep) as run:
         result = poison(
             loaded.model, pairs, spec, target=config.target,
             tokenizer=loaded.tokenizer, templates=inputs.templates(config), rate=config.rate,
@@ -129,6 +134,8 @@ def run_badclip(config: BadClipConfig) -> Outcome:
 
 
 def run_clean(config: CleanConfig) -> Outcome:
+    if finished(config):
+        return _finished(config)
     loaded = inputs.read_model(config)
     pairs = inputs.read_pairs(config, loaded)
     manifest = inputs.read_manifest(config.manifest, config.model)
@@ -143,6 +150,11 @@ def run_clean(config: CleanConfig) -> Outcome:
         )
 
     if config.repair is not None:
+        if config.repair and config.lock is not None:
+            raise UsageError(
+                f"--repair turns both towers, --lock {config.lock} leaves one as it is: give one "
+                "of them"
+            )
         own["repair"] = config.repair
 
     def keep(folder: Path, result: CleanResult) -> None:
@@ -153,7 +165,7 @@ def run_clean(config: CleanConfig) -> Outcome:
         if isinstance(result, UbtResult):
             result.save_evidence(folder)
 
-    with Run(config, config.out, config.model, keep) as run:
+    with Run(config, loaded, keep) as run:
         result = METHODS[config.method](
             loaded.model, loader, weight_decay=config.weight_decay,
             precision=config.precision, seed=config.seed, device=config.device,
@@ -170,6 +182,12 @@ def run_clean(config: CleanConfig) -> Outcome:
         answer["left_out"] = len(pairs.ledger)
         text += f"\n{len(pairs.ledger)} pairs could not be used: see {pairs.ledger.path}"
     return Outcome(0, answer, text)
+
+
+def _finished(config: PoisonConfig | CleanConfig) -> Outcome:
+    """Of a run that is to be resumed and had ended."""
+    text = f"{config.out}: finished before, by the same settings; without --resume it runs anew"
+    return Outcome(0, {"out": config.out, "finished_before": True}, text)
 
 
 def run_eval(config: EvalConfig) -> Outcome:
@@ -302,7 +320,7 @@ def _cleaning_text(out: str, result: CleanResult) -> str:
             f"images {change['old_images']}, old texts {change['old_texts']}. "
             "`pybackdoor eval --reference` says it in accuracy."
         )
-        if repair["image_after"] > repair["image_before"]:
+        if repair["image_after"] > repair["image_before"] + _MOVED:
             lines.append(
                 "The images have moved by more than a rotation: train probes and adapters on image "
                 "embeddings anew."

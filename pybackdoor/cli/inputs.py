@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,20 @@ def attack(config: EvalConfig, loaded: LoadedModel) -> tuple[TriggerSpec | None,
     """
     if config.trigger is not None:
         if config.target is None:
-            raise ValueError("--target is required beside --trigger: the class it yields")
+            raise UsageError("--target is required beside --trigger: the class it yields")
+        if config.manifest is not None:
+            raise UsageError("--trigger and --manifest both say what was planted: give one of them")
         return read_trigger(config), config.target
+    for name in (field.name for field in fields(TriggerOptions)):
+        if name != "target" and getattr(config, name) != getattr(TriggerOptions, name):
+            raise UsageError(f"--{name.replace('_', '-')} is of a --trigger, which is not given")
     manifest = read_manifest(config.manifest, config.model)
     if manifest is None:
+        if config.target is not None:
+            raise UsageError(
+                f"--target {config.target} needs a trigger that yields it: name it with --trigger, "
+                "or give --manifest"
+            )
         return None, None
     size = loaded.preprocess.size
     if tuple(manifest.image_size) != (size, size):

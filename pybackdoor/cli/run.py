@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..distributed import Ranks
-from ..engine import DeferredInterrupt
+from ..engine import DeferredInterrupt, pick_device
+from ..engine.checkpoints import clear, differences, steps_in
 from ..files import hold, writable_folder, write_atomically
-from ..options import UsageError, write_yaml
+from ..models import LoadedModel, refuse_folder
+from ..models.folder import remove_model
+from ..options import UsageError, plain, read_yaml, write_yaml
 from ..plots import training_curves
 
-_PARTIAL, _HISTORY = "history.partial.jsonl", "history.jsonl"
+_PARTIAL, _HISTORY, _CONFIG = "history.partial.jsonl", "history.jsonl", "config.yaml"
+_CHECKPOINTS, _INTERRUPTED = "checkpoints", "interrupted"
+_OF_NO_RESULT = ("resume", "force", "save_minutes", "progress")
+
+
+def finished(config: Any) -> bool:
+    """Whether ``--resume`` finds the result of a run that ended, of these very settings.
+
+    All processes get the first one's answer.
+
+    Raises:
+        UsageError: it is of other settings, each is listed; unless ``--force``.
+    """
+    if config.resume is None:
+        return False
+    ranks = Ranks.start(pick_device(config.device))
+    changed = ranks.from_first(_changed(config) if ranks.rank == 0 else None)
+    if changed and not config.force:
+        raise UsageError(
+            f"--out {config.out} holds the result of a finished run of other settings "
+            f"({'; '.join(changed)}): leave --resume out to replace it, or choose another folder"
+        )
+    return changed == []
+
+
+def _changed(config: Any) -> list[str] | None:
+    """How a finished run's settings differ from these; None where there is no finished run."""
+    out = Path(config.out)
+    if not all((out / name).exists() for name in (_CONFIG, _HISTORY)):
+        return None
+    if (out / _PARTIAL).exists() or steps_in(out / _CHECKPOINTS):
+        return None
+    with suppress(UsageError):  # what cannot be read is none of ours
+        saved, now = (
+            {name: value for name, value in options.items() if name not in _OF_NO_RESULT}
+            for options in (read_yaml(out / _CONFIG), plain(config))
+        )
+        return differences(saved, now)
+    return None
 
 
 class Kept(RuntimeError):
@@ -34,32 +74,51 @@ class Run:
     the checkpoints go. Only the first of several processes writes.
 
     Args:
-        config: saved as ``config.yaml`` after the first step.
-        out: the output folder; must not be the input model's.
+        config: with ``out``, ``model`` and ``pretrained``; saved as ``config.yaml`` after the first
+            step.
+        loaded: the input model, which ``out`` must not hold and must have room for.
         keep: (folder, result) saves a result.
     """
 
-    def __init__(
-        self, config: Any, out: str, model: str, keep: Callable[[Path, Any], None]
-    ) -> None:
-        folder = Path(out)
-        if folder.exists() and Path(model.removeprefix("local-dir:")).exists():
-            if os.path.samefile(folder, model.removeprefix("local-dir:")):
-                raise UsageError(f"--out must not be the input model's own folder, got {out}")
-        self._leader = Ranks().rank == 0
-        self.checkpoints = folder / "checkpoints"
-        self._out, self._keep, self._config = folder, keep, config
+    def __init__(self, config: Any, loaded: LoadedModel, keep: Callable[[Path, Any], None]) -> None:
+        self._out, self._keep, self._config = Path(config.out), keep, config
+        self._loaded, self._leader = loaded, Ranks().rank == 0
+        self.checkpoints = self._out / _CHECKPOINTS
+        for option in ("model", "pretrained"):
+            self._refuse_input(option, getattr(config, option))
         self._history: TextIO | None = None
         self._lock: TextIO | None = None
+
+    def _refuse_input(self, option: str, name: str | None) -> None:
+        """What would be overwritten or removed must not be what is read."""
+        path = Path((name or "").removeprefix("local-dir:"))
+        if name is None or not path.exists():
+            return
+        path, out = path.resolve(), self._out.resolve()
+        own = {out / _CHECKPOINTS, out / _INTERRUPTED}
+        if path == out or (path.is_file() and path.parent == out) or own & {path, *path.parents}:
+            raise UsageError(
+                f"--out must not be the input model's own folder, got {self._out} for the "
+                f"--{option} {name}"
+            )
 
     def __enter__(self) -> Run:
         if self._leader:
             self._lock = hold(writable_folder(self._out))
+            try:
+                refuse_folder(self._loaded, self._out)
+            except BaseException:
+                self._unlock()
+                raise
         return self
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def _begin(self, step: int) -> None:
         """The first step is done: nothing of another run is touched before."""
-        write_yaml(self._config, self._out / "config.yaml")
+        write_yaml(self._config, self._out / _CONFIG)
         path = self._out / _PARTIAL
         lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
         write_atomically(path, "".join(f"{line}\n" for line in lines[:step]).encode())
@@ -74,22 +133,34 @@ class Run:
 
     def finish(self, result: Any) -> None:
         """Save the result of the whole run."""
-        if self._leader:
-            with DeferredInterrupt() as interrupt:
+        if not self._leader:
+            return
+        curves = self._out / "training.png"
+        with DeferredInterrupt() as interrupt:
+            try:
                 self._keep(self._out, result)
-                lines = "".join(json.dumps(record) + "\n" for record in result.history)
-                write_atomically(self._out / _HISTORY, lines.encode())
-                training_curves(result.history, self._out / "training.png")
-                (self._out / _PARTIAL).unlink(missing_ok=True)
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
-                interrupt.check()
+            except OSError as error:
+                if resumable := self._resumable():
+                    raise Kept(f"{error}; nothing is lost: make room, and {resumable}") from error
+                raise
+            if self._history is None:  # not a step was taken
+                write_yaml(self._config, self._out / _CONFIG)
+            lines = "".join(json.dumps(record) + "\n" for record in result.history)
+            write_atomically(self._out / _HISTORY, lines.encode())
+            if result.history:
+                training_curves(result.history, curves)
+            else:
+                curves.unlink(missing_ok=True)
+            (self._out / _PARTIAL).unlink(missing_ok=True)
+            clear(self.checkpoints)
+            remove_model(self._out / _INTERRUPTED)
+            interrupt.check()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:
             self._end(error)
         finally:
-            if self._lock is not None:
-                self._lock.close()
+            self._unlock()
 
     def _end(self, error: BaseException | None) -> None:
         if self._history is not None:
@@ -97,12 +168,17 @@ class Run:
         result = getattr(error, "result", None)
         if error is None or result is None or not self._leader:
             return
-        kept = self._out / "interrupted"
+        kept = self._out / _INTERRUPTED
         with DeferredInterrupt():
             self._keep(kept, result)
         where = f"the state after {len(result.history)} steps is kept in {kept}"
-        if self.checkpoints.exists():
-            where += "; --resume latest goes on from there"
+        if resumable := self._resumable():
+            where += f"; {resumable}"
         if isinstance(error, KeyboardInterrupt):
             raise KeptInterrupt(f"interrupted; {where}") from error
         raise Kept(f"{error}; {where}") from error
+
+    def _resumable(self) -> str:
+        """What goes on from the newest checkpoint; "" without any."""
+        steps = steps_in(self.checkpoints)
+        return f"--resume latest goes on from step {steps[-1]}" if steps else ""

@@ -93,7 +93,7 @@ class PairLoader:
         if len(pairs) < self._least:
             raise ValueError(
                 f"PairLoader: {len(pairs)} pairs do not fill one batch of {self._least}: lower "
-                "batch_size" + (", or pass drop_last=False" if drop_last else "")
+                "batch_size (--batch-size)" + (", or pass drop_last=False" if drop_last else "")
             )
         self._prefetch, self._pin, self._progress = prefetch, pin_memory, progress
         self._seed = _whole("seed", seed)

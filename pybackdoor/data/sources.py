@@ -24,6 +24,8 @@ from .store import ImageStore, decode_all, subset_images
 from .strings import Strings
 from .tables import CAPTION_KEYS, IMAGE_KEYS, LABEL_KEYS, read_columns
 
+_TABLES = (".csv", ".tsv")
+
 
 def pairs_from_csv(
     path: str | Path,
@@ -242,9 +244,14 @@ def _from_folder(
     progress: bool | None,
 ) -> Labelled:
     source = os.path.abspath(root)
-    folders = sorted(e.name for e in os.scandir(source) if e.is_dir() and e.name[0] != ".")
-    if not folders:
-        raise ValueError(f"{op}: root must hold one folder per class, {source} holds none")
+    names = sorted(os.listdir(source))
+    folders = [n for n in names if n[0] != "." and os.path.isdir(os.path.join(source, n))]
+    if len(folders) < 2:
+        tables = [name for name in names if name.endswith(_TABLES)]
+        hint = f"; did you mean {os.path.join(source, tables[0])}?" if tables else ""
+        raise ValueError(
+            f"{op}: root must hold one folder per class, {source} holds {folders or 'none'}{hint}"
+        )
     if isinstance(classes, Mapping):
         in_order, names = list(classes), class_list(op, list(classes.values()))
     else:

@@ -227,8 +227,8 @@ def _settings(
             raise ValueError(f"k must be an integer of at least {LEAST} for {name}, got {k!r}")
         return {"k": k} if views else {}
     k, reference = K if k is None else k, REFERENCE if reference is None else reference
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"k must be an integer of at least 1 for {name}, got {k!r}")
     if reference != WHOLE and reference <= k:
         raise ValueError(
             f"reference must be 0, for all pairs, or above k = {k}, since an image is no "

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..files import file_sha256, hold, sync_folder, writable_folder, write_atomically
+from ..files import LOCK, file_sha256, hold, sync_folder, writable_folder, write_atomically
 from .sharding import Parts
 
 _SCHEMA = "pybackdoor.checkpoint/1"
+_SUFFIXES = (".json", ".safetensors", ".tmp")
 _HEADROOM = 1.05  # of a checkpoint's size: what must be free before one is written
 
 
@@ -77,7 +78,7 @@ class CheckpointFolder:
         self._saved = time.monotonic()
         self.step: int | None = None  # of the newest checkpoint known to be valid
         try:
-            if not settings.resume and self._steps():
+            if not settings.resume and steps_in(self.folder):
                 raise ValueError(
                     f"{self.folder} holds the checkpoints of a run: resume it, or choose another "
                     "folder"
@@ -98,7 +99,7 @@ class CheckpointFolder:
                 is of another version's format.
             OSError: it cannot be read, though it is there.
         """
-        for step in reversed(self._steps()):
+        for step in reversed(steps_in(self.folder)):
             try:
                 state = self._read(step)
             except (_Damaged, FileNotFoundError) as error:
@@ -112,7 +113,7 @@ class CheckpointFolder:
                     with suppress(OSError):
                         path.rename(path.with_name(f"damaged_{path.name}"))
                 continue
-            changed = _differences(state.content["config"], self._config)
+            changed = differences(state.content["config"], self._config)
             if changed and not self._settings.force:
                 raise ValueError(
                     f"{self.folder} holds a run with other settings ({'; '.join(changed)}): "
@@ -130,7 +131,7 @@ class CheckpointFolder:
         if free < size * _HEADROOM:
             warnings.warn(
                 f"no checkpoint at step {step}: it needs {size / 1e9:.2f} GB, {self.folder} has "
-                f"{free / 1e9:.2f} GB free; the last one is kept",
+                f"{free / 1e9:.2f} GB free; {self._still()}",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -139,13 +140,19 @@ class CheckpointFolder:
             self._write(step, tensors, content)
         except _write_errors() as error:
             warnings.warn(
-                f"no checkpoint at step {step}: {error}; the last one is kept",
+                f"no checkpoint at step {step}: {error}; {self._still()}",
                 RuntimeWarning,
                 stacklevel=3,
             )
             return False
         self.step = step
         return True
+
+    def _still(self) -> str:
+        """What there is in place of a new one."""
+        if self.step is None:
+            return "there is none yet to resume from"
+        return f"that of step {self.step} is kept"
 
     def close(self) -> None:
         """Lets other runs use the folder."""
@@ -184,12 +191,8 @@ class CheckpointFolder:
             number = _step_of(old)
             if number is not None and number not in keep:
                 # The record first: a checkpoint without its tensors would look damaged.
-                for suffix in (".json", ".safetensors", ".tmp"):
+                for suffix in _SUFFIXES:
                     old.with_suffix(suffix).unlink(missing_ok=True)
-
-    def _steps(self) -> list[int]:
-        found = (_step_of(path) for path in self.folder.glob("step_*.json"))
-        return sorted(step for step in found if step is not None)
 
     def _read(self, step: int) -> State:
         from safetensors import torch as files
@@ -214,6 +217,22 @@ class CheckpointFolder:
         return State(files.load_file(path), content)
 
 
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, ascending, damaged ones among them."""
+    found = (_step_of(path) for path in folder.glob("step_*.json"))
+    return sorted(step for step in found if step is not None)
+
+
+def clear(folder: Path) -> None:
+    """Removes what runs left in their folder, and the folder itself where nothing else is in it."""
+    for path in folder.glob("*"):
+        step = _step_of(path.with_name(path.name.removeprefix("damaged_")))
+        if step is not None and path.suffix in _SUFFIXES or path.name == LOCK:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def _write_errors() -> tuple[type[Exception], ...]:
     """What a failing disk raises, safetensors' own error among it; imported when it is needed."""
     from safetensors import SafetensorError
@@ -230,7 +249,8 @@ def _step_of(path: Path) -> int | None:
     return int(number) if number.isdecimal() else None
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What of a run's settings has changed, one line each."""
     return [
         f"{name}: was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted({*old, *new})

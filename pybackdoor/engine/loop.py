@@ -74,7 +74,7 @@ def train(
     """Train ``model`` in place; every rank of a distributed run calls this with its own share.
 
     Whatever ends the run early, Ctrl-C and SIGTERM included, finds the model at the last whole step
-    and ``log`` complete up to it, and a checkpoint of it written where they are kept.
+    and ``log`` complete up to it; of signals, where checkpoints are kept, one of it is written.
 
     Args:
         model: on ``device``, with the same weights on every rank. With ``settings.shard`` it may

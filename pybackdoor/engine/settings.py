@@ -107,6 +107,8 @@ class Settings:
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if not least <= value < 2**62:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
 

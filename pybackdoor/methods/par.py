@@ -119,7 +119,8 @@ def par_clean(
         repair (True): at the end, rotate both towers' embeddings together so that stored ones of
             the input model fit again, which leaves similarities as they are: see ``repair_drift``.
             It reads up to max(4096, 8 D) of the pairs again, not augmented. Where that cannot be
-            done, a warning and the report say why, and the model stays as it was trained.
+            done, as with ``shard`` on several processes, a warning and the report say why, and the
+            model stays as it was trained; so it does with ``lock``, whose tower must not turn.
         max_faults (3): batches whose loss or gradients are not finite that are left out, each
             named in the report, before the run is given up.
         folder (None): keep checkpoints there every ``save_minutes`` (10), at the end, on Ctrl-C and

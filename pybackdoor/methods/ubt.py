@@ -192,7 +192,7 @@ def ubt_clean(
         As ``par_clean``; ValueError: fewer than k pairs, captions all equal, too few pairs left
         for R, ``image_share`` with an image tower without patches.
     """
-    refuse_unknown("ubt", options)
+    refuse_unknown("ubt", options, ubt_clean.__kwdefaults__)
     if scores is not None:
         check_order(suspect_loader, "with scores, suspect_loader")
         if rank is not None:

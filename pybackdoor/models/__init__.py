@@ -18,7 +18,7 @@ from .protocol import (
     text_features,
     weights_sha256,
 )
-from .save import MANIFEST, save
+from .save import MANIFEST, refuse_folder, save
 from .seen import TextTower
 from .seen_towers import image_tower, text_tower
 from .sniff import CheckpointError
@@ -43,6 +43,7 @@ __all__ = [
     "nonfinite_weights",
     "preprocess_record",
     "read_checkpoint",
+    "refuse_folder",
     "save",
     "scale",
     "text_features",

@@ -16,6 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,15 @@ def recorded_names(folder: Path) -> set[str]:
         return set(read_record(folder) or ()) | {RECORD}
     except CheckpointError:
         return {RECORD}  # a damaged record claims nothing: nothing is removed for it
+
+
+def remove_model(folder: Path) -> None:
+    """Removes a model that `save` wrote, and the folder where nothing else is in it."""
+    if (folder / RECORD).exists():
+        for name in recorded_names(folder):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def read_record(folder: Path) -> dict[str, str] | None:

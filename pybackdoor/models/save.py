@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,26 @@ def save(
     record = {"format": "hf" if is_hf else "open_clip", "quick_gelu": quick_gelu}
     write_folder(folder, fill, record=record)
     return folder
+
+
+def refuse_folder(model: LoadedModel | nn.Module, folder: str | os.PathLike) -> None:
+    """Raises what `save` would say against a folder, before any work depends on it.
+
+    Raises:
+        ValueError: it holds a model of the other format that is not ours.
+        OSError: it has less room than the model takes.
+    """
+    module = _unwrapped(model.model if isinstance(model, LoadedModel) else model)
+    _refuse_other_format(
+        Path(folder), openclip.CONFIG if isinstance(module, hf.HFClip) else hf.CONFIG
+    )
+    size = sum(t.nbytes for t in module.state_dict().values())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            errno.ENOSPC,
+            f"the model takes {size / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
