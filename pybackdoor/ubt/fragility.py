@@ -81,7 +81,8 @@ def fragility(
     of all where k is 32 or less.
 
     Args:
-        k: pairs sought, at least 5; None: 256, then as many as stand apart, at least 64.
+        k: pairs sought, at least 5; None: 256, then as many as stand apart, at least 64, where
+            some clearly do.
             A pair's word is the rarest of its caption that 2 k captions hold, but not more than
             half of all. Words of fewer than 2 k pairs are passed over, and a poison that is the
             larger part of its word's pairs is not found. The swing of a few pairs is high by
@@ -124,7 +125,7 @@ def fragility(
     some = np.concatenate([rows[: _enough(len(rows), sought)] for rows in drawn])
     height, quarter = closer.height, max(LEAST, sought // 4)
     if k is None:
-        height, sought = grown(closer.seen, height, quarter)
+        height, sought = grown(closer.seen, height, quarter, sought)
     scores = np.full(len(image), height.min() - 1)
     scores[own] = height
     surest = top(settled(closer.seen, closer.height, quarter), quarter)
