@@ -15,10 +15,8 @@ _DIMS = 64  # principal directions that are looked at
 _RIDGE = 0.05  # of the discriminant, on directions of unit variance
 _LEAST_SPREAD = 1e-3  # of one part, in the whole's: equal rows are no infinitely good part
 _HELD = 0.75  # of the surest rows: so many are in what is grown from them
+_NEAR = math.sqrt(2)  # times as many rows as a seed has, or fewer: where it may be cut
 _INSIDE = 0.98  # of half of all: fewer, or where they part may lie beyond
-# Nats per row that a part must gain. Of weak triggers of the kinds that settings are chosen on, ends
-# with half honest rows or more gained 0.11 at most, the true ones 0.34 and more.
-_CLEAR = 0.15
 
 
 def settled(x: np.ndarray, start: np.ndarray, k: int) -> np.ndarray:  # [n, d], [n] -> [n]
@@ -26,17 +24,19 @@ def settled(x: np.ndarray, start: np.ndarray, k: int) -> np.ndarray:  # [n, d], 
     return _followed(x, moments(x), start, lambda height: k)[0]
 
 
-def grown(x: np.ndarray, start: np.ndarray, least: int, sought: int) -> tuple[np.ndarray, int]:
+def grown(x: np.ndarray, start: np.ndarray, least: int) -> tuple[np.ndarray, int]:
     """(heights [n], k) of the rows that stand apart from the rest, from the least to half of all.
 
-    Settled seeds of the least, √2 times as many, and so on are each followed: the rows above the
-    threshold at which their heights part are the next seed. Of the ends that hold most of the first
-    seed, the surest rows, the one is taken whose heights part best: another group may part better,
-    but is not what was looked for. An end of half of all is none, since the heights might part
-    beyond, nor is one where they hardly part: without any it is as many as are sought.
+    Settled seeds of the least, √2 times as many, and so on are each cut where their heights part,
+    near their own number: of a group that is told apart weakly, heights part best with all of a
+    long tail above, but only a seed of about its own rows shows where it ends. Of the ends that
+    hold most of the first seed, the surest rows, the one is taken whose seed parts best: another
+    group may part better, but is not what was looked for. From there the rows above the cut are the
+    next seed, until they stay. An end of half of all is none, since the heights might part beyond;
+    without any the surest rows are all.
 
     Args:
-        x: [n, d], n at least twice the least and twice what is sought.
+        x: [n, d], n at least twice the least.
         start: [n] heights that seeds are taken from.
     """
     most, whole = len(x) // 2, moments(x)
@@ -44,14 +44,14 @@ def grown(x: np.ndarray, start: np.ndarray, least: int, sought: int) -> tuple[np
     counts = [round(least * 2 ** (step / 2)) for step in range(steps + 1)]
     seeds = [_followed(x, whole, start, lambda height, k=k: k)[0] for k in counts]
     surest, found = top(seeds[0], least), []
-    for seed in seeds:
-        height, k = _followed(x, whole, seed, lambda height: parted(height, least, most).k)
+    for count, seed in zip(counts, seeds, strict=True):
+        near = max(least, round(count / _NEAR)), min(most, round(count * _NEAR))
+        height, k = _followed(x, whole, seed, lambda height, near=near: parted(height, *near).k)
         held = _highest(height, k)[surest].mean()
-        gain = parted(height, least, most).gain
-        if held >= _HELD and k < _INSIDE * most and gain >= _CLEAR:
-            found.append((gain, k, height))
+        if held >= _HELD and k < _INSIDE * most:
+            found.append((parted(seed, *near).gain, k, height))
     if not found:
-        return _followed(x, whole, start, lambda height: sought)[0], sought
+        return seeds[0], least
     _, k, height = max(found, key=lambda end: end[0])
     return height, k
 

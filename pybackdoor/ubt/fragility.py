@@ -7,8 +7,8 @@ But the poison is of one word and of one kind: within each word's pairs, the k t
 view seed a linear discriminant on (image features, losses in all views), its k highest pairs are
 the next seed, and so on; of all starts and words the most cohesive k pairs win. Words are compared
 by samples, that grow while fewer words are left, with a third of the image covered at a time; of
-the last one all pairs are looked at, with a ninth covered. How many are poisoned shows in where
-the heights part best into two; a seed of all above is followed until it stays the same.
+the last one all pairs are looked at, with a ninth covered. How many are poisoned shows in which
+seed's heights part best into two near its own number; it is followed until it stays the same.
 
 Whether they are poison shows in their swing (swing.py).
 
@@ -81,8 +81,7 @@ def fragility(
     of all where k is 32 or less.
 
     Args:
-        k: pairs sought, at least 5; None: 256, then as many as stand apart, at least 64, where
-            some clearly do.
+        k: pairs sought, at least 5; None: 256, then as many as stand apart, at least 64.
             A pair's word is the rarest of its caption that 2 k captions hold, but not more than
             half of all. Words of fewer than 2 k pairs are passed over, and a poison that is the
             larger part of its word's pairs is not found. The swing of a few pairs is high by
@@ -125,7 +124,7 @@ def fragility(
     some = np.concatenate([rows[: _enough(len(rows), sought)] for rows in drawn])
     height, quarter = closer.height, max(LEAST, sought // 4)
     if k is None:
-        height, sought = grown(closer.seen, height, quarter, sought)
+        height, sought = grown(closer.seen, height, quarter)
     scores = np.full(len(image), height.min() - 1)
     scores[own] = height
     surest = top(settled(closer.seen, closer.height, quarter), quarter)
