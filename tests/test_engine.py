@@ -84,7 +84,7 @@ BAD_SETTINGS = {
     "epochs": (0, "epochs must be at least 1, got 0"),
     "lr": (-1e-3, r"lr must be a learning rate in \[0, 1\), got -0.001"),
     "weight_decay": (-1.0, "weight_decay must be at least 0, got -1.0"),
-    "betas": ((0.9, 1.0), "[Ii]nvalid beta"),
+    "betas": ((0.9, 1.0), r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
     "seed": (-1, "seed must be at least 0, got -1"),
     "precision": ("fp8", "precision must be one of .*got 'fp8'"),
     "mean": ((0.5,), r"mean must be 3 numbers, got \(0.5,\)"),

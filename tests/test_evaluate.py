@@ -219,6 +219,10 @@ def test_bad_arguments_are_named():
         run(shown=data.subset([]))
     with pytest.raises(TypeError, match="must have encode_image"):
         run(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="data must be Labelled images.* got str"):
+        run(shown="test.csv")
+    with pytest.raises(TypeError, match="tokenizer must take a list of strings, got None"):
+        run(tokenizer=None)
     wide = ColourClip()
     wide.encode_image = lambda x: torch.ones(len(x), 5)
     with pytest.raises(ValueError, match="reference must embed in 3 dimensions .*, got 5"):

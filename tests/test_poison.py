@@ -82,6 +82,8 @@ def test_label_consistent_keeps_captions_and_takes_the_target_only():
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         poison_pairs(pairs_of(), STRIPES, target="blue", **options)
+    with pytest.raises(ValueError, match="target must name a class, got ' '"):
+        poison_pairs(pairs_of(), STRIPES, target=" ")
 
 
 def test_target_is_a_word_of_its_own():

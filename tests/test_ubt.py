@@ -305,6 +305,7 @@ BAD = {
     "beta": ({"beta": 0.0}, "beta must be above 0"),
     "alpha": ({"alpha": -1.0}, "alpha must be at least 0, got -1"),
     "forget": ({"forget": "hing"}, "did you mean 'hinge'"),
+    "own option": ({"token_shar": 3}, "unknown option 'token_shar' .did you mean 'token_share'"),
     "option": ({"stepps": 3}, "unknown option 'stepps' .did you mean 'steps'"),
     "gate": ({"gate_p": 0.001}, "gate_sets must be at least 999"),
     "no scores": (
