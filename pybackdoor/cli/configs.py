@@ -78,8 +78,8 @@ class TriggerOptions:
 @dataclass(frozen=True)
 class ResumeOptions:
     resume: str | None = option(
-        None, "latest: continue an interrupted run of the same settings, if --out holds one; one that "
-        "had ended is left as it is",
+        None, "latest: continue an interrupted run of the same settings, if --out holds one; one "
+        "that had ended is left as it is",
         choices=("latest",),
     )  # fmt: skip
     force: bool = option(False, "resume even though the settings have changed")
