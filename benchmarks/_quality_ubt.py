@@ -15,7 +15,8 @@ from pybackdoor.ubt.gate import LEAST_SWING
 from pybackdoor.ubt.ranking import EXCESS
 
 RATE = 0.01  # of ubt.json
-FILES = ("ubt.json", "ubt_vit.json", "ubt_gate.json")  # below benchmarks/results
+# Below benchmarks/results.
+FILES = ("ubt.json", "ubt_vit.json", "ubt_gate.json", "ubt_gate_badnet.json")
 CLEANED = """## UBT-style unlearning
 
 `python benchmarks/bench_ubt.py`: the small {arch} trained on its {planted:,} CIFAR-10 pairs,
@@ -36,16 +37,20 @@ swing, of which it wants {LEAST_SWING:g}. What the swing is was changed twice: a
 clean models of seeds 0 to 8 had fired, before those from 9 on had been looked at; and after that of
 one model of BadNet-Stripes had been seen to depend on how many pairs were found. What it wants was
 0.5 until a clean model of seed 9 came as near as that. The poisoned model that was missed is one
-whose attack hardly installed (ASR 90.9 %): a third of the pairs found are poisoned, too few for
-their cohesion, while its swing is that of the others."""
+of which too many pairs were found, a third of them poisoned, too few for their cohesion, while its
+swing is that of the others."""
+SINCE = """Where the pairs found end was then chosen anew, on weak triggers of the two kinds that
+settings are chosen on; the rows above are of the search before, whose swing, by which clean models
+are stopped, is the same. BadNet by the search as it is, on models trained anew:"""
 
 
 def sections(folder: Path) -> list[str]:
     """The parts of the page that the files in ``folder`` give."""
-    cleaned, image, gate = (_read(folder / name) for name in FILES)
+    cleaned, image, gate, since = (_read(folder / name) for name in FILES)
     parts = [] if cleaned is None else [_introduction(cleaned), _cleaned(cleaned)]
     parts += [] if image is None else [_of_images(image), _cleaned(image)]
-    return [*parts, *([] if gate is None else _gate(gate))]
+    parts += [] if gate is None else [GATE, _gates(gate)]
+    return [*parts, *([] if since is None else [SINCE, _gates(since)])]
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -116,7 +121,7 @@ def _percent(estimate: dict[str, float]) -> str:
     return f"{100 * estimate['value']:.1f}"
 
 
-def _gate(found: dict[str, Any]) -> list[str]:
+def _gates(found: dict[str, Any]) -> str:
     """How often each ranking's gate fires, on models without and with a backdoor."""
     groups: dict[tuple[str, str, int], list[dict]] = {}
     for cell in found["cells"]:
@@ -139,7 +144,7 @@ def _gate(found: dict[str, Any]) -> list[str]:
     header = [
         "model", "attack", "steps", "installed", "ranking", "fires", "precision", "excess", "swing"
     ]  # fmt: skip
-    return [GATE, table(header, rows)]
+    return table(header, rows)
 
 
 def _reach(values: Iterable[float]) -> str:

@@ -60,7 +60,7 @@ def load(path: Path) -> Document:
 # What docs/quality.md and the README's section on it show.
 OTHERS = {
     "quality.json", "quality_tuning.json", "quality_tuning_pretrained.json", "ubt.json",
-    "ubt_vit.json", "ubt_gate.json", "ubt_found.json",
+    "ubt_vit.json", "ubt_gate.json", "ubt_gate_badnet.json", "ubt_found.json",
 }  # fmt: skip
 
 

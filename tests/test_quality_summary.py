@@ -212,3 +212,7 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
         "| resnet | badnet | 1500 | 0 of 1 | fragility | 0 of 0 | - | - | - |",
         "| vit | clean | 1500 | - | fragility | 0 of 1 | - | 0.40 to 0.40 | 0.10 to 0.10 |",
     ]
+    (tmp_path / "ubt_gate_badnet.json").write_text(json.dumps(gates | {"cells": fires[:1]}))
+    *_, before, text, since = _quality_ubt.sections(tmp_path)
+    assert before == rows and "chosen anew" in text and "trained anew:" in text
+    assert [row.split(" | ")[5] for row in since.splitlines()[2:]] == ["1 of 1"]
