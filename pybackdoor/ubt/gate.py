@@ -35,8 +35,8 @@ from .suspects import Suspects
 from .words import WordReader, WordTable
 
 # Set between what small clean models showed (0.42 at most of 20, benchmarks/results/ubt_gate.json)
-# and the two attacks that settings are chosen on. Poisoned ones at 1 % showed 0.74 to 0.93; at 5 %,
-# left to find the number (ubt_found.json), down to 0.605.
+# and the two attacks that settings are chosen on. Poisoned ones showed 0.74 to 0.93 at 1 %, and at
+# 5 %, left to find the number (ubt_found.json), 0.73 and more.
 LEAST_SWING = 0.6
 CLASS = 20  # pairs that must share a caption or a word for it to be a class
 RARE = "(rare words only)"  # the class of captions without a common word
