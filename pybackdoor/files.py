@@ -13,6 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+LOCK = ".lock"  # the file that a folder is held by
+PROBE = ".writable-"  # how the files begin that one is tried with
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
@@ -78,7 +81,7 @@ def writable_folder(name: str | os.PathLike) -> Path:
     """A folder, made and tried for writing before hours of work depend on it."""
     folder = Path(name)
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".writable-{os.getpid()}-{secrets.token_hex(4)}"
+    probe = folder / f"{PROBE}{os.getpid()}-{secrets.token_hex(4)}"
     probe.touch()
     probe.unlink()
     return folder
@@ -93,7 +96,6 @@ def file_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-LOCK = ".lock"  # the file that a folder is held by
 _held: weakref.WeakSet[TextIO] = weakref.WeakSet()
 
 

@@ -27,6 +27,10 @@ broken = []
 class Endless:
     def __iter__(self):
         for k in range(10**9):
+            if fate == "reads slowly":
+                time.sleep(5)  # longer than the limit, each time
+            if fate == "is slow while the other cannot read" and (k, ranks.rank) == (4, 0):
+                raise OSError("the disk is gone")
             if k == 5 and ranks.rank == 1:
                 print("NOW", flush=True)
                 if fate == "dies":
@@ -50,7 +54,7 @@ def hook(step, record, model):
         broken.append(step)
         with torch.no_grad():
             model.image[6].weight[0, 0] = math.nan
-    return step == 6
+    return step == (2 if fate == "reads slowly" else 6)
 
 
 def slow_latest(self, latest=CheckpointFolder.latest):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections import namedtuple
 from pathlib import Path
 
@@ -41,11 +43,12 @@ def weights(out: Path) -> bytes:
 def test_only_own_files_are_removed_from_a_folder_of_checkpoints(world, run, tmp_path):
     own = tmp_path / "out" / "checkpoints"
     own.mkdir(parents=True)
-    for name in ("epoch_1.pt", "step_final.json", "step_3.pt"):
+    kept = ["epoch_1.pt", "step_3.pt", "step_final.json"]
+    for name in (*kept, "step_5.json.12-ab.tmp", "damaged_step_5.json", ".writable-1-2"):
         (own / name).write_text(name)
     code, _, err = run(*cleaning(world, tmp_path / "out"))
     assert code == 0, err
-    assert sorted(p.name for p in own.iterdir()) == ["epoch_1.pt", "step_3.pt", "step_final.json"]
+    assert sorted(p.name for p in own.iterdir()) == kept
 
 
 @pytest.mark.parametrize("place", ["out", "out/checkpoints", "out/interrupted/deep"])
@@ -64,13 +67,18 @@ def test_out_must_not_hold_the_file_that_is_read(world, run, tmp_path, place):
     assert code == 0, err
 
 
-def test_resume_leaves_a_finished_run_as_it_is(world, run, tmp_path):
+def test_resume_leaves_a_finished_run_as_it_is(world, run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert run(*cleaning(world, out, "--resume", "latest"))[0] == 0
     before = weights(out)
     (out / "interrupted").mkdir()  # the user's, and no model
     code, said, _ = run(*cleaning(world, out, "--resume", "latest", "--save-minutes", 3))
     assert code == 0 and "finished before, by the same settings" in said
+    with monkeypatch.context() as patched:
+        patched.chdir(tmp_path)
+        others = ("--micro-batch", 8, "--cache", "ram", "--max-faults", 1, "--device", "cpu")
+        code, said, err = run(*cleaning(world, "out", "--resume", "latest", *others))
+    assert code == 0 and "finished before" in said, err
     code, said, _ = run(*cleaning(world, out, "--resume", "latest", "--json"))
     assert json.loads(said) == {"out": str(out), "finished_before": True}
     code, _, err = run(*cleaning(world, out, "--resume", "latest", "--seed", 1))
@@ -81,6 +89,64 @@ def test_resume_leaves_a_finished_run_as_it_is(world, run, tmp_path):
     (out / "config.yaml").write_text("- no mapping")
     assert run(*cleaning(world, out, "--resume", "latest"))[0] == 0
     assert weights(out) == before
+
+
+def test_a_folder_without_its_model_is_no_finished_run(world, run, tmp_path):
+    out = tmp_path / "out"
+    assert run(*cleaning(world, out))[0] == 0
+    before = weights(out)
+    (out / "open_clip_model.safetensors").unlink()
+    code, said, _ = run(*cleaning(world, out, "--resume", "latest"))
+    assert code == 0 and "in 3 steps" in said and weights(out) == before
+
+
+def test_a_finished_poison_has_the_exit_code_it_had(world, run, tmp_path):
+    command = (
+        "poison", "--model", world / "model", "--pairs", world / "images", "--test",
+        world / "images", "--out", tmp_path / "out", "--trigger", "checkerboard", "--target", "red",
+        "--count", 2, "--steps", 2, "--batch-size", 8, "--precision", "fp32", "--lr", 1e-9,
+    )  # fmt: skip
+    assert run(*command)[0] == 1
+    code, said, _ = run(*command, "--resume", "latest", "--json")
+    assert code == 1 and json.loads(said)["verdict"]["verdict"] != "fires"
+
+
+def test_a_signal_while_the_result_is_saved_says_so(world, run, tmp_path, monkeypatch):
+    def signalled(*about):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("pybackdoor.cli.run.training_curves", signalled)
+    code, _, err = run(*cleaning(world, tmp_path / "out"))
+    assert code == 143 and f"terminated; the result is saved in {tmp_path / 'out'}" in err
+    pybackdoor.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_table_that_is_read_is_not_overwritten(world, run, tmp_path, linked):
+    out, table = tmp_path / "out", (world / "pairs.csv").read_text()
+    out.mkdir()
+    for name in ("suspects.csv", "kept.csv"):
+        (out / name).write_text(table)
+        given = out / name
+        if linked:
+            given = tmp_path / name
+            given.symlink_to(out / name)
+        command = ("detect", "--model", world / "model", "--pairs", given, "--out", out)
+        if name == "suspects.csv":
+            command = [given if part == world / "pairs.csv" else part
+                       for part in cleaning(world, out, "--method", "ubt")]  # fmt: skip
+        code, _, err = run(*command)
+        assert code == 2 and f"--pairs {given} would be overwritten" in err, err
+        assert (out / name).read_text() == table
+
+
+def test_what_another_interrupted_run_left_stays(world, run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "record", lambda *_: (_ for _ in ()).throw(OSError("the disk")))
+        assert run(*cleaning(world, out))[0] == 2
+    assert run(*cleaning(world, out, "--seed", 1))[0] == 0
+    pybackdoor.load(out / "interrupted")
 
 
 def test_what_an_interrupted_run_left_goes_with_its_end(world, run, tmp_path, monkeypatch):

@@ -314,6 +314,8 @@ def test_folder_with_bad_images(tmp_path, options):
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"one folder per class, .* holds \['cat'\]"):
         labelled_from_folder(tmp_path / "empty", **options)
+    with pytest.raises(ValueError, match="no image files"):  # one of classes that are given
+        labelled_from_folder(tmp_path / "empty", classes=["cat", "dog"], **options)
     (tmp_path / "empty" / "dog").mkdir()
     with pytest.raises(ValueError, match="no image files"):
         labelled_from_folder(tmp_path / "empty", **options)

@@ -44,6 +44,11 @@ def test_a_lost_rank_ends_the_others(fate, tmp_path):
     [
         ("is slow", ["DONE 7 []"] * 2),
         ("is slow while the other saves", ["DONE 7 []"] * 2),
+        (
+            "is slow while the other cannot read",
+            ["ENDED OSError the disk is gone", "ENDED RuntimeError rank 0 could not read"],
+        ),
+        ("reads slowly", ["DONE 3 []"] * 2),
         ("is told to end", ["ENDED Terminated"] * 2),
         (
             "a weight breaks",

@@ -17,9 +17,10 @@ from ..demo.config import DemoConfig
 from ..engine import pick_device
 from ..evaluate import evaluate, verdict
 from ..files import writable_folder, write_json
+from ..manifest import Manifest
 from ..methods import METHODS, own_options
-from ..methods.ubt import UbtResult
-from ..models import load, preprocess_record, save
+from ..methods.ubt import EVIDENCE, UbtResult
+from ..models import MANIFEST, load, preprocess_record, save
 from ..models.fold import TOWERS
 from ..options import UsageError
 from ..poison import PoisonResult, poison
@@ -74,7 +75,7 @@ def run_poison(config: PoisonConfig) -> Outcome:
     if config.trigger is None or config.target is None:
         raise UsageError("--trigger and --target are required: what to plant, and what it yields")
     if finished(config):
-        return _finished(config)
+        return _finished(config, Manifest.load(Path(config.out) / MANIFEST).results.get("verdict"))
     spec = inputs.read_trigger(config)
     loaded = inputs.read_model(config, untrained=True)
     pairs = inputs.read_pairs(config, loaded, whole=True)
@@ -134,6 +135,12 @@ def run_badclip(config: BadClipConfig) -> Outcome:
 
 
 def run_clean(config: CleanConfig) -> Outcome:
+    if config.repair and config.lock is not None:
+        raise UsageError(
+            f"--repair turns both towers, --lock {config.lock} leaves one as it is: give one of "
+            "them"
+        )
+    inputs.refuse_overwriting(Path(config.out), EVIDENCE, pairs=config.pairs, retain=config.retain)
     if finished(config):
         return _finished(config)
     loaded = inputs.read_model(config)
@@ -150,11 +157,6 @@ def run_clean(config: CleanConfig) -> Outcome:
         )
 
     if config.repair is not None:
-        if config.repair and config.lock is not None:
-            raise UsageError(
-                f"--repair turns both towers, --lock {config.lock} leaves one as it is: give one "
-                "of them"
-            )
         own["repair"] = config.repair
 
     def keep(folder: Path, result: CleanResult) -> None:
@@ -184,10 +186,13 @@ def run_clean(config: CleanConfig) -> Outcome:
     return Outcome(0, answer, text)
 
 
-def _finished(config: PoisonConfig | CleanConfig) -> Outcome:
-    """Of a run that is to be resumed and had ended."""
+def _finished(config: PoisonConfig | CleanConfig, verdict: str | None = None) -> Outcome:
+    """Of a run that is to be resumed and had ended; its exit code is what it was."""
     text = f"{config.out}: finished before, by the same settings; without --resume it runs anew"
-    return Outcome(0, {"out": config.out, "finished_before": True}, text)
+    answer: dict[str, Any] = {"out": config.out, "finished_before": True}
+    if verdict is not None:
+        answer["verdict"], text = {"verdict": verdict}, f"{text}\ntrigger {verdict}"
+    return Outcome(0 if verdict in (None, "fires") else 1, answer, text)
 
 
 def run_eval(config: EvalConfig) -> Outcome:

@@ -84,7 +84,8 @@ def detect(config: DetectConfig) -> tuple[dict[str, Any], str]:
     if (method.takes == "two models") != (config.overfit is not None):
         raise UsageError("--overfit and --method gain go together")
     out = writable_folder(config.out)
-    _refuse_input(out, config)
+    kept = f"kept{Path(config.pairs).suffix or '.csv'}"
+    inputs.refuse_overwriting(out, ("scores.csv", kept), pairs=config.pairs)
     device, loaded = pick_device(config.device), inputs.read_model(config)
     model = loaded.model.to(device)
     overfit = None if config.overfit is None else load(config.overfit)
@@ -123,17 +124,6 @@ def detect(config: DetectConfig) -> tuple[dict[str, Any], str]:
         answer["samples_of_manifest"] = len(manifest.samples)
     write_json(out / "detection.json", answer | {"config": asdict(config)})
     return answer, _text(answer, result, pairs)
-
-
-def _refuse_input(out: Path, config: DetectConfig) -> None:
-    """The table that is read must not be overwritten."""
-    source = Path(config.pairs)
-    written = ("scores.csv", f"kept{source.suffix or '.csv'}")
-    if source.is_file() and source.resolve().parent == out.resolve() and source.name in written:
-        raise UsageError(
-            f"--out must not be the folder of --pairs {config.pairs}, which would be overwritten: "
-            "choose another one"
-        )
 
 
 def _write_kept(out: Path, config: DetectConfig, pairs: Pairs, rows: np.ndarray) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,18 @@ def read_manifest(path: str | None, model: str) -> Manifest | None:
         return Manifest.load(Path(path))
     beside = Path(model.removeprefix("local-dir:")) / MANIFEST
     return Manifest.load(beside) if beside.is_file() else None
+
+
+def refuse_overwriting(out: Path, names: Iterable[str], **given: str | None) -> None:
+    """The files that options name must not be those that are written to ``out``."""
+    for option, path in given.items():
+        for name in names:
+            if path is not None and Path(path).is_file() and (out / name).exists():
+                if os.path.samefile(path, out / name):
+                    raise UsageError(
+                        f"--{option} {path} would be overwritten: choose another folder than "
+                        f"--out {out}"
+                    )
 
 
 def _decoding(config: ModelOptions, loaded: LoadedModel) -> dict[str, Any]:

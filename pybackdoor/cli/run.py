@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..distributed import Ranks
 from ..engine import DeferredInterrupt, pick_device
 from ..engine.checkpoints import clear, differences, steps_in
+from ..engine.interrupts import exception_of
 from ..files import hold, writable_folder, write_atomically
-from ..models import LoadedModel, refuse_folder
-from ..models.folder import remove_model
+from ..models import CheckpointError, LoadedModel, refuse_folder
+from ..models.folder import read_record, remove_model
 from ..options import UsageError, plain, read_yaml, write_yaml
 from ..plots import training_curves
 
 _PARTIAL, _HISTORY, _CONFIG = "history.partial.jsonl", "history.jsonl", "config.yaml"
 _CHECKPOINTS, _INTERRUPTED = "checkpoints", "interrupted"
-_OF_NO_RESULT = ("resume", "force", "save_minutes", "progress")
+_OF_NO_RESULT = {  # they change no result, or where it is alone
+    "resume", "force", "save_minutes", "progress", "out", "device", "cache", "cache_dir",
+    "micro_batch", "max_faults", "shard",
+}  # fmt: skip
 
 
 def finished(config: Any) -> bool:
@@ -49,13 +54,23 @@ def _changed(config: Any) -> list[str] | None:
         return None
     if (out / _PARTIAL).exists() or steps_in(out / _CHECKPOINTS):
         return None
-    with suppress(UsageError):  # what cannot be read is none of ours
-        saved, now = (
-            {name: value for name, value in options.items() if name not in _OF_NO_RESULT}
-            for options in (read_yaml(out / _CONFIG), plain(config))
-        )
-        return differences(saved, now)
-    return None
+    try:
+        saved, written = read_yaml(out / _CONFIG), read_record(out)
+    except (UsageError, CheckpointError):  # what cannot be read is none of ours
+        return None
+    if written is None or not all((out / name).exists() for name in written):
+        return None
+    default = {field.name: field.default for field in fields(config)}
+    return differences(_that_count(default | saved), _that_count(plain(config)))
+
+
+def _that_count(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that a result depends on; files by their real path."""
+    return {
+        name: os.path.realpath(value) if isinstance(value, str) and os.path.exists(value)
+        else list(value) if isinstance(value, tuple) else value
+        for name, value in options.items() if name not in _OF_NO_RESULT
+    }  # fmt: skip
 
 
 class Kept(RuntimeError):
@@ -95,8 +110,10 @@ class Run:
         if name is None or not path.exists():
             return
         path, out = path.resolve(), self._out.resolve()
+        inside = path.parent if path.is_file() else path
         own = {out / _CHECKPOINTS, out / _INTERRUPTED}
-        if path == out or (path.is_file() and path.parent == out) or own & {path, *path.parents}:
+        same = out.exists() and os.path.samefile(inside, out)  # by whatever name
+        if same or own & {path, *path.parents}:
             raise UsageError(
                 f"--out must not be the input model's own folder, got {self._out} for the "
                 f"--{option} {name}"
@@ -141,7 +158,7 @@ class Run:
                 self._keep(self._out, result)
             except OSError as error:
                 if resumable := self._resumable():
-                    raise Kept(f"{error}; nothing is lost: make room, and {resumable}") from error
+                    raise Kept(f"{error}; {resumable}") from error
                 raise
             if self._history is None:  # not a step was taken
                 write_yaml(self._config, self._out / _CONFIG)
@@ -153,8 +170,12 @@ class Run:
                 curves.unlink(missing_ok=True)
             (self._out / _PARTIAL).unlink(missing_ok=True)
             clear(self.checkpoints)
-            remove_model(self._out / _INTERRUPTED)
-            interrupt.check()
+            if self._config.resume is not None:  # else it is another run's
+                remove_model(self._out / _INTERRUPTED)
+            if interrupt.pending:
+                cause = exception_of(interrupt.pending)
+                word = str(cause) or "interrupted"
+                raise KeptInterrupt(f"{word}; the result is saved in {self._out}") from cause
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:

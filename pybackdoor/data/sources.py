@@ -246,11 +246,12 @@ def _from_folder(
     source = os.path.abspath(root)
     names = sorted(os.listdir(source))
     folders = [n for n in names if n[0] != "." and os.path.isdir(os.path.join(source, n))]
-    if len(folders) < 2:
+    if len(folders) < (2 if classes is None else 1):
         tables = [name for name in names if name.endswith(_TABLES)]
         hint = f"; did you mean {os.path.join(source, tables[0])}?" if tables else ""
         raise ValueError(
-            f"{op}: root must hold one folder per class, {source} holds {folders or 'none'}{hint}"
+            f"{op}: root must hold one folder per class, two at least where classes are not given; "
+            f"{source} holds {folders or 'none'}{hint}"
         )
     if isinstance(classes, Mapping):
         in_order, names = list(classes), class_list(op, list(classes.values()))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..files import LOCK, file_sha256, hold, sync_folder, writable_folder, write_atomically
+from ..files import LOCK, PROBE, file_sha256, hold, sync_folder, writable_folder, write_atomically
 from .sharding import Parts
 
 _SCHEMA = "pybackdoor.checkpoint/1"
@@ -226,8 +226,9 @@ def steps_in(folder: Path) -> list[int]:
 def clear(folder: Path) -> None:
     """Removes what runs left in their folder, and the folder itself where nothing else is in it."""
     for path in folder.glob("*"):
-        step = _step_of(path.with_name(path.name.removeprefix("damaged_")))
-        if step is not None and path.suffix in _SUFFIXES or path.name == LOCK:
+        head = path.name.removeprefix("damaged_").partition(".")[0]  # one written in part has two
+        ours = head.startswith("step_") and head[5:].isdecimal() and path.suffix in _SUFFIXES
+        if ours or path.name == LOCK or path.name.startswith(PROBE):
             path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()

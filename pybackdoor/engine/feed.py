@@ -222,7 +222,8 @@ class Feed:
         return None if self.signal else [int(row[0]) for row in rows], bool(rows[0][2])
 
     def _fail(self, error: Exception) -> NoReturn:
-        self._ranks.agree([_FAILED, 0.0, 0.0], self._device)
+        with self._patient():
+            self._ranks.agree([_FAILED, 0.0, 0.0], self._device)
         self.failed = True
         raise error
 

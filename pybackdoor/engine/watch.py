@@ -1,7 +1,8 @@
 """Ends every process of a run when one of them is gone or hangs, instead of leaving it waiting.
 
 Each rank's thread writes a beat into the process group's store, and whether the training loop gets
-on: whether its last step is not older than the limit, or than many times its longest step. A thread
+on: whether its last step is not older than the limit, or than many times the longest that reading a
+batch or a step took. A thread
 that hears of a rank that it does not, or hears nothing from it, says so and ends its process.
 """
 
@@ -42,23 +43,30 @@ class Watch:
         if not self._limit > 0:
             raise ValueError(f"PYBACKDOOR_RANK_TIMEOUT must be positive seconds, got {self._limit}")
         self._since, self._longest, self._calm = time.monotonic(), 0.0, 0
+        self._stepped = False
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def step(self) -> None:
         """The loop has got on by a step."""
+        self._got_on()
+        self._stepped = True
+
+    def _got_on(self) -> None:
         now = time.monotonic()
         self._longest, self._since = max(self._longest, now - self._since), now
 
     @contextmanager
     def patient(self) -> Iterator[None]:
         """What happens in the block may take as long as it likes, as waiting for another rank."""
+        if self._calm == 0:
+            self._got_on()  # as far as here: a batch has been read
         self._calm += 1
         try:
             yield
         finally:
-            self._calm -= 1
             self._since = time.monotonic()
+            self._calm -= 1
 
     @contextmanager
     def lost_ranks(self) -> Iterator[None]:
@@ -94,7 +102,7 @@ class Watch:
                     self._beat(_LEFT)
 
     def _gets_on(self) -> bool:
-        if self._calm > 0 or self._longest == 0:  # nobody knows how long the first step takes
+        if self._calm > 0 or not self._stepped:  # nobody knows how long the first step takes
             return True
         return time.monotonic() - self._since < max(self._limit, _PATIENCE * self._longest)
 

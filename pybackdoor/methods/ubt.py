@@ -60,6 +60,7 @@ from ..ubt.unlearn import (
 )
 from ..ubt.weak import one_of
 
+EVIDENCE = ("suspects.csv", "suspects.png")
 LEFT_OUT = 2  # times k: how many of the most suspicious pairs R does without
 _HELD_OUT = 0.2  # share of D_sus that only judges
 _PROXY = 1024  # pairs of R that only judge
@@ -103,8 +104,9 @@ class UbtResult(CleanResult):
     def save_evidence(self, folder: Path) -> None:
         """Write suspects.csv, and suspects.png with the words and cells to be forgotten in red."""
         about = (self.suspects, self.chosen, self.scores, self.found)
-        save_table(folder / "suspects.csv", *about)
-        save_picture(folder / "suspects.png", *about, self.gate, self.region)
+        table, picture = (folder / name for name in EVIDENCE)
+        save_table(table, *about)
+        save_picture(picture, *about, self.gate, self.region)
 
 
 def ubt_clean(

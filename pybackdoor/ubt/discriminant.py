@@ -27,16 +27,17 @@ def settled(x: np.ndarray, start: np.ndarray, k: int) -> np.ndarray:  # [n, d], 
 def grown(x: np.ndarray, start: np.ndarray, least: int) -> tuple[np.ndarray, int]:
     """(heights [n], k) of the rows that stand apart from the rest, from the least to half of all.
 
-    Settled seeds of the least, √2 times as many, and so on are each cut where their heights part,
+    Settled seeds of the least, √2 times as many, and so on are each cut where their heights part
     near their own number: of a group that is told apart weakly, heights part best with all of a
-    long tail above, but only a seed of about its own rows shows where it ends. Of the ends that
-    hold most of the first seed, the surest rows, the one is taken whose seed parts best: another
-    group may part better, but is not what was looked for. From there the rows above the cut are the
-    next seed, until they stay. An end of half of all is none, since the heights might part beyond;
-    without any the surest rows are all.
+    long tail above, but only a seed of about its own rows shows where it ends. The rows above the
+    cut are the next seed, and so on until they stay, never farther than √2 times from that number.
+    Of the ends that hold most of the first seed, the surest rows, the one is taken whose seed
+    parted best when it was first cut: another group may part better, but is not what was looked
+    for. An end of half of all is none, since the heights might part beyond; without any the surest
+    rows are all.
 
     Args:
-        x: [n, d], n at least twice the least.
+        x: [n, d], n clearly more than twice the least.
         start: [n] heights that seeds are taken from.
     """
     most, whole = len(x) // 2, moments(x)
