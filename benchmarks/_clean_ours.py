@@ -8,7 +8,7 @@ clock starts. `without` switches one lever off:
     kernels     PYBACKDOOR_BACKEND=reference: normalisation, augmentation and loss in plain torch
     shortcuts   towers compute the last block of every token, captions in groups of similar length,
                 a ResNet its batch norms and its pool's answers to every place
-    products    on a CPU: the towers' matrix products are torch's own
+    products    on a CPU, not Intel's: the towers' matrix products are torch's own
     heap        on a CPU: freed memory goes back to the system within the step
     casts       on a CPU, in bf16: the poisoned model's weights are cast at every step
 """

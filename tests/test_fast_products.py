@@ -14,6 +14,11 @@ needs_onednn = pytest.mark.skipif(_matmul._onednn() is None, reason="torch witho
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def another_maker(monkeypatch):
+    monkeypatch.setattr(_matmul, "_intel", lambda: False)
+
+
 class Seen:
     """oneDNN's op, counting its calls."""
 
@@ -107,6 +112,33 @@ def test_other_modes_see_what_they_expect(seen):
     with fast_products(model), Names(), torch.no_grad():
         model(x)
     assert torch.ops.aten.addmm.default in Names.names and seen.calls == 2
+
+
+@needs_onednn
+def test_on_intels_cpus_products_are_torchs_own(seen, monkeypatch):
+    model, x = layers(), torch.randn(512, 256)
+    monkeypatch.setattr(_matmul, "_intel", lambda: True)
+    with fast_products(model), torch.no_grad():
+        assert torch.equal(model(x), layers()(x))
+    assert torch.equal(_matmul.matmul_nt(x, x), x @ x.T) and seen.calls == 0
+    monkeypatch.setattr(_matmul, "_intel", lambda: False)
+    _matmul.matmul_nt(x, x)
+    assert seen.calls == 1
+
+
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD"])
+@pytest.mark.parametrize("linux", [True, False])
+def test_the_maker_is_known(maker, linux, monkeypatch):
+    def read_text(*about, **options):
+        if not linux:
+            raise FileNotFoundError
+        return f"processor: 0\nvendor_id\t: {maker}\n"
+
+    monkeypatch.undo()  # of what stands in for it
+    monkeypatch.setattr(_matmul.Path, "read_text", read_text)
+    monkeypatch.setattr(_matmul.platform, "processor", lambda: f"Family 6, {maker}")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert _matmul._intel.__wrapped__() == (maker == "GenuineIntel")
 
 
 def test_without_onednn_nothing_changes(monkeypatch):

@@ -1,16 +1,19 @@
 """Matrix products on the CPU by the library that is fastest there.
 
-PyTorch's fp32 matmul calls MKL, which on some makers' CPUs is slower than oneDNN; the ablation of
-bench_clean.py tells what that makes of a step. oneDNN's error is at most twice as large (root mean
+PyTorch's fp32 matmul calls MKL, which is the faster one on Intel's CPUs, and on others' may be the
+slower one; the ablation of bench_clean.py tells what that makes of a step. The CPU's maker decides,
+not a clock: results must not depend on one. oneDNN's error is at most twice as large (root mean
 square, which the tests hold it to; the larger with AVX2). It is called per product: the global
 matmul precision, which can turn fp32 into bf16, stays alone.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,14 +41,26 @@ def _onednn():  # -> the op, or None where torch has been built without it
     return op if works else None
 
 
+@cache
+def _intel() -> bool:
+    try:
+        maker = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        maker = platform.processor()
+    return "GenuineIntel" in maker and torch.backends.mkl.is_available()
+
+
+def _faster():  # -> oneDNN's op, or None where torch's own products are as fast
+    return None if _intel() or not torch.backends.mkldnn.enabled else _onednn()
+
+
 def matmul_nt(
     a: Tensor,  # [m, k], any strides
     b: Tensor,  # [n, k], any strides
 ) -> Tensor:
-    """a bᵀ, [m, n]: on a CPU oneDNN for fp32 where torch has it, else torch.mm."""
-    plain = _plain(a) and _plain(b) and torch.backends.mkldnn.enabled
-    if plain and min(a.shape + b.shape) > 0:
-        op = _onednn()
+    """a bᵀ, [m, n]: for fp32 on a CPU by the faster library, else torch.mm."""
+    if _plain(a) and _plain(b) and min(a.shape + b.shape) > 0:
+        op = _faster()
         if op is not None:
             return op(a, b, None, "none", [], "")
     return a @ b.T
@@ -55,12 +70,13 @@ def matmul_nt(
 def fast_products(model: nn.Module) -> Iterator[None]:
     """Within it, a CPU model's large fp32 products with a row-major left factor go to oneDNN.
 
+    Not on Intel's CPUs, where nothing changes.
     Those are the forward pass of linear layers and the gradients of their inputs. The gradients of
     weights, whose left factor is transposed, are no faster there. Entered once for a step: seeing
     every operator has a cost, so nothing is done for models whose products are small, nor within
     another dispatch mode, which would see other operators than it expects.
     """
-    op = _onednn() if torch.backends.mkldnn.enabled else None
+    op = _faster()
     wide = any(p.ndim == 2 and min(p.shape) >= _WIDE and _plain(p) for p in model.parameters())
     if op is None or not wide or _get_current_dispatch_mode() is not None:
         yield
