@@ -70,11 +70,11 @@ def matmul_nt(
 def fast_products(model: nn.Module) -> Iterator[None]:
     """Within it, a CPU model's large fp32 products with a row-major left factor go to oneDNN.
 
-    Not on Intel's CPUs, where nothing changes.
-    Those are the forward pass of linear layers and the gradients of their inputs. The gradients of
-    weights, whose left factor is transposed, are no faster there. Entered once for a step: seeing
-    every operator has a cost, so nothing is done for models whose products are small, nor within
-    another dispatch mode, which would see other operators than it expects.
+    On Intel's CPUs nothing changes. Those are the forward pass of linear layers and the gradients
+    of their inputs. The gradients of weights, whose left factor is transposed, are no faster there.
+    Entered once for a step: seeing every operator has a cost, so nothing is done for models whose
+    products are small, nor within another dispatch mode, which would see other operators than it
+    expects.
     """
     op = _faster()
     wide = any(p.ndim == 2 and min(p.shape) >= _WIDE and _plain(p) for p in model.parameters())
