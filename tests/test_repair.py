@@ -96,7 +96,12 @@ def test_a_saved_model_keeps_its_rotation(kind, tmp_path):
         config = tiny(0, text_cfg=TEXT, **OPEN_CLIP[kind]).config
         pybackdoor.save(mended, tmp_path / "m", config=config)
         again = pybackdoor.load(tmp_path / "m").model.eval()
-    assert torch.equal(features(again, batches), features(mended, batches))
+    saved, kept = again.state_dict(), mended.state_dict()
+    assert all(torch.equal(saved[name], kept[name]) for name in kept.keys() | saved.keys())
+    # Not to the bit: a product's sums may depend on where its factors lie in memory.
+    torch.testing.assert_close(
+        features(again, batches), features(mended, batches), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
