@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -80,6 +81,8 @@ def write_json(path: Path, content: Any) -> None:
 def writable_folder(name: str | os.PathLike) -> Path:
     """A folder, made and tried for writing before hours of work depend on it."""
     folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "wanted a folder, got a file", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f"{PROBE}{os.getpid()}-{secrets.token_hex(4)}"
     probe.touch()

@@ -101,10 +101,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _about_file(error: OSError, given: argparse.Namespace) -> str:
-    """Names the option whose file it is."""
+    """Names the options whose file it is."""
     names = [name for name, value in vars(given).items() if value == str(error.filename)]
-    option = f"--{names[0].replace('_', '-')} " if names else ""
-    return f"{option}{error.filename}: {error.strerror}"
+    options = "".join(f"--{name.replace('_', '-')} " for name in names)
+    return f"{options}{error.filename}: {error.strerror}"
 
 
 def _show_warning(command: str, message: Warning | str, *about: Any, **more: Any) -> None:
