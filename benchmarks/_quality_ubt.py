@@ -40,8 +40,9 @@ one model of BadNet-Stripes had been seen to depend on how many pairs were found
 of which too many pairs were found, a third of them poisoned, too few for their cohesion, while its
 swing is that of the others."""
 SINCE = """Where the pairs found end was then chosen anew, on weak triggers of the two kinds that
-settings are chosen on; the rows above are of the search before, whose swing, by which clean models
-are stopped, is the same. BadNet by the search as it is, on models trained anew:"""
+settings are chosen on, but in sight of the BadNet of seed 0 below, which a first rule had not
+helped; the rows above are of the search before, whose swing, by which clean models are stopped, is
+the same. BadNet by the search as it is, on models trained anew:"""
 
 
 def sections(folder: Path) -> list[str]:
