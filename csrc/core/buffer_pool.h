@@ -1,10 +1,10 @@
 // Memory for large results on the CPU, used again once freed.
 //
 // malloc hands blocks beyond 32 MiB back to the system at once, so each call would pay the faults
-// of fresh pages, for 77 MB about as much as the kernel that fills them (bench_trigger_normalize.py,
-// pybackdoor_fresh). Blocks are whole huge pages; one serves requests of 4/5 of its size or more. At
-// most kPoolBytes of free ones are kept: the oldest go first, so that after a change of the batch's
-// shape the pool follows.
+// of fresh pages, for 77 MB about as much as the kernel that fills them
+// (bench_trigger_normalize.py, pybackdoor_fresh). Blocks are whole huge pages; one serves requests
+// of 4/5 of its size or more. At most kPoolBytes of free ones are kept: the oldest go first, so
+// that after a change of the batch's shape the pool follows.
 #pragma once
 
 #include <cstddef>
