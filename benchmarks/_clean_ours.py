@@ -1,7 +1,9 @@
 """Provider `pybackdoor`: PairLoader, par_clean and evaluate, called as a user calls them.
 
-A block is a call of par_clean on a loader of its batches and one more before them, at whose end the
-clock starts. `without` switches one lever off:
+A block is a call of par_clean on a loader of its batches and WARM more before them, at whose end
+the clock starts: the optimizer's state, made in the first step, takes memory that the step had
+freed, so that on a CPU the second one, too, meets pages that the system must clear. `without`
+switches one lever off:
     trim_text   captions keep their padding
     cache_text  the poisoned model encodes the captions of each batch
     cache       images are decoded at every visit
@@ -44,10 +46,11 @@ from pybackdoor.engine import heap, towers
 from pybackdoor.triggers import TriggerSpec, apply_trigger, trigger
 
 LEVERS = ("trim_text", "cache_text", "cache", "kernels", "shortcuts", "products", "heap", "casts")
+WARM = 2  # steps of a block before its clock starts
 
 
 class Clocked:
-    """A loader with a clock, from when its second batch is asked for to the end of the last step.
+    """A loader with a clock, from when batch WARM is asked for to the end of the last step.
 
     Args:
         begin: called when the clock starts.
@@ -62,9 +65,9 @@ class Clocked:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict]:
-        for number, batch in enumerate(self._loader):
+        for number, batch in enumerate(self._loader, 1):
             yield batch
-            if number == 0:
+            if number == WARM:
                 synchronize(self._device)
                 self._begin()
                 self.began = time.perf_counter()
@@ -160,7 +163,7 @@ class Ours:
             shape = Preprocessing(wanted.size, wanted.resize_mode, wanted.interpolation)
             store = DecodedEachTime(pairs.locations, shape)
             pairs = Pairs(store, pairs.captions, pairs.ids, pairs.locations)
-        rows = np.concatenate([batches[0], *batches])  # the first pass over batches[0] warms up
+        rows = np.concatenate([*[batches[0]] * WARM, *batches])
         loader = PairLoader(
             pairs.subset(rows), self.setting.tokenizer, batch_size=self.setting.batch, shuffle=False
         )

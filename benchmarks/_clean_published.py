@@ -199,6 +199,12 @@ class Published:
         synchronize(self.setting.device)
         return time.perf_counter() - began
 
+    def restart(self) -> None:
+        """What a run begins without: steps taken, gradients and the optimizer's state."""
+        self.taken = 0
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
+
     def whole(self, epochs: int) -> Parts:
         """Epochs, each with its evaluation."""
         parts = Parts()

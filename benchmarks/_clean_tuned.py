@@ -186,6 +186,12 @@ class Tuned:
                     coming = pool.submit(read, following)
                 yield batch
 
+    def restart(self) -> None:
+        """What a run begins without: steps taken, gradients and the optimizer's state."""
+        self.taken = 0
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
+
     def whole(self, epochs: int) -> Parts:
         """Epochs, each with its evaluation; the files are read first."""
         parts, self.tests = Parts(), None

@@ -14,14 +14,15 @@ same losses. Photographs come from the pack in the folder PYBACKDOOR_DATA, else 
 ms_median is milliseconds per 1,000 pairs. Modes:
     train       training steps alone: what is done once in a run, reading the files and encoding
                 the poisoned model's captions, is done before; mode run has it
-    run         two epochs with an evaluation each, of clean and of triggered images, from files on
+    run         two epochs with an evaluation each, of clean and of triggered images, from files on;
+                without state of an optimizer and with freed memory given back, as a process begins
     ablation    pybackdoor as it is, and with one lever off each (_clean_ours.py); its case
                 "... evaluation" is per 1,000 images
 Notes hold pairs per second and, from a pass of its own, milliseconds by stage. The rate of mode
 train counts the products that a step needs (_clean_flops.py); its ceiling is a large product's in
 the same precision (_ceilings.py). Compilation (of the provider tuned, on CUDA; on a CPU only with
---compile on) is in no time, but in a note. Peak memory is that of building a trainer and taking a
-step. Two torch threads, unless told otherwise.
+--compile on) is in no time, but in a note. Peak memory is that of building a trainer and its first
+steps, as many of each. Two torch threads, unless told otherwise.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from _ceilings import ceilings
 from _clean_check import check_losses
 from _clean_data import Files, write_files
 from _clean_flops import pair_flops
-from _clean_ours import LEVERS, Ours
+from _clean_ours import LEVERS, WARM, Ours
 from _clean_published import Published
 from _clean_setting import Setting, Stages, no_stages
 from _clean_tuned import Tuned
@@ -131,7 +132,7 @@ class Benchmark:
         return list(rows.reshape(count, batch))
 
     def build(self) -> None:
-        """The trainers, each having taken a first block, with the memory that took."""
+        """The trainers, each having taken its first steps, with the memory that took."""
         setting, one = self.setting, self.batches(0)[:1]
 
         def made(kind: type) -> None:
@@ -139,7 +140,7 @@ class Benchmark:
             self.trainers[trainer.name] = trainer
             if isinstance(trainer, Tuned):
                 trainer.read()
-            trainer.block(one)
+            trainer.block(one if kind is Ours else one * (WARM + 1))
 
         for kind in (Published, Tuned, Ours):
             release_memory()
@@ -147,7 +148,7 @@ class Benchmark:
             self.peak[kind.name] = peak_growth(lambda kind=kind: made(kind), setting.device)
             if kind is Tuned and setting.compile:
                 took = time.perf_counter() - began
-                self.report.note(f"tuned: reading and the first, compiling step took {took:.0f} s")
+                self.report.note(f"tuned: reading and the first, compiling steps took {took:.0f} s")
 
     def train(self) -> None:
         """Blocks of steps in turn, then the pass with stages."""
@@ -159,7 +160,7 @@ class Benchmark:
         for block in range(self.size.blocks):
             names = list(self.trainers)
             for name in names[block % len(names) :] + names[: block % len(names)]:
-                if name != OURS:  # whose blocks begin with a step before the clock
+                if name != OURS:  # whose blocks begin with steps before the clock
                     self.trainers[name].block(self.batches(block)[:1])
                 seconds[name].append(self.trainers[name].block(self.batches(block)))
         samples = self.size.steps * self.setting.batch
@@ -205,7 +206,8 @@ class Benchmark:
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 trainer = self.trainers[name]
                 if isinstance(trainer, Published | Tuned):
-                    trainer.taken = 0
+                    trainer.restart()
+                release_memory()
                 began = time.perf_counter()
                 parts[name] = trainer.whole(EPOCHS)
                 seconds[name].append(time.perf_counter() - began)

@@ -75,11 +75,17 @@ CANDIDATES: dict[str, dict[str, list[dict[str, Any]]]] = {
             *({**rate, "rho": rho} for rho in (0.002, 0.01) for rate in rates(1.4e-3)),
         ],
         "invert": [
-            *({**rate, "opacity": 0.3} for rate in rates(7e-4, 1.4e-3)),
-            *({**rate, "opacity": 0.3, "share": 0.25} for rate in rates(7e-4)),
-            *rates(7e-4, 1.4e-3),
-            *({**rate, "share": 0.25} for rate in rates(1.4e-3)),
-            *({**rate, "every": 100, "inversion_steps": 300} for rate in rates(1.4e-3)),
+            {**rate, "opacity": opacity, "share": share, **more}
+            for start, opacity, share, more in (
+                (7e-4, 0.3, 0.5, {}),
+                (1.4e-3, 0.3, 0.5, {}),
+                (7e-4, 0.3, 0.25, {}),
+                (7e-4, 0.1, 0.5, {}),
+                (1.4e-3, 0.1, 0.5, {}),
+                (1.4e-3, 0.1, 0.25, {}),
+                (1.4e-3, 0.1, 0.5, {"every": 100, "inversion_steps": 300}),
+            )
+            for rate in rates(start)
         ],
     },
     # A step of these takes seconds: the other methods take fine-tuning's learning rate, and what

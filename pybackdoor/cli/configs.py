@@ -133,7 +133,10 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
     adaptive: bool = option(False, "FT-SAM: scale that step by the weights' magnitudes")
     perturb: bool = option(False, "invert: PAR's distance term beside CLIP's loss")
     every: int = option(50, "invert: steps between two inversions")
-    share: float = option(0.5, "invert: share of a batch that carries an inverted trigger")
+    inversion_steps: int = option(150, "invert: optimiser steps of an inversion")
+    share: float = option(0.25, "invert: share of a batch that carries an inverted trigger")
+    pool: int = option(3, "invert: triggers kept of each family, the latest")
+    opacity: float = option(0.3, "invert: weight of the pattern that covers a whole image")
     retain: str | None = option(
         None, "ubt: clean pairs, as --pairs; default the unsuspicious ones of --pairs"
     )
@@ -157,6 +160,12 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
         None,
         "ubt: share of an image's patches that words are forgotten on (default: the whole image, "
         "which removes far more)",
+    )
+    token_share: float = option(0.3, "ubt: share of a caption's words that is forgotten")
+    beta: float = option(2.0, "ubt: weight of the pairs that are to stay as they are")
+    check_every: int = option(25, "ubt: steps between two looks at what is forgotten")
+    max_drop: float = option(
+        0.03, "ubt: loss of accuracy on held-out pairs, above which less of the way is taken"
     )
     tail: str | None = option(
         None, "ubt: end of the cosines that --rank gain starts from (default: low)", choices=TAILS

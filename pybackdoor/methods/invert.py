@@ -149,13 +149,13 @@ def invert_clean(
     perturb: bool = False,
     tau: float = 2.15,
     every: int = 50,
-    share: float = 0.5,
+    share: float = 0.25,
     pool: int = 3,
     families: Sequence[str] = FAMILIES,
     inversion_steps: int = 150,
     inversion_batch: int = 64,
     area_weight: float = 1.0,
-    opacity: float = 0.1,
+    opacity: float = 0.3,
     **options: Unpack[CleanOptions],
 ) -> CleanResult:
     """Remove a backdoor from a CLIP model by training against triggers inverted on it.

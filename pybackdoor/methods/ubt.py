@@ -129,7 +129,7 @@ def ubt_clean(
     token_share: float = 0.3,
     image_share: float | None = None,
     alpha: float = 1.0,
-    beta: float = 1.0,
+    beta: float = 2.0,
     gamma: float = 1.0,
     forget: str = "contrastive",
     forget_batch: int = 64,

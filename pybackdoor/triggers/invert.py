@@ -52,7 +52,7 @@ def invert(
     steps: int = 150,
     batch_size: int = 64,
     area_weight: float = 1.0,
-    opacity: float = 0.1,
+    opacity: float = 0.3,
     seed: int = 0,
 ) -> tuple[Inverted, dict[str, Tensor]]:
     """One trigger that pulls the embeddings of images together.
