@@ -79,8 +79,8 @@ def ubt_par_clean(model: Any, loader: PairLoader, *, tau: float, **options: Any)
 
 PAR = {"tau": 1.0}
 INVERT = {"share": 0.25, "opacity": 0.3}
-# Chosen by tune_quality.py; UBT's with bench_ubt.py, on the same attacks. What is made of several
-# (invert_par, ubt_par, par_procedural) was not tuned as a whole.
+# Chosen by tune_quality.py; UBT's by trials on the same attacks, which were not kept. What is made
+# of several (invert_par, ubt_par, par_procedural) was not tuned as a whole.
 DEFENCES: dict[str, Defence] = {
     NONE: Defence(None),
     "finetune": Defence(finetune_clean),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,24 +31,26 @@ the rows are in `benchmarks/results/quality.json`. Do not edit.
 Each model is a small dual encoder trained with its backdoor, from scratch or, `pretrained`, from
 towers that saw other data before, whose first layers stay as they were. The patch of `badclip` was
 found on the clean model of the same seed. Each defence gets the poisoned model and the same
-held-out clean pairs, and nothing of the attack. CA is accuracy, ASR the share of triggered images
-of *other* classes that are predicted as the target, PA the accuracy of triggered images against
-their true labels; test images are as many of each class, so accuracies are macro accuracies.
-Figures are means over the seeds in %; brackets reach from the lowest lower to the highest upper
-bound of the seeds' 95 % intervals. Drift is the mean squared distance of unit embeddings to the
-poisoned model's, in [0, 4], image / text, before and after drift repair, which lets it grow where
-that keeps what stored embeddings find. Old index is the accuracy
-of stored old image embeddings under the cleaned model's class texts / of its images under stored
-old texts, probe that of a linear probe trained on old image embeddings and given new ones; the
-model's own are CA, and what the probe reaches on old ones (in parentheses). Repair changed no
-image's similarity to a class text by more than {changed:.0e} (logits: {logits:.0e}). Rebound is
-the highest ASR at {points} steps of further training on other clean pairs. Control is the CA, in
-points, that the same defence costs the clean model of the same seed. Seconds are of one core.
+held-out clean pairs, and nothing of the attack; but `ubt` and `ubt_par` get the pairs that the
+model was trained on, poison included, and `par_procedural` generated pairs. CA is accuracy, ASR the
+share of triggered images of *other* classes that are predicted as the target, PA the accuracy of
+triggered images against their true labels; test images are as many of each class, so accuracies are
+macro accuracies. Figures are means over the seeds in %; brackets reach from the lowest lower to the
+highest upper bound of the seeds' 95 % intervals. Drift is the mean squared distance of unit
+embeddings to the poisoned model's, in [0, 4], image / text, before and after drift repair, which
+lets it grow where that keeps what stored embeddings find. Old index is the accuracy of stored old
+image embeddings under the cleaned model's class texts / of its images under stored old texts, probe
+that of a linear probe trained on old image embeddings and given new ones; the model's own are CA,
+and what the probe reaches on old ones (in parentheses). Repair changed no image's similarity to a
+class text by more than {changed:.0e} (logits: {logits:.0e}). Rebound is the highest ASR at {points}
+steps of further training on other clean pairs. Control is the CA, in points, that the same defence
+costs the clean model of the same seed. Seconds are of one core.
 
 An attack counts as installed when its ASR exceeds {installed} %; one that does not is not cleaned.
-Settings were chosen on {tuning} alone, the *tuning half*, marked (t); no other attack had a part
-in that choice. The models and images are small: what holds here need not hold for pretrained CLIP
-models.
+Settings were chosen on {tuning} alone, called the *tuning half* and marked (t), two of ten attacks;
+no other one had a part in that choice, but in how `ubt` searches (see there). `ubt`'s other
+settings come from trials whose figures were not kept. The models and images are small: what holds
+here need not hold for pretrained CLIP models.
 """
 
 OUTDATED = """Groups marked † hold, {n} in all, rows whose settings, or the code that they depend
@@ -272,7 +275,14 @@ def _old_index(rows: list[dict]) -> str:
             f"{WITHIN:g} below; {_within(known)} at most {WITHIN:g} below the lower of its CA and "
             "that of the model which they were stored from"
         )
-    return f"After repair, over {len(kept)} cleaned models. {'. '.join(told)}."
+    behind = Counter(
+        f"{row['data']}, {row['arch']}"
+        for row in kept
+        if min(_points(row, "old_images"), _points(row, "old_texts")) < _points(row) - WITHIN
+    )
+    whose = "; ".join(f"{count} of {group}" for group, count in behind.items())
+    told += [f"Models that fall further behind by either: {whose}"] if behind else []
+    return f"After repair, over {len(kept)} cleaned models (rows without †). {'. '.join(told)}."
 
 
 def _points(row: dict, name: str | None = None) -> float:

@@ -211,7 +211,9 @@ def test_the_report_means_over_seeds_and_leaves_out_what_is_stale(work, tmp_path
         "0 of 4 at most 2 below; 4 of 4 at most 2 below the lower of its CA and that of the model "
         "which they were stored from"
     )
-    assert f"After repair, over 4 cleaned models. {below}. Old class texts from" in page
+    whose = "over 4 cleaned models (rows without †)"
+    assert f"After repair, {whose}. {below}. Old class texts from" in page
+    assert "Models that fall further behind by either: 4 of cifar10, resnet." in page
     assert "| wanet | 1 | none | 80.0 [70.0, 90.0] | 40.0 [30.0, 50.0] |" in page
     assert "| 0 of 1 |" in page and "finetune" not in page
     pictures = [path for path in written if path.suffix == ".png"]
