@@ -19,6 +19,7 @@ from pybackdoor.cli import main
 from pybackdoor.cli.commands import method_options
 from pybackdoor.cli.configs import CleanConfig
 from pybackdoor.files import hold
+from pybackdoor.methods import METHODS, own_options
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,14 @@ def test_a_method_takes_its_own_options_alone(world, run, tmp_path):
     assert code == 2 and "--rho is an option of ft_sam, not of cleanclip" in errors
     with pytest.raises(SystemExit):
         run(*cleaning(world, tmp_path / "b", "--method", "cleanclp"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flags_have_the_method_s_own_defaults(method):
+    config = CleanConfig("m", pairs="p", out="o")
+    own = {n: v for n, v in own_options(method).items() if hasattr(config, n)}
+    own.pop("batch_size", None)  # the engine's, where the method has none
+    assert own == {name: getattr(config, name) for name in own}
 
 
 def test_clean_by_ubt_leaves_its_evidence(world, run, tmp_path):
