@@ -127,7 +127,7 @@ def par_clean(
             on SIGTERM.
         resume (False): continue from the folder's newest valid checkpoint, if there is one. On a
             CPU, with as many threads, the weights end bit for bit as without the interruption.
-        force (False): resume even though the settings have changed.
+        force (False): resume even though the settings or the pairs have changed.
         shard (False): split weights, gradients and optimiser state, and the poisoned model's
             weights, over the processes (PyTorch's FSDP2), for models that do not fit. Result and
             checkpoints hold whole weights, on the CPU; the run can be resumed on any number of
