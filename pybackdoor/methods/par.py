@@ -107,7 +107,8 @@ def par_clean(
             in groups of similar length; only where the model gives the same features for it, which
             the first batch shows.
         cache_text (True): compute the poisoned model's features of all captions once, at the start,
-            where the loader numbers its captions (PairLoader does) and as many pairs will be seen.
+            where the loader numbers its captions (PairLoader does) and as many pairs will be seen;
+            kept as those of ``views`` are, or, where they do not fit, not at all, with a warning.
         lock (None): "text" leaves the text tower as it is and trains the image tower alone, another
             method than the published one: cheaper, prompts and text indexes stay valid, the text's
             distance is 0 and its gate open in every record.
