@@ -1,18 +1,25 @@
-"""A run of two ranks with kept image features and one without; what rank 0 saw is saved."""
+"""A run of two ranks with kept image features and one without, and the captions' features.
+
+What rank 0 saw is saved.
+"""
 
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from dual_encoder import DualEncoder
-from training_child import clean
+from training_child import clean, loader
 
 from pybackdoor.distributed import Ranks
-from pybackdoor.engine import images
+from pybackdoor.engine import banks, images, texts
 from pybackdoor.engine.images import ImageFeatures
+from pybackdoor.models import text_features
 
 ranks = Ranks.start(torch.device("cpu"))
 images._FEWEST, images._SHARED = 2, 30
+texts._CHUNK = 20  # 83 captions: the last chunk is rank 0's alone
 seen = 0
 encode = DualEncoder.encode_image
 
@@ -38,6 +45,26 @@ found["same"] = got.history == want.history and all(
     torch.equal(tensor, want.model.state_dict()[name])
     for name, tensor in got.model.state_dict().items()
 )
+
+
+def caption_features():
+    return texts.CaptionFeatures(
+        loader().captions,
+        lambda tokens: torch.cat([text_features(model, row) for row in tokens.split(1)]),
+        ranks,
+        SimpleNamespace(patient=nullcontext),
+    )
+
+
+model, every = DualEncoder().eval().requires_grad_(False), torch.arange(83)
+want = torch.cat([text_features(model, row) for row in loader().captions.tokens(every).split(1)])
+found["captions"] = torch.equal(caption_features()(every), want)
+with mock.patch.object(banks, "host_memory", lambda: 2**40 if ranks.rank == 0 else 0):
+    try:
+        caption_features()
+        found["no room"] = False
+    except texts.NoRoom:
+        found["no room"] = True
 if ranks.rank == 0:
     torch.save(found, sys.argv[1])
 Ranks.finish()

@@ -8,7 +8,7 @@ from open_clip.model import CLIP
 
 import pybackdoor
 from pybackdoor.data import PairLoader, pairs_from_arrays
-from pybackdoor.engine import texts
+from pybackdoor.engine import banks, texts
 
 VISION = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "layers": 2, "width": 32, "heads": 2}
@@ -67,8 +67,31 @@ def test_they_are_not_made_where_they_do_not_pay(options, monkeypatch):
     run(loader(), **options)
     listed = [dict(batch) for batch in loader()]  # numbers that nobody says the meaning of
     run(listed)
-    monkeypatch.setattr(texts, "MOST", 30)
-    run(loader())
+
+
+@pytest.mark.parametrize("lock", [None, "text"])
+def test_what_does_not_fit_is_said_once_and_computed_at_each_step(monkeypatch, lock):
+    def memory(missing):
+        """A quarter of it holds 40 captions of 16 dimensions, but for so many bytes."""
+        monkeypatch.setattr(banks, "host_memory", lambda: 4 * (40 * 16 * 4 - missing))
+
+    seen = count_texts(monkeypatch)
+    want = run(loader(), cache_text=False, lock=lock)
+    encoded = len(seen)
+    memory(missing=1)
+    with pytest.warns(UserWarning, match="features of 40 captions take 2,560 bytes") as said:
+        got = run(loader(), lock=lock)
+    assert got.history == want.history and len(said) == 1
+    assert "at most 2,559 are given to them" in str(said[0].message)
+    del seen[:]
+    memory(missing=0)
+    run(loader(), lock=lock)
+    assert len(seen) < encoded
+
+
+def test_millions_of_captions_pay():
+    assert texts.worth_it(range(3_000_000), 3_000_000)
+    assert not texts.worth_it(range(3_000_000), 2_999_999) and not texts.worth_it([], 5)
 
 
 def test_features_are_those_of_their_captions():

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import warm
 from training_child import clean, failing, loader
 
 import pybackdoor
+from pybackdoor.data import Pairs
 from pybackdoor.engine import Checkpoints, checkpoints
 from pybackdoor.engine.checkpoints import CheckpointFolder, train_state
 from pybackdoor.engine.interrupts import Terminated
@@ -231,12 +233,54 @@ def test_a_run_does_not_take_another_ones_folder(tmp_path):
     assert len(clean(tmp_path, STEPS, lr=0.02, force=True).history) == STEPS
 
 
+def changed(**fields):
+    """The loader, over pairs with other fields."""
+    other = loader()
+    other.pairs = replace(other.pairs, **fields)
+    return other
+
+
+@pytest.mark.parametrize("name", ["captions", "ids", "locations"])
+def test_other_pairs_are_another_run(tmp_path, name):
+    pairs = loader().pairs
+    fields = {
+        "captions": [*pairs.captions[:-1], "1 2 3 4 5 6"],
+        "ids": pairs.ids + 1,
+        "locations": [*pairs.locations[:-1], "array:100"],
+    }
+    other = changed(**{name: fields[name]})
+    clean(tmp_path, STEPS, on_step=stop_at(3))
+    match = rf"holds a run with other settings \(loader {name}: was '\w{{16}}', is '\w{{16}}'\)"
+    with pytest.raises(ValueError, match=match):
+        clean(tmp_path, STEPS, pairs=other)
+    assert len(clean(tmp_path, STEPS, pairs=other, force=True).history) == STEPS
+
+
+def test_pairs_that_were_moved_are_the_same(whole, tmp_path):
+    for stop, folder in ((3, "/one"), (8, "s3://bucket/a/b"), (STEPS, "")):
+        names = [os.path.join(folder, f"{i % 2}", f"{i}.png") for i in range(83)]
+        got = clean(tmp_path, STEPS, pairs=changed(locations=names), on_step=stop_at(stop))
+    same(got, whole)
+
+
+def test_a_checkpoint_from_before_pairs_were_told_apart_is_resumed(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(Pairs, "identity", {})
+        clean(tmp_path, STEPS, on_step=stop_at(3))
+    with pytest.raises(ValueError, match=r"other settings \(lr: was 0.01, is 0.02\)"):
+        clean(tmp_path, STEPS, lr=0.02)
+    with pytest.warns(UserWarning, match="checkpoint 4 in .* does not tell which data it was"):
+        clean(tmp_path, STEPS, on_step=stop_at(8))
+    same(clean(tmp_path, STEPS), whole)  # the next ones tell
+
+
 def test_another_model_is_refused_even_when_forced(tmp_path):
     model, optimizer = torch.nn.Linear(2, 3), None
     optimizer = torch.optim.AdamW(model.parameters())
     with CheckpointFolder(Checkpoints(tmp_path), {}) as folder:
         folder.save(1, train_state(Parts(model), optimizer), {"position": {}, "log": {}})
-    with pytest.raises(ValueError, match="of another model: .* differ"):
+    told = pytest.warns(UserWarning, match="does not tell which data")  # its settings are empty
+    with told, pytest.raises(ValueError, match="of another model: .* differ"):
         clean(tmp_path, STEPS, force=True)
 
 

@@ -167,6 +167,28 @@ def test_what_an_interrupted_run_left_goes_with_its_end(world, run, tmp_path, mo
     assert not (out / "interrupted").exists() and not (out / "checkpoints").exists()
 
 
+def test_pairs_that_have_changed_are_not_taken_for_those_of_before(
+    world, run, tmp_path, monkeypatch
+):
+    def stopped(self, step, terms):
+        if step == 1:
+            raise KeyboardInterrupt
+
+    table = world / "mine.csv"
+    table.write_text((world / "pairs.csv").read_text())
+    command = [table if part == world / "pairs.csv" else part
+               for part in cleaning(world, tmp_path / "out", "--save-minutes", 0)]  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "record", stopped)
+        assert run(*command)[0] == 130
+    table.write_text(table.read_text().replace("a photo of a red", "a photo of a car"))
+    code, _, err = run(*command, "--resume", "latest")
+    assert code == 2 and "other settings (loader captions: was '" in err, err
+    assert "force it" in err and err.count("\n") == 1
+    code, said, err = run(*command, "--resume", "latest", "--force")
+    assert code == 0 and "in 3 steps" in said, err
+
+
 def test_nothing_to_resume_is_not_promised(world, run, tmp_path, monkeypatch):
     def fails(self, step, terms):
         raise OSError("the disk is gone")

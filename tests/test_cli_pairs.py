@@ -6,6 +6,7 @@ import json
 
 import pytest
 from clip_models import tiny_config
+from data_files import write_image
 from shard_files import image_bytes, samples, write_shard
 
 from pybackdoor.cli import main
@@ -90,3 +91,15 @@ def test_clean_from_shards(tmp_path, run):
 def test_refusals_are_one_line(run, pairs, message):
     code, out, err = run(pairs)
     assert code == 2 and not out and message in err and err.count("\n") == 1
+
+
+def test_class_folders_are_kept_where_they_are_told_to(tmp_path, run):
+    for i in range(12):
+        write_image(tmp_path / "set" / "ab"[i % 2] / f"{i}.png", seed=i)
+    histories = set()
+    for cache, files in (("none", 0), ("ram", 0), ("device", 0), ("disk", 1)):
+        code, _, err = run(tmp_path / "set", "--cache", cache, "--device", "cpu")
+        assert code == 0, err
+        assert len(list((tmp_path / "cache").rglob("*.px"))) == files, cache
+        histories.add((tmp_path / "out" / "history.jsonl").read_text())
+    assert len(histories) == 1

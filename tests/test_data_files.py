@@ -2,14 +2,18 @@
 
 import json
 import os
+import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from data_files import cut, image_table, noise, write_image
 from PIL import Image
+from shard_files import image_bytes
 from test_data_ondemand import decoded, epoch  # noqa: F401
 
-from pybackdoor.data import files, pairs_from_csv
+from pybackdoor.data import files, pairs_from_csv, pairs_from_folder
 from pybackdoor.data.preprocess import Preprocessing
 
 
@@ -101,3 +105,60 @@ def test_too_large_a_file_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LARGEST_FILE", 10)
     pairs = read(image_table(tmp_path, 2), tmp_path / "cache", max_bad=1.0)
     assert all("more than 10" in reason for reason in pairs.images.attempt([0, 1])[1].values())
+
+
+JPEG = image_bytes(0, "JPEG", 64, 64)
+BAD = {  # kind -> the file's content, None for no file; and the reason
+    "missing": (None, "no such file"),
+    "empty": (b"", "zero bytes"),
+    "cut": (JPEG[: 2 * len(JPEG) // 3], "OSError: image file is truncated"),
+    "other": (b"<!DOCTYPE html>", "not an image, starts with b'<!DOCTYPE html>'"),
+    "mute": (JPEG, "empty caption"),
+}
+
+
+def world(root, kinds, bad):
+    """1,000 good images and bad ones in two class folders, and a table of them."""
+    rows = ["image,caption"]
+    names = [f"good{i}" for i in range(1000)] + [f"{kinds[i % len(kinds)]}{i}" for i in range(bad)]
+    for i, name in enumerate(names):
+        kind = name.rstrip("0123456789")
+        path = root / "ab"[i % 2] / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = JPEG if kind == "good" else BAD[kind][0]
+        if content is None:
+            path.symlink_to(root / "nowhere")  # the only missing file that a folder can hold
+        else:
+            path.write_bytes(content)
+        rows.append(f"{path.relative_to(root)},{'' if kind == 'mute' else 'x'}")
+    (root / "pairs.csv").write_text("\n".join(rows))
+    return root
+
+
+@pytest.mark.parametrize("source", ["table", "folder"])
+def test_bad_inputs_cost_no_more_than_a_millisecond(tmp_path, source):
+    """1,000 bad ones among 1,000 good, against the good alone."""
+    kinds = [kind for kind in BAD if source == "table" or kind != "mute"]
+
+    def seconds(bad):
+        root = world(tmp_path / str(bad), kinds, bad)
+        options = {"image_size": 8, "max_bad": 0.5, "cache_dir": tmp_path / "cache"}
+        start = time.process_time()
+        if source == "table":
+            good = pairs_from_csv(root / "pairs.csv", **options).decoded(progress=False)
+        else:
+            good = pairs_from_folder(root, templates="simple", progress=False, **options)
+        return time.process_time() - start, good
+
+    Image.init()
+    base, _ = seconds(0)
+    both, kept = seconds(1000)
+    assert len(kept) == 1000 and all("/good" in place for place in kept.locations)
+    told = [json.loads(line) for line in kept.ledger.path.read_text().splitlines()]
+    found = Counter()
+    for line in told:
+        kind = Path(line["location"]).stem.rstrip("0123456789")
+        assert line["reason"].startswith(BAD[kind][1]), line
+        found[kind] += 1
+    assert found == dict.fromkeys(kinds, 1000 // len(kinds)) and len(kept.ledger) == 1000
+    assert both - base < 1.0  # 1 ms each

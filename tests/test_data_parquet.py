@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from shard_files import image_bytes
 from test_data_ondemand import epoch, expected
+from test_data_remote import FAST, flaky  # noqa: F401
 
 from pybackdoor.data import pairs_from_hf, pairs_from_parquet, parquet
 
@@ -99,6 +100,49 @@ def test_damaged_files(tmp_path):
     assert len(pairs) == N
     assert [bad.row for bad in pairs.ledger.rows] == [N, N + 1]
     assert all("not a parquet file" in bad.reason for bad in pairs.ledger.rows)
+
+
+@pytest.fixture
+def remote(tmp_path, flaky):  # noqa: F811
+    """A file system that fails as told, and the calls that reading its parquet file takes."""
+    content = write(tmp_path / "a.parquet", images(False), captions()).read_bytes()
+    flaky.files = {"a.parquet": content}
+    read("flaky://a.parquet", tmp_path / "whole", retry=FAST)
+    return flaky, len(flaky.calls)
+
+
+def test_remote_files_are_tried_again_wherever_they_fail(tmp_path, remote):
+    system, calls = remote
+    assert calls > 12  # twice three row groups are opened and read
+    for at in range(calls):
+        system.plan = [None] * at + [ConnectionResetError("reset"), OSError("503")]
+        pairs = read("flaky://a.parquet", tmp_path / str(at), retry=FAST)
+        assert pairs.captions == captions() and not pairs.ledger.rows, at
+        assert not system.plan
+
+
+def test_what_stays_out_of_reach_is_no_bad_row(tmp_path, remote):
+    system, calls = remote
+    indexed = 0
+    for at in range(calls):
+        system.plan = [None] * at + [ConnectionResetError("reset")] * FAST.attempts
+        folder = tmp_path / str(at)
+        with pytest.raises(OSError, match="could not be read in 4 tries: ConnectionReset.*: reset"):
+            read("flaky://a.parquet", folder, retry=FAST)
+        indexed += len(list(folder.glob("*.index")))
+        assert read("flaky://a.parquet", folder, retry=FAST).captions == captions(), at
+    assert 0 < indexed < calls / 2  # those that failed at the images
+
+
+def test_damage_is_bad_rows_in_a_remote_file_too(tmp_path, flaky):  # noqa: F811
+    """One that says so itself: bytes that are no text."""
+    raw = pa.array([b"\xff", *(text.encode() for text in captions()[1:])])
+    content = write(tmp_path / "a.parquet", images(False), raw.view(pa.string())).read_bytes()
+    flaky.files = {"a.parquet": content}
+    pairs = read("flaky://a.parquet", tmp_path / "cache", retry=FAST)
+    assert pairs.captions == captions()[5:]
+    reasons = {bad.reason for bad in pairs.ledger.rows}
+    assert reasons == {"row group 0: UnicodeDecodeError"} and len(pairs.ledger.rows) == 5
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,9 @@ class Flaky(fsspec.AbstractFileSystem):
         content = self.files[path][start:end]
         return content[: len(content) // 2] if act == "cut" else content
 
+    def _open(self, path, mode="rb", **_):
+        return Reading(self, path, mode, cache_type="none")
+
     def _act(self, kind, path):
         self.calls.append((kind, path))
         act = self.plan.pop(0) if self.plan else None
@@ -50,6 +53,13 @@ class Flaky(fsspec.AbstractFileSystem):
         if isinstance(act, threading.Event):
             act.wait(30)
         return act
+
+
+class Reading(fsspec.spec.AbstractBufferedFile):
+    """A file that asks for all it reads."""
+
+    def _fetch_range(self, start, end):
+        return self.fs.cat_file(self.path, start, end)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Packed strings: a list of them in use, in files too."""
 
+import os
 import pickle
 
 import numpy as np
@@ -43,12 +44,31 @@ def test_like_a_list(wanted, data):
         assert list(reversed(got)) == want[::-1]
         with pytest.raises(IndexError):
             got[len(want)]
+        raw = [text.encode("utf-8", "surrogatepass") for text in want]
+        assert got.sha256() == Strings.of(want).sha256()
+        assert got.common_prefix() == (os.path.commonprefix(raw) or b"")
 
 
 def test_more_than_a_chunk():
     wanted = [str(i) for i in range(10_000)]
     assert Strings.of(wanted) == wanted
     assert repr(Strings.of(wanted)) == "Strings(['0', '1', '2', ...], 10000 in all)"
+    view = Strings.of(["x", *wanted]).take(np.arange(1, 10_001))
+    assert list(view) == wanted and list(view.replaced({9000: "y"}))[8999:9002] == [
+        "8999", "y", "9001",
+    ]  # fmt: skip
+    assert view.sha256() == Strings.of(wanted).sha256()
+
+
+def test_sha256_tells_contents_apart():
+    lists = [[], ["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"], ["ab", "c", ""], ["ab", "d"]]
+    assert len({Strings.of(texts).sha256() for texts in lists}) == len(lists)
+    late = [str(i) for i in range(10_000)]
+    assert Strings.of(late).sha256() != Strings.of(late[:-1] + ["x"]).sha256()
+    without = Strings.of(["1.png", "a/2.png"]).sha256()
+    assert Strings.of(["/b/1.png", "/b/a/2.png"]).sha256(3) == without
+    far = Strings.of([f"/b/{text}" for text in late])
+    assert far.common_prefix() == b"/b/" and far.sha256(3) == Strings.of(late).sha256()
 
 
 def test_what_it_is_not():

@@ -15,6 +15,7 @@ import pybackdoor
 from pybackdoor._native import sent
 from pybackdoor.data import PairLoader, labelled_from_arrays, pairs_from_arrays, pairs_from_shards
 from pybackdoor.detect import METHODS
+from pybackdoor.engine import banks, images, texts
 from pybackdoor.models import HFClip
 
 pytestmark = [
@@ -82,6 +83,26 @@ def test_cleaning(name):
     assert all(type(p) is Pretended for p in on_gpu.model.parameters())
     same(list(on_cpu.history), list(on_gpu.history))
     assert on_gpu.report["repair"]["done"] == on_cpu.report["repair"]["done"]
+
+
+@pytest.mark.parametrize("lock", [None, "text"])
+def test_features_that_are_too_many_for_the_gpu_are_kept_by_the_host(monkeypatch, lock):
+    found = []
+
+    def spied(kept, rows, device):
+        found.append((kept.is_cuda, device.type))
+        return banks.looked_up(kept, rows, device)
+
+    for where in (images, texts):
+        monkeypatch.setattr(where, "looked_up", spied)
+    options = {**RUN, "views": 1, "steps": 7, "lock": lock}
+    want = pybackdoor.par_clean(DualEncoder(), loader(48), device="cuda", **options)
+    assert set(found) == {(True, "cuda")}
+    del found[:]
+    monkeypatch.setattr(banks, "ON_DEVICE", 0)
+    got = pybackdoor.par_clean(DualEncoder(), loader(48), device="cuda", **options)
+    assert set(found) == {(False, "cuda")}
+    same(list(want.history), list(got.history), 1e-6)
 
 
 def resnet():

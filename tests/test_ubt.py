@@ -150,14 +150,17 @@ def test_what_ends_the_looks_carries_the_run(monkeypatch):
 @few_steps
 @pytest.mark.parametrize("at", [24, 31])
 def test_an_interrupted_run_goes_on_with_what_the_looks_left(cleaned, tmp_path, at):
-    def clean(**more):
-        loader = PairLoader(PAIRS, WordTokenizer(), batch_size=64)
+    def clean(pairs=PAIRS, **more):
+        loader = PairLoader(pairs, WordTokenizer(), batch_size=64)
         return pybackdoor.ubt_clean(
             Planted(), loader, scores=SCORES, folder=tmp_path, **OPTIONS, **FORGET, **more
         )
 
     first = clean(on_step=lambda k, r, m: k == at)
     assert first.report["steps_done"] == at + 1
+    other = replace(PAIRS, locations=[f"other:{i}" for i in range(len(PAIRS))])
+    with pytest.raises(ValueError, match=r"other settings \(suspects: was '\w{16}', is '\w{16}'\)"):
+        clean(other, resume=True)
     rest = clean(resume=True)
     assert rest.history == cleaned.history and rest.report["checks"] == cleaned.report["checks"]
     for name, tensor in cleaned.model.state_dict().items():

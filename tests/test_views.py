@@ -9,7 +9,7 @@ from training_child import clean, loader
 
 import pybackdoor
 from pybackdoor.distributed import Ranks
-from pybackdoor.engine import images
+from pybackdoor.engine import banks, images
 from pybackdoor.engine.images import ImageFeatures
 from pybackdoor.models import image_features
 
@@ -192,7 +192,7 @@ def test_an_unknown_id_is_named():
 
 
 def test_more_than_the_bound_is_refused(monkeypatch):
-    monkeypatch.setattr(images, "host_memory", lambda: 4 * 2 * 83 * 8 * 4 - 1)
+    monkeypatch.setattr(banks, "host_memory", lambda: 4 * 2 * 83 * 8 * 4 - 1)
     match = "2 views of 83 images take 5,312 bytes of features, at most 5,311 are given to them"
     with pytest.raises(ValueError, match=match):
         clean(None, steps=None, epochs=3, views=2)
@@ -204,3 +204,4 @@ def test_ranks_put_together_what_each_has_encoded(tmp_path):
     # Two views of 80 pairs, half of them on this rank; later only what an epoch had left out.
     assert found["encoded"] <= 2 * 40 + 2 * 8 * 5 < found["encoded alone"] == 6 * 40
     assert found["same"]
+    assert found["captions"] and found["no room"]  # of one rank is no room for any

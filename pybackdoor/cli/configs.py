@@ -82,7 +82,7 @@ class ResumeOptions:
         "that had ended is left as it is",
         choices=("latest",),
     )  # fmt: skip
-    force: bool = option(False, "resume even though the settings have changed")
+    force: bool = option(False, "resume even though the settings or the pairs have changed")
     save_minutes: float = option(10.0, "minutes between checkpoints, kept in --out until the end")
 
 

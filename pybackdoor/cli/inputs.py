@@ -58,7 +58,7 @@ def read_pairs(
     kind = pairs_kind(source)
     if kind == "folder":
         return data.pairs_from_folder(
-            source, templates=templates(config), classes=config.classes, **common
+            source, templates=templates(config), classes=config.classes, **cache, **common
         )
     if kind == "shards":
         pairs = data.pairs_from_shards(source, **cache, **common)

@@ -120,10 +120,10 @@ class PairLoader:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the order of the pairs depends on, besides the epoch; JSON-ready."""
+        """Which pairs these are, and what their order depends on besides the epoch; JSON-ready."""
         return {
             "pairs": len(self.pairs), "batch_size": self.batch_size, "seed": self._seed,
-            "shuffle": self.shuffle, "drop_last": self.drop_last,
+            "shuffle": self.shuffle, "drop_last": self.drop_last, **self.pairs.identity,
         }  # fmt: skip
 
     def state_dict(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,22 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes that tell one data set from another; JSON-ready.
+
+        Pixels are not looked at. The folder that all locations share is left out, so that data
+        stays the same where it is moved.
+        """
+        captions, locations = Strings.of(self.captions), Strings.of(self.locations)
+        folder, slash, _ = locations.common_prefix().rpartition(b"/")
+        ids = np.ascontiguousarray(self.ids, "<i8")
+        return {
+            "captions": captions.sha256()[:16],
+            "ids": hashlib.sha256(ids.tobytes()).hexdigest()[:16],
+            "locations": locations.sha256(len(folder + slash))[:16],
+        }
 
     def subset(self, indices: Any) -> Pairs:
         """The pairs at [n] indices in [0, N), as a view: no image is copied."""

@@ -230,9 +230,12 @@ def _build(
                 first, count = total, file.metadata.row_group(group).num_rows
                 total += count
                 try:
-                    table = file.read_row_group(group, columns=[caption])
+                    table = _captions(file, name, group, caption, retry)
                     texts = table.column(0).to_pylist()
                 except Exception as error:  # damaged pages raise what they like
+                    # Of a remote file a lost connection and damage raise the same.
+                    if is_remote(name) and isinstance(error, OSError):
+                        raise
                     texts, reason = [None] * count, f"row group {group}: {type(error).__name__}"
                     yield from ((first + i, None, name, reason) for i in range(count))
                     continue
@@ -248,6 +251,14 @@ def _build(
 
     _write(writer, rows())
     return {"total": total, "image": image}
+
+
+def _captions(file: Any, name: str, group: int, column: str, retry: Retry) -> Any:
+    """A row group's captions as a table; each try at a remote one opens the file anew, which
+    leaves behind what an earlier try holds or has spoilt."""
+    if not is_remote(name):
+        return file.read_row_group(group, columns=[column])
+    return retry(name, lambda: _parquet(name).read_row_group(group, columns=[column]))
 
 
 def _write(writer: IndexWriter, rows: Iterator[tuple[int, str | None, str, str]]) -> None:

@@ -119,7 +119,7 @@ def labelled_from_csv(
     labels[good] = numbers
     reader = _Reader(
         op, os.path.abspath(path), Preprocessing(size_pair(image_size), resize_mode, interpolation),
-        cache_dir, max_bad or 0.0, num_workers, progress,
+        "disk", cache_dir, max_bad or 0.0, num_workers, progress,
     )  # fmt: skip
     images, rows, ledger, locations = reader.read(_resolved(table.images, path, root), table.bad)
     return Labelled(images, labels[rows], names, rows, locations, ledger)
@@ -151,7 +151,7 @@ def labelled_from_folder(
     return _from_folder(
         "labelled_from_folder", root, classes,
         Preprocessing(size_pair(image_size), resize_mode, interpolation),
-        cache_dir, max_bad or 0.0, num_workers, progress,
+        "disk", cache_dir, max_bad or 0.0, num_workers, progress,
     )  # fmt: skip
 
 
@@ -164,12 +164,16 @@ def pairs_from_folder(
     seed: int = 0,
     resize_mode: str = "shortest",
     interpolation: str = "bicubic",
+    cache: str | torch.device = "disk",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     num_workers: int | None = None,
     progress: bool | None = None,
 ) -> Pairs:
     """Pairs from ``root/class name/*.jpg``, captioned by prompt templates.
+
+    All images are decoded at once, to leave out the broken ones; with ``cache="none"`` again
+    whenever they are wanted.
 
     Args:
         root, classes: as in `labelled_from_folder`.
@@ -179,7 +183,7 @@ def pairs_from_folder(
     labelled = _from_folder(
         "pairs_from_folder", root, classes,
         Preprocessing(size_pair(image_size), resize_mode, interpolation),
-        cache_dir, max_bad, num_workers, progress,
+        cache, cache_dir, max_bad, num_workers, progress,
     )  # fmt: skip
     return pairs_from_labelled(labelled, templates, seed)
 
@@ -191,6 +195,7 @@ class _Reader:
     op: str
     source: str
     preprocessing: Preprocessing
+    cache: str | torch.device
     cache_dir: str | Path | None
     max_bad: float
     num_workers: int | None
@@ -208,7 +213,7 @@ class _Reader:
             bad: {row: reason} known beforehand.
         """
         indexed = Indexed(
-            self.op, self.source, self.preprocessing, "disk", self.cache_dir, self.max_bad,
+            self.op, self.source, self.preprocessing, self.cache, self.cache_dir, self.max_bad,
             self.num_workers,
         )  # fmt: skip
         usable = np.array([row for row in range(len(paths)) if row not in bad], np.int64)
@@ -238,6 +243,7 @@ def _from_folder(
     root: str | Path,
     classes: Sequence[str] | Mapping[str, str] | None,
     preprocessing: Preprocessing,
+    cache: str | torch.device,
     cache_dir: str | Path | None,
     max_bad: float,
     num_workers: int | None,
@@ -271,7 +277,7 @@ def _from_folder(
         labels += [label_of[folder]] * len(found)
     if not paths:
         raise ValueError(f"{op}: no image files in the class folders of {source}")
-    reader = _Reader(op, source, preprocessing, cache_dir, max_bad, num_workers, progress)
+    reader = _Reader(op, source, preprocessing, cache, cache_dir, max_bad, num_workers, progress)
     images, rows, ledger, locations = reader.read(paths, {})
     return Labelled(images, np.array(labels)[rows], names, rows, locations, ledger)
 

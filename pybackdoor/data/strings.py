@@ -93,16 +93,49 @@ class Strings(Sequence[str]):
         return _text(self._blob[self._ends[row] : self._ends[row + 1]].tobytes())
 
     def __iter__(self) -> Iterator[str]:
+        for blob, ends in self._chunks():
+            content, places = blob.tobytes(), ends.tolist()
+            for a, b in zip(places, places[1:], strict=False):
+                yield _text(content[a:b])
+
+    def _chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(bytes [b] uint8, ends [n + 1] int64) of the strings, some at a time."""
         for start in range(0, len(self), _CHUNK):
             stop = min(start + _CHUNK, len(self))
-            if self._rows is not None or self._changed:
-                yield from (self[i] for i in range(start, stop))
+            if self._changed and not self._changed.keys().isdisjoint(range(start, stop)):
+                yield packed(self[i] for i in range(start, stop))
                 continue
-            ends = self._ends[start : stop + 1]
-            block = self._blob[ends[0] : ends[-1]].tobytes()
-            places = (ends - ends[0]).tolist()
-            for a, b in zip(places, places[1:], strict=False):
-                yield _text(block[a:b])
+            if self._rows is None:
+                ends = self._ends[start : stop + 1]
+                yield self._blob[ends[0] : ends[-1]], ends - ends[0]
+                continue
+            rows = self._rows[start:stop]
+            first = self._ends[rows]
+            lengths = self._ends[rows + 1] - first
+            ends = np.concatenate([[0], np.cumsum(lengths)])
+            yield self._blob[np.repeat(first - ends[:-1], lengths) + np.arange(ends[-1])], ends
+
+    def sha256(self, skip: int = 0) -> str:
+        """Of the strings in order, each without its first ``skip`` bytes; a view has a copy's."""
+        digest = hashlib.sha256()
+        for blob, ends in self._chunks():
+            digest.update((np.diff(ends) - skip).astype("<i8").tobytes())
+            if skip:
+                kept = np.ones(len(blob), bool)
+                kept[ends[:-1, None] + np.arange(skip)] = False
+                blob = blob[kept]
+            digest.update(blob.tobytes())
+        return digest.hexdigest()
+
+    def common_prefix(self) -> bytes:
+        """What all strings begin with, in UTF-8; b"" of none."""
+        found: np.ndarray | None = None
+        for blob, ends in self._chunks():
+            found = blob[: ends[1]] if found is None else found
+            found = found[: np.diff(ends).min()]
+            same = (blob[ends[:-1, None] + np.arange(len(found))] == found).all(0)  # [bytes]
+            found = found[: int(np.argmin(np.append(same, False)))]
+        return b"" if found is None else found.tobytes()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str | bytes):

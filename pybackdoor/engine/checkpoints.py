@@ -28,6 +28,8 @@ from .sharding import Parts
 _SCHEMA = "pybackdoor.checkpoint/1"
 _SUFFIXES = (".json", ".safetensors", ".tmp")
 _HEADROOM = 1.05  # of a checkpoint's size: what must be free before one is written
+# Which data it was, by hashes: the first checkpoints do not tell.
+_DATA = ("loader captions", "loader ids", "loader locations", "suspects")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Checkpoints:
             one is refused.
         minutes: between checkpoints; 0 for one after each step. One is written at the end, on
             Ctrl-C and on SIGTERM, too.
-        force: continue even though the settings have changed.
+        force: continue even though the settings or the data have changed.
     """
 
     folder: str | os.PathLike
@@ -67,7 +69,8 @@ class CheckpointFolder:
         config: JSON-ready description of the run; a checkpoint of another one is refused.
     Raises:
         RuntimeError: another process holds the folder.
-        ValueError: the folder has checkpoints and ``resume`` is off, or they are of other settings.
+        ValueError: the folder has checkpoints and ``resume`` is off, or they are of other settings
+            or data.
         OSError: the folder cannot be written.
     """
 
@@ -94,9 +97,11 @@ class CheckpointFolder:
     def latest(self) -> State | None:
         """The newest valid checkpoint; those that are not are put aside, and named in a warning.
 
+        One from before the data was told apart is taken, with a warning.
+
         Raises:
-            ValueError: it is of other settings, each difference is listed; unless ``force``. Or it
-                is of another version's format.
+            ValueError: it is of other settings or data, each difference is listed; unless
+                ``force``. Or it is of another version's format.
             OSError: it cannot be read, though it is there.
         """
         for step in reversed(steps_in(self.folder)):
@@ -113,11 +118,20 @@ class CheckpointFolder:
                     with suppress(OSError):
                         path.rename(path.with_name(f"damaged_{path.name}"))
                 continue
-            changed = differences(state.content["config"], self._config)
+            before = state.content["config"]
+            untold = [name for name in _DATA if name in self._config and name not in before]
+            changed = differences(before, {**self._config, **dict.fromkeys(untold)})
             if changed and not self._settings.force:
                 raise ValueError(
                     f"{self.folder} holds a run with other settings ({'; '.join(changed)}): "
                     "resume it with the same, choose another folder, or force it"
+                )
+            if untold:
+                warnings.warn(
+                    f"checkpoint {step} in {self.folder} does not tell which data it was trained "
+                    "on: that it is the same is not checked",
+                    UserWarning,
+                    stacklevel=3,
                 )
             self.step = step
             return state

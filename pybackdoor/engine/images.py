@@ -6,7 +6,6 @@ on. Its features are then looked up, in the precision they were computed in.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.rows import host_memory
 from ..distributed import Ranks
+from .banks import bank, looked_up, of_host
 from .watch import Watch
 
-ON_DEVICE = 2 << 30  # bytes of features on a GPU: a million rows of 512; else the host has them
-_OF_HOST = 4  # and one part in so many of the host's memory is the most they take
 _FEWEST = 64  # rows encoded at a time: matrix products of a few rows round differently
 _SHARED = 1 << 16  # rows that the ranks exchange at a time
 
@@ -92,13 +89,7 @@ class ImageFeatures:
 
     def _kept(self, view: int, rows: Tensor, device: torch.device) -> Tensor:
         """[b, D]; undefined where a row is not known."""
-        if self._bank.is_cuda:
-            return self._bank[view, rows.to(device, non_blocking=True)]
-        found = self._bank.new_empty((len(rows), self._bank.shape[2]))
-        if device.type == "cuda":
-            found = found.pin_memory()
-        torch.index_select(self._bank[view], 0, rows, out=found)
-        return found.to(device, non_blocking=True)
+        return looked_up(self._bank[view], rows, device)
 
     def _keep(self, view: int, rows: Tensor, features: Tensor) -> None:
         if self._bank is None:
@@ -124,18 +115,14 @@ class ImageFeatures:
 
     def _room(self, features: Tensor) -> Tensor:
         shape = (*self._known.shape, features.shape[1])
-        needed = self._known.numel() * features.shape[1] * features.element_size()
-        if features.is_cuda and needed <= min(
-            ON_DEVICE, torch.cuda.mem_get_info(features.device)[0] // 4
-        ):
-            return features.new_empty(shape)
-        limit = host_memory() // _OF_HOST // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if needed > limit:
+        found = bank(shape, features)
+        if found is None:
+            needed = self._known.numel() * features.shape[1] * features.element_size()
             raise ValueError(
                 f"views: {self._views} views of {len(self._ids):,} images take {needed:,} bytes of "
-                f"features, at most {limit:,} are given to them: ask for fewer views, or none"
+                f"features, at most {of_host():,} are given to them: ask for fewer views, or none"
             )
-        return torch.empty(shape, dtype=features.dtype, device="cpu")
+        return found
 
     def _share(self, view: int) -> None:
         """Give every rank what any of them knows of a view; all ranks do it in the same step."""

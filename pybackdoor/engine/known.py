@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..distributed import Ranks
 from .groups import evaluating
 from .images import ImageFeatures, recurring
 from .settings import Settings
-from .texts import CaptionFeatures, worth_it
+from .texts import CaptionFeatures, NoRoom, worth_it
 from .towers import Encoder, TextTrim
 from .watch import Watch
 
@@ -58,7 +59,12 @@ class Known:
             with evaluating(model), self._encode.products(model):
                 return self._encode.text(model, self._trim(tokens).to(self._device))
 
-        return CaptionFeatures(self._captions, encode, self._ranks, self._watch)
+        try:
+            return CaptionFeatures(self._captions, encode, self._ranks, self._watch)
+        except NoRoom as reason:
+            warnings.warn(str(reason), UserWarning, stacklevel=2)
+            self.numbered = False
+            return None
 
     def images(self, model: nn.Module) -> ImageFeatures | None:
         """Of each batch announced by ``begin``; None where no view of an image comes again."""

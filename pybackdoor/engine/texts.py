@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..distributed import Ranks
+from .banks import bank, looked_up, of_host
 from .watch import Watch
 
-MOST = 1 << 20  # captions whose features are kept on the device: 2 GiB at 512 dimensions
 _CHUNK = 512  # captions encoded at a time
 
 
@@ -33,11 +33,17 @@ class NumberedCaptions(Protocol):
         """[b, L] int64."""
 
 
+class NoRoom(Exception):
+    """The features do not fit into memory."""
+
+
 class CaptionFeatures:
-    """[n, D] features on the device; the same bits whenever and by however many ranks.
+    """[n, D] features in a bank; the same bits whenever and by however many ranks.
 
     Args:
         encode: [b, L] tokens on the CPU -> [b, D] features on the device.
+    Raises:
+        NoRoom: on every rank, where one has no memory for them.
     """
 
     def __init__(
@@ -48,24 +54,40 @@ class CaptionFeatures:
         watch: Watch,
     ) -> None:
         order = np.argsort(captions.lengths(), kind="stable")
-        self.features: Tensor | None = None
         with torch.no_grad(), watch.patient():
             starts = range(0, len(order), _CHUNK)
             for first in range(0, len(starts), ranks.size):  # as often on every rank
                 number = min(first + ranks.rank, len(starts) - 1)
                 chunk = order[starts[number] : starts[number] + _CHUNK]
                 rows = encode(captions.tokens(chunk))
-                if self.features is None:
-                    self.features = rows.new_zeros(len(order), rows.shape[1])
-                if number == first + ranks.rank:
-                    self.features[torch.from_numpy(chunk).to(rows.device)] = rows
-            assert self.features is not None
-            ranks.sum_(self.features)
+                if first == 0:
+                    self._device = rows.device
+                    self._bank = _room((len(order), rows.shape[1]), rows, ranks)
+                every = torch.from_numpy(order[starts[first] :][: ranks.size * _CHUNK])
+                if ranks.size > 1:  # of one rank's row and zeros
+                    mine, rows = rows, rows.new_zeros(len(every), rows.shape[1])
+                    if number == first + ranks.rank:
+                        rows[ranks.rank * _CHUNK :][: len(mine)] = mine
+                    ranks.sum_(rows)
+                self._bank[every.to(self._bank.device)] = rows.to(self._bank.device)
 
     def __call__(self, numbers: Tensor) -> Tensor:  # [b] -> [b, D]
-        return self.features[numbers.to(self.features.device, non_blocking=True)]
+        return looked_up(self._bank, numbers, self._device)
+
+
+def _room(shape: tuple[int, int], rows: Tensor, ranks: Ranks) -> Tensor:
+    """A bank on every rank, or on none."""
+    found = bank(shape, rows)
+    if not all(there for (there,) in ranks.agree([found is not None], rows.device)):
+        needed = shape[0] * shape[1] * rows.element_size()
+        raise NoRoom(
+            f"the frozen model's features of {shape[0]:,} captions take {needed:,} bytes, at most "
+            f"{of_host():,} are given to them: they are computed at every step instead of once"
+        )
+    assert found is not None
+    return found
 
 
 def worth_it(captions: NumberedCaptions, pairs: int) -> bool:
-    """Whether as many pairs will be seen as there are captions, and their features fit."""
-    return 0 < len(captions) <= min(pairs, MOST)
+    """Whether as many pairs will be seen as there are captions."""
+    return 0 < len(captions) <= pairs

@@ -107,7 +107,8 @@ def par_clean(
             in groups of similar length; only where the model gives the same features for it, which
             the first batch shows.
         cache_text (True): compute the poisoned model's features of all captions once, at the start,
-            where the loader numbers its captions (PairLoader does) and as many pairs will be seen.
+            where the loader numbers its captions (PairLoader does) and as many pairs will be seen;
+            kept as those of ``views`` are, or, where they do not fit, not at all, with a warning.
         lock (None): "text" leaves the text tower as it is and trains the image tower alone, another
             method than the published one: cheaper, prompts and text indexes stay valid, the text's
             distance is 0 and its gate open in every record.
@@ -127,7 +128,7 @@ def par_clean(
             on SIGTERM.
         resume (False): continue from the folder's newest valid checkpoint, if there is one. On a
             CPU, with as many threads, the weights end bit for bit as without the interruption.
-        force (False): resume even though the settings have changed.
+        force (False): resume even though the settings or the pairs have changed.
         shard (False): split weights, gradients and optimiser state, and the poisoned model's
             weights, over the processes (PyTorch's FSDP2), for models that do not fit. Result and
             checkpoints hold whole weights, on the CPU; the run can be resumed on any number of

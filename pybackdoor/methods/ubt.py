@@ -260,7 +260,7 @@ def ubt_clean(
         "image_share": image_share,
         "alpha": alpha, "beta": beta, "gamma": gamma, "forget": forget,
         "forget_batch": forget_batch, "train_text": train_text, "check_every": check_every,
-        "max_drop": max_drop,
+        "max_drop": max_drop, "suspects": suspects.identity,
     }  # fmt: skip
     about = {
         "experimental": True, "gate": asdict(judged), "suspect_pairs": len(suspects), "word": word,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..batches import InputRules, Tokenizer, read_batch
 from ..data import ArrayImages, ImageStore, PairLoader, Pairs
 from ..data._keyed import permutation
+from ..data.index import hashed
 from ..data.store import decode_all, subset_images
 from ..data.tokens import token_table
 from ..distributed import Ranks
@@ -48,6 +50,15 @@ class Suspects:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def identity(self) -> str:
+        """A hash that tells these pairs from others; pixels are not looked at."""
+        if self.texts is not None:
+            named = Pairs(self.images, self.texts, self.ids, self.locations)
+            return hashed(named.identity)[:16]
+        tokens = self.tokens(np.arange(len(self))).numpy()
+        return hashlib.sha256(self.ids.tobytes() + tokens.tobytes()).hexdigest()[:16]
 
     def tokens(self, rows: np.ndarray) -> Tensor:
         """[n, L] int64 tokens of the captions at [n] rows."""

@@ -74,8 +74,11 @@ def measure(folder: Path, rows: int) -> None:
     next(batches)
     first = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    print(f"{len(pairs)} {imported} {opened} {memory - imported} {first} {rss() - imported} "
-          f"{peak - imported}")  # fmt: skip
+    after, start = rss(), time.perf_counter()
+    assert loader.identity["pairs"] == rows
+    told = time.perf_counter() - start
+    print(f"{len(pairs)} {imported} {opened} {memory - imported} {first} {after - imported} "
+          f"{peak - imported} {told}")  # fmt: skip
 
 
 def main() -> int:
@@ -92,10 +95,11 @@ def main() -> int:
         command = [sys.executable, __file__, "--rows", str(options.rows), "--measure", name]
         for what in ("building", "opening"):
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            count, imported, opened, memory, first, after, peak = map(float, out.split())
+            count, imported, opened, memory, first, after, peak, told = map(float, out.split())
             print(
                 f"{what} {count:,.0f} rows: {opened:.2f} s, +{memory:.0f} MB; first batch after "
-                f"{first:.2f} s, +{after:.0f} MB, peak +{peak:.0f} MB (imports: {imported:.0f} MB)",
+                f"{first:.2f} s, +{after:.0f} MB, peak +{peak:.0f} MB (imports: {imported:.0f} MB)"
+                f"; loader.identity {told:.2f} s",
                 flush=True,
             )
         files = {path.suffix: path.stat().st_size / 1e6 for path in (folder / "cache").iterdir()}
