@@ -308,6 +308,8 @@ def _cleaning_text(out: str, result: CleanResult) -> str:
                 f"Nothing is forgotten (words: {words}): every eighth of the way costs too much "
                 "accuracy, and the model is as it was given. Lower --lr and --lr-start."
             )
+        if not report["whole_words"]:
+            lines.append("The tokenizer does not mark words: each of them is a single token.")
     lines += [
         f"{out}: cleaned by {result.report['method']} in {result.report['steps_done']} steps, "
         f"{result.report['seconds']:.0f} s"
