@@ -29,10 +29,11 @@ the rows are in `benchmarks/results/quality.json`. Do not edit.
 
 Each model is a small dual encoder trained with its backdoor, from scratch or, `pretrained`, from
 towers that saw other data before, whose first layers stay as they were. The patch of `badclip` was
-found on the clean model of the same seed. Each defence gets the poisoned model and the same
-held-out clean pairs, and nothing of the attack. CA is accuracy, ASR the share of triggered images
-of *other* classes that are predicted as the target, PA the accuracy of triggered images against
-their true labels; test images are as many of each class, so accuracies are macro accuracies.
+found on the clean model of the same seed, without augmentation. Each defence gets the poisoned
+model and the same held-out clean pairs, and nothing of the attack. CA is accuracy, ASR the share
+of triggered images of *other* classes that are predicted as the target, PA the accuracy of
+triggered images against their true labels; test images are as many of each class, so accuracies
+are macro accuracies.
 Figures are means over the seeds in %; brackets reach from the lowest lower to the highest upper
 bound of the seeds' 95 % intervals. Drift is the mean squared distance of unit embeddings to the
 poisoned model's, in [0, 4], image / text, before and after drift repair, which lets it grow where

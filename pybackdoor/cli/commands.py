@@ -115,9 +115,9 @@ def run_badclip(config: BadClipConfig) -> Outcome:
     found = badclip_patch(
         loaded.model, inputs.read_pairs(config, loaded, whole=True), target=config.target,
         tokenizer=loaded.tokenizer, size=config.size, steps=config.steps, epochs=config.epochs,
-        batch_size=config.batch_size, lr=config.patch_lr, precision=config.precision,
-        seed=config.seed, device=config.device, mean=loaded.preprocess.mean,
-        std=loaded.preprocess.std, progress=config.progress,
+        batch_size=config.batch_size, lr=config.patch_lr, augment=config.augment,
+        precision=config.precision, seed=config.seed, device=config.device,
+        mean=loaded.preprocess.mean, std=loaded.preprocess.std, progress=config.progress,
     )  # fmt: skip
     found.save(out)
     first, last = found.history[0], found.history[-1]
