@@ -207,6 +207,8 @@ def defended(
     told: dict[str, Any] = clock.read()
     report = result.report
     told |= {"pairs": len(pairs), "pairs_seen": report["pairs_seen"], "steps": report["steps_done"]}
+    if "synonyms" in report["settings"]:  # of EDA; they depend on what is installed
+        told["synonyms"] = report["settings"]["synonyms"]
     return result, given, told
 
 
