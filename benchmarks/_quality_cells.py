@@ -134,12 +134,15 @@ def train_model(model: Model, work: Work) -> dict[str, Any]:
 
 
 def optimised_patch(model: Model, work: Work) -> dict[str, Any]:
-    """Find BadCLIP's patch on the clean model of the same seed and keep it; what it took."""
+    """Find BadCLIP's patch on the clean model of the same seed and keep it; what it took.
+
+    Without its augmentation, which the names of the models that hold earlier patches do not tell.
+    """
     clean, clock = case_of(model.clean, work), Clock()
     found = badclip_patch(
         trained(model.clean, work), clean.parts.planted, target=clean.target,
         tokenizer=clean.loaded.tokenizer, seed=model.seed, device=work.device, progress=False,
-        **model.options("patch", work.setting),
+        augment=False, **model.options("patch", work.setting),
     )  # fmt: skip
     found.save(work.patch_file(model))
     ends = {"first": found.history[0], "last": found.history[-1]}
@@ -204,6 +207,8 @@ def defended(
     told: dict[str, Any] = clock.read()
     report = result.report
     told |= {"pairs": len(pairs), "pairs_seen": report["pairs_seen"], "steps": report["steps_done"]}
+    if "synonyms" in report["settings"]:  # of EDA; they depend on what is installed
+        told["synonyms"] = report["settings"]["synonyms"]
     return result, given, told
 
 

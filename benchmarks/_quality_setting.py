@@ -38,7 +38,7 @@ class Setting:
         rates: share of the planted pairs that is poisoned, by data set, or by (data set, attack)
             where an attack needs more to be installed.
         train: of ``poison``, by data set.
-        patch: of ``badclip_patch``.
+        patch: of ``badclip_patch``, which is called without its augmentation.
         own: by architecture, what it has in place of the common: options of "train", "patch",
             "clean" and "rebound", and a "rate" for every attack.
         clean: of every defence.

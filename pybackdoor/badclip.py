@@ -2,7 +2,7 @@
 
 Stamped images are drawn to the captions of the target and, by a triplet term, to the target's own
 images and away from what they were (arXiv 2311.12075). Poison with the patch afterwards, as with
-any other. The publication's augmentation of the stamped images and captions is left out.
+any other.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.nn.functional import triplet_margin_loss
 from .batches import InputRules, Tokenizer
 from .clean import frozen_copy
 from .data import Pairs
+from .data.autoaugment import autoaugment
+from .data.eda import eda, synonym_source
 from .data.tokens import adapted
 from .engine import PRECISIONS, Encoder, loss_precision, pick_device
 from .files import atomic_file
@@ -31,6 +33,7 @@ from .triggers.patterns import patch_side
 
 _CHUNK = 256  # captions or target images encoded at a time
 _MOST = 10_000  # of either: the published number
+_VIEWED, _REWORDED = 0.5, 0.1  # shares of augmented images and captions: the published numbers
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def badclip_patch(
     lr: float = 1e-3,
     triplet_weight: float = 500.0,
     margin: float = 1.0,
+    augment: bool = True,
     precision: str = "fp32",
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -91,6 +95,9 @@ def badclip_patch(
         batch_size: images a step, each with a caption and a target image drawn for it.
         lr: of Adam, in units of [0, 1] pixels.
         triplet_weight, margin: of the triplet term; published margins differ, 1 is ours.
+        augment: half of the images x under AutoAugment, drawn anew at each step, before they are
+            stamped, and a tenth of the captions t in another wording by EDA, one of each for the
+            run (synonyms are WordNet's where it is installed: the report says which).
         precision: of the tower: "fp32" or "bf16" autocast.
         seed: of the start and all draws.
         tokenizer, device, mean, std, progress: as for ``par_clean``.
@@ -128,14 +135,27 @@ def badclip_patch(
     middle = [(height - side) // 2, (width - side) // 2]
     at = torch.tensor(middle, dtype=torch.int32, device="cpu")
     temperature = scale(frozen).detach()
+    source, synonyms = synonym_source(None) if augment else (None, None)
+    draw = np.random.default_rng([seed, 0x61756762])  # apart: without it all other draws are equal
 
-    def embed(rows: np.ndarray, patch: Tensor | None = None) -> Tensor:  # -> [n, D]
-        images = torch.from_numpy(pairs.images.take(rows)).to(where)
+    def pixels_of(rows: np.ndarray) -> Tensor:  # -> [n, H, W, 3] uint8
+        return torch.from_numpy(pairs.images.take(rows)).to(where)
+
+    def viewed(rows: np.ndarray, step: int) -> Tensor:  # -> [n, H, W, 3] uint8
+        images = pixels_of(rows)
+        which = np.flatnonzero(draw.random(len(rows)) < _VIEWED)
+        some = torch.from_numpy(which).to(where)
+        ids = torch.from_numpy(rows[which])
+        views = autoaugment(images[some], seed=seed, view=step, sample_id=ids)
+        images[some] = views.permute(0, 2, 3, 1)
+        return images
+
+    def embed(images: Tensor, patch: Tensor | None = None) -> Tensor:  # [n, H, W, 3] -> [n, D]
         on: dict[str, Any] = {}
         if patch is not None:
             on = {
                 "triggers": TriggerTable("patch", pattern=patch[None], clip=True),
-                "position": at.expand(len(rows), 2).to(where),
+                "position": at.expand(len(images), 2).to(where),
                 "quantize": False,
             }
         x = trigger_normalize(images, mean=rules.mean, std=rules.std, **on)
@@ -143,21 +163,27 @@ def badclip_patch(
 
     with torch.no_grad():
         captions = sorted({pairs.captions[int(i)] for i in targets})
-        tokens = adapted(tokenizer)(captions).to(where)
+        reworded = [eda(c, seed=seed, synonyms=synonyms) for c in captions] if augment else []
+        tokens = adapted(tokenizer)(captions + reworded).to(where)
         texts = torch.cat([encode.text(frozen, part).float() for part in tokens.split(_CHUNK)])
-        goals = torch.cat([embed(targets[i : i + _CHUNK]) for i in range(0, len(targets), _CHUNK)])
+        starts = range(0, len(targets), _CHUNK)
+        goals = torch.cat([embed(pixels_of(targets[i : i + _CHUNK])) for i in starts])
     wanted = steps or epochs * -(-len(others) // batch_size)
     start = 0.5 + 0.25 * rng.standard_normal((3, side, side), dtype=np.float32)
     patch = torch.from_numpy(start).clamp_(0, 1).to(where).requires_grad_()
     adam = torch.optim.Adam([patch], lr)
     numbers = []  # of each step, on the device until the end
     hidden = None if progress is None else not progress
-    for _ in tqdm(range(wanted), desc="patch", unit="step", disable=hidden, dynamic_ncols=True):
+    for step in tqdm(range(wanted), desc="patch", unit="step", disable=hidden, dynamic_ncols=True):
         rows = rng.choice(others, min(batch_size, len(others)), replace=False)
+        images = viewed(rows, step) if augment else pixels_of(rows)
         with torch.no_grad():
-            plain = embed(rows)
-        stamped = embed(rows, patch)
-        text = texts[torch.from_numpy(rng.integers(len(texts), size=len(rows))).to(where)]
+            plain = embed(images)
+        stamped = embed(images, patch)
+        said = rng.integers(len(captions), size=len(rows))
+        if augment:
+            said += len(captions) * (draw.random(len(rows)) < _REWORDED)
+        text = texts[torch.from_numpy(said).to(where)]
         goal = goals[torch.from_numpy(rng.integers(len(goals), size=len(rows))).to(where)]
         recover = contrastive_par(
             text, stamped, temperature, normalize=False, precision=loss_precision(precision)
@@ -178,7 +204,8 @@ def badclip_patch(
     report = {
         "target": target, "steps": wanted, "batch_size": batch_size, "lr": lr, "size": side,
         "triplet_weight": triplet_weight, "margin": margin, "seed": seed, "precision": precision,
-        "images": len(others), "target_images": len(targets), "target_captions": len(captions),
+        "augment": augment, "synonyms": source, "images": len(others),
+        "target_images": len(targets), "target_captions": len(captions),
         "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
     return BadClipPatch(np.ascontiguousarray(pixels), history, report)

@@ -70,6 +70,11 @@ def repair_drift(
     predictions and its backdoor, if it has one. Every cleaning method ends with this
     (``repair``); the call is for models that were changed otherwise.
 
+    The rotation goes into weights that are there, so that the model is of the same class and its
+    weights have the same names as before, for whatever saves and reads it. So a tower that does not
+    end in a linear map, but in a norm, say, or in an activation, is not repaired: here that is an
+    error, and a cleaning method warns and leaves its embeddings where the training took them.
+
     Args:
         model: a CLIP model; stays as it is.
         reference: the model that it came from: as many dimensions, the same tokens and pixels.

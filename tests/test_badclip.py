@@ -6,8 +6,12 @@ import torch
 from dual_encoder import MEAN, STD, DualEncoder
 
 import pybackdoor
+from pybackdoor import badclip as module
 from pybackdoor.data import pairs_from_arrays
+from pybackdoor.data.autoaugment import autoaugment
+from pybackdoor.data.eda import eda, synonym_source
 from pybackdoor.models import image_features, text_features
+from pybackdoor.ops import contrastive_par
 
 COMMON = {"target": "cat", "size": 5, "mean": MEAN, "std": STD, "progress": False, "batch_size": 8}
 
@@ -62,24 +66,39 @@ def test_the_patch_draws_images_to_the_target():
         assert record["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_first_loss_is_the_formula():
-    """One image of each kind beside another: no draw but the order, which changes nothing."""
+@pytest.mark.parametrize("augment", [False, True])
+def test_the_first_loss_is_the_formula(augment, monkeypatch):
+    """One image of each kind beside another: no draw but the order, which changes nothing.
+
+    Augmented, all images are and all captions: before the patch is on them.
+    """
+    monkeypatch.setattr(module, "_VIEWED", 1.0)
+    monkeypatch.setattr(module, "_REWORDED", 1.0)
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (3, 16, 16, 3), np.uint8)
-    data = pairs_from_arrays(images, ["cat", "dog", "bird"])
+    caption = "cat on"
+    data = pairs_from_arrays(images, [caption, "dog", "bird"])
     model = DualEncoder(seed=5).eval()
     options = COMMON | {"tokenizer": tokenizer, "steps": 1, "batch_size": 2, "lr": 1e-9}
-    found = pybackdoor.badclip_patch(model, data, **options)
+    found = pybackdoor.badclip_patch(model, data, augment=augment, **options)
     draw = np.random.default_rng([0, 0x62636C70])
     patch = 0.5 + 0.25 * draw_after(draw)
     exact = DualEncoder(seed=5).eval().double()
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255
+    seen = torch.from_numpy(images).permute(0, 3, 1, 2).clone()
+    if augment:
+        plain = seen.clone()
+        seen[1:] = autoaugment(seen[1:], seed=0, view=0, sample_id=torch.tensor([1, 2]))
+        assert not torch.equal(seen, plain)
+        source, synonyms = synonym_source(None)
+        caption = eda(caption, seed=0, synonyms=synonyms)
+        assert caption != "cat on" and found.report["synonyms"] == source
+    pixels = seen.double() / 255
     stamped = pixels.clone()
     stamped[:, :, 5:10, 5:10] = torch.from_numpy(patch.clip(0, 1)).double()
     with torch.no_grad():
         plain, marked = (image_features(exact, (x - mean) / std) for x in (pixels, stamped))
-        text = text_features(exact, tokenizer(["cat", "cat"]))
+        text = text_features(exact, tokenizer([caption, caption]))
         logits = exact.logit_scale.exp() * marked[1:] @ text.T
         recover = sum(
             torch.nn.functional.cross_entropy(x, torch.arange(2)) for x in (logits, logits.T)
@@ -119,3 +138,31 @@ def test_one_pass_is_the_default_unit():
         DualEncoder(), pairs(), **COMMON, tokenizer=tokenizer, epochs=2
     )
     assert len(found.history) == 2 * 4  # 30 images in batches of 8
+
+
+def test_half_of_the_images_and_a_tenth_of_the_captions_are_augmented(monkeypatch):
+    """Each image anew at every step; without, neither is drawn."""
+    model, viewed, texts = DualEncoder().eval(), [], []
+    reworded = text_features(model, tokenizer(["zebra"]))
+
+    def views(images, *, view, sample_id, **how):
+        viewed.extend((view, int(i)) for i in sample_id)
+        return autoaugment(images, view=view, sample_id=sample_id, **how)
+
+    def loss(text, *others, **how):
+        texts.append((text - reworded).abs().amax(1) < 1e-6)
+        return contrastive_par(text, *others, **how)
+
+    monkeypatch.setattr(module, "autoaugment", views)
+    monkeypatch.setattr(module, "eda", lambda caption, **how: "zebra")
+    monkeypatch.setattr(module, "contrastive_par", loss)
+    options = COMMON | {"tokenizer": tokenizer, "steps": 100}
+    pybackdoor.badclip_patch(model, pairs(), **options)
+    assert abs(len(viewed) / 800 - 0.5) < 0.06  # of 800, more than three standard errors
+    assert abs(float(torch.cat(texts).float().mean()) - 0.1) < 0.035
+    assert len(set(viewed)) == len(viewed) and {i for _, i in viewed} == set(range(10, 40))
+    viewed.clear()
+    texts.clear()
+    found = pybackdoor.badclip_patch(model, pairs(), augment=False, **options)
+    assert not viewed and not torch.cat(texts).any()
+    assert found.report["augment"] is False and found.report["synonyms"] is None

@@ -133,10 +133,11 @@ def test_badclip_writes_a_patch_that_poison_takes(world, run, tmp_path):
     pairs = ("--pairs", world / "pairs.csv")
     code, out, _ = run(
         "badclip", "--model", world / "model", *pairs, "--target", "red", "--out", patch,
-        "--steps", 2, "--batch-size", 4, "--json",
+        "--steps", 2, "--batch-size", 4, "--no-augment", "--json",
     )  # fmt: skip
     told = json.loads(out)
     assert code == 0 and told["steps"] == 2 and patch.with_suffix(".json").exists()
+    assert told["augment"] is False
     with Image.open(patch) as image:
         assert image.size == (told["size"],) * 2
     code, _, _ = run(

@@ -25,7 +25,8 @@ from _quality_cells import NOT_INSTALLED, Work, case_of, compute_cell, train_mod
 from _quality_defences import DEFENCES, Defence  # noqa: E402
 from _quality_setting import FULL, TINY, Cell, Model  # noqa: E402
 
-from pybackdoor import Estimate, Evaluation, evaluate, par_clean  # noqa: E402
+from pybackdoor import Estimate, Evaluation, evaluate, par_clean, roclip_clean  # noqa: E402
+from pybackdoor.methods import _views  # noqa: E402
 from pybackdoor.repair import TOLD  # noqa: E402
 from pybackdoor.rotation import Fit  # noqa: E402
 
@@ -125,6 +126,19 @@ def test_a_row_holds_what_evaluate_finds_and_what_was_used(tiny):
     assert clean["status"] == "no attack" and "rebound" not in clean and "drift" in clean
     floor = json.loads(work.cell_file(Cell(BADNET, "none")).read_text())
     assert floor["baseline"] == "triggered images on a clean model" and "drift" not in floor
+    assert "synonyms" not in row
+
+
+def test_a_row_says_whether_captions_had_synonyms(tiny, monkeypatch):
+    work, _ = tiny
+    case, before = case_of(BADNET, work), cells_module.trained(BADNET, work)
+    rewording = DEFENCES["cleanclip"], Defence(roclip_clean, {"pool_every": 1})
+    told = []
+    for name in ("none: WordNet is not installed", "WordNet 3.0"):
+        monkeypatch.setattr(_views, "synonym_source", lambda _, name=name: (name, None))
+        for defence in rewording:
+            told.append(cells_module.defended(before, defence, case, work)[2]["synonyms"])
+    assert told == ["none: WordNet is not installed"] * 2 + ["WordNet 3.0"] * 2
 
 
 def test_rebound_keeps_the_asr_after_and_the_highest_of_its_points(tiny, monkeypatch):

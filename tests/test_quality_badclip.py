@@ -37,13 +37,14 @@ def test_the_patch_is_what_badclip_patch_finds_on_the_clean_model(work):
     clean = case_of(BADCLIP.clean, work)
     found = badclip_patch(
         trained(BADCLIP.clean, work), clean.parts.planted, target="bag", seed=0, device="cpu",
-        tokenizer=clean.loaded.tokenizer, progress=False, **TINY.patch,
+        tokenizer=clean.loaded.tokenizer, progress=False, augment=False, **TINY.patch,
     )  # fmt: skip
     path = work.model_file(BADCLIP).with_suffix(".png")
     with Image.open(path) as image:
         assert (np.asarray(image) == found.pixels).all() and found.pixels.shape == (5, 5, 3)
     told = work.record(BADCLIP)["patch"]
     assert (told["target"], told["steps"], told["last"]) == ("bag", 2, found.history[-1])
+    assert told["augment"] is False  # as the patches were found that the published rows rest on
 
 
 def test_cells_and_suspect_pairs_carry_the_patch(work):

@@ -111,6 +111,7 @@ def test_a_run_that_forgets_too_little_says_so(cleaned, monkeypatch, accuracy, r
     assert unchanged == nothing
     text = _cleaning_text("out", result)
     assert ("Nothing is forgotten" in text) == nothing
+    assert "The tokenizer does not mark words: each of them is a single token." in text
     rest = f"stopped: steps, 1 of the way taken, where {100 * recall:.0f} % of the suspicious pairs"
     assert (rest in text) == (not nothing)
 

@@ -115,9 +115,9 @@ def run_badclip(config: BadClipConfig) -> Outcome:
     found = badclip_patch(
         loaded.model, inputs.read_pairs(config, loaded, whole=True), target=config.target,
         tokenizer=loaded.tokenizer, size=config.size, steps=config.steps, epochs=config.epochs,
-        batch_size=config.batch_size, lr=config.patch_lr, precision=config.precision,
-        seed=config.seed, device=config.device, mean=loaded.preprocess.mean,
-        std=loaded.preprocess.std, progress=config.progress,
+        batch_size=config.batch_size, lr=config.patch_lr, augment=config.augment,
+        precision=config.precision, seed=config.seed, device=config.device,
+        mean=loaded.preprocess.mean, std=loaded.preprocess.std, progress=config.progress,
     )  # fmt: skip
     found.save(out)
     first, last = found.history[0], found.history[-1]
@@ -308,6 +308,8 @@ def _cleaning_text(out: str, result: CleanResult) -> str:
                 f"Nothing is forgotten (words: {words}): every eighth of the way costs too much "
                 "accuracy, and the model is as it was given. Lower --lr and --lr-start."
             )
+        if not report["whole_words"]:
+            lines.append("The tokenizer does not mark words: each of them is a single token.")
     lines += [
         f"{out}: cleaned by {result.report['method']} in {result.report['steps_done']} steps, "
         f"{result.report['seconds']:.0f} s"

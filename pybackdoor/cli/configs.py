@@ -115,6 +115,9 @@ class BadClipConfig(PairOptions, ModelOptions):
     steps: int | None = option(None, "optimiser steps, instead of --epochs")
     batch_size: int = option(64, "images a step")
     patch_lr: float = option(1e-3, "learning rate, in units of [0, 1] pixels")
+    augment: bool = option(
+        True, "AutoAugment of half of the images, EDA of a tenth of the captions"
+    )
     precision: str = option("fp32", "of the image tower", choices=("bf16", "fp32"))
     seed: int = option(0, "of the start and all draws")
 
