@@ -238,8 +238,8 @@ class _Run:
         if any(flag for (flag,) in self.ranks.agree([over], self.device)):
             return  # of a run that had ended by itself
         with Progress(self.feed.steps, self.settings.progress, leader, done, self.device) as bar:
-            self._when_to_save()
             while True:
+                self._when_to_save()
                 try:
                     if not self._walk(bar, interrupt):
                         if kept:
