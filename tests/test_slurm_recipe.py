@@ -88,6 +88,7 @@ def environment(world: Path) -> dict[str, str]:
 def recipe(out: Path) -> str:
     """The command as it stands there, for two tasks, into a folder of its own."""
     (block,) = re.findall(r"```\n(srun .*?)```", README.read_text(), re.S)
+    assert " --kill-on-bad-exit=1 " in block  # else Slurm leaves those that wait for a failed one
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
