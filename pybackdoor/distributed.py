@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+JOIN_LIMIT = 300.0  # seconds; a cluster does not start all processes at once
 _BUCKET_BYTES = 32 << 20  # gradients travel in flat buffers of this size: few calls, little memory
 
 
@@ -33,10 +35,20 @@ class Ranks:
 
     @staticmethod
     def start(device: torch.device) -> Ranks:
-        """Join the process group that torchrun announces in the environment, if there is one."""
-        if Ranks().size > 1 and not dist.is_initialized():
+        """Join the process group that torchrun announces in the environment, if there is one.
+
+        Raises:
+            RuntimeError: others have not come within 300 s; PYBACKDOOR_JOIN_TIMEOUT sets another
+                number of seconds.
+        """
+        ranks = Ranks()
+        if ranks.size > 1 and not dist.is_initialized():
+            store = _met(ranks)
             # Words about the run go by gloo, so that they never wait for the GPU.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=store, rank=ranks.rank, world_size=ranks.size,
+            )  # fmt: skip
         return Ranks()
 
     @staticmethod
@@ -180,6 +192,39 @@ class Ranks:
                 sent = tensor.detach().to(device)
                 dist.broadcast(sent, src=0)
                 tensor.detach().copy_(sent)
+
+
+def _met(ranks: Ranks) -> dist.Store:
+    """The store of the announced processes, once all of them are there.
+
+    The limit is that of meeting alone: later one may well wait longer for another.
+    """
+    limit = float(os.environ.get("PYBACKDOOR_JOIN_TIMEOUT", JOIN_LIMIT))
+    if not 0 < limit < 1e6:
+        raise ValueError(f"PYBACKDOOR_JOIN_TIMEOUT must be positive seconds, got {limit}")
+    here = "pybackdoor_joined_{}".format
+    seconds, missing = timedelta(seconds=limit), ""
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=seconds))
+        store = dist.PrefixStore("default_pg", store)
+        store.set(here(ranks.rank), b"")
+        try:
+            store.wait([here(r) for r in range(ranks.size)], seconds)
+        except dist.DistError:  # torchrun's own store takes each process as it comes
+            absent = [r for r in range(ranks.size) if not store.check([here(r)])]
+            missing = f", missing {absent}"
+            raise
+    except dist.DistError as error:
+        if "timed out" not in str(error).lower() and not missing:
+            raise
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise RuntimeError(
+            f"rank {ranks.rank}: not all of {ranks.size} processes have met at {place} within "
+            f"{limit:g} s{missing}: see what the others say, or give them more by "
+            "PYBACKDOOR_JOIN_TIMEOUT"
+        ) from error
+    store.set_timeout(dist.constants.default_pg_timeout)
+    return store
 
 
 class _Gather(torch.autograd.Function):

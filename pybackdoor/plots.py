@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ _PANELS = (
     ("loss", ("loss", "contrastive")),
     ("mean squared distance to the input model", ("s_image", "s_text")),
     ("learning rate", ("lr",)),
+    ("pairs a second, over the last steps", ("pairs_per_second",)),
 )
 _MOST = 2000  # points of a line
 
@@ -25,9 +27,11 @@ def pyplot() -> Any:
 
 
 def training_curves(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Loss, distances and learning rate over the steps, a panel each; of what was recorded."""
+    """Loss, distances, learning rate and throughput over the steps, a panel each; of what was
+    recorded: steps without a number are a gap.
+    """
     plt = pyplot()
-    names = set(history[0]) if history else set()
+    names = {*history[0], *history[-1]} if history else set()
     panels = [(title, [n for n in lines if n in names]) for title, lines in _PANELS]
     panels = [(title, lines) for title, lines in panels if lines]
     if not panels:
@@ -39,7 +43,7 @@ def training_curves(history: Sequence[dict[str, float]], path: Path) -> None:
     steps = [record["step"] for record in shown]
     for axis, (title, lines) in zip(axes[:, 0], panels, strict=True):
         for name in lines:
-            axis.plot(steps, [record[name] for record in shown], linewidth=1, label=name)
+            axis.plot(steps, [r.get(name, math.nan) for r in shown], linewidth=1, label=name)
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
         if len(lines) > 1:

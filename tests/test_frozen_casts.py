@@ -138,7 +138,9 @@ def test_inference_mode_keeps_nothing_that_training_cannot_use():
     assert not encode._casts._kept[made_there]._casts
 
 
-@pytest.mark.parametrize("why", ["a weight is trained", "fp32", "compiled", "another mode"])
+@pytest.mark.parametrize(
+    "why", ["a weight is trained", "fp32", "compiled", "another mode", "no CPU"]
+)
 def test_nothing_is_kept(why):
     model = frozen(DualEncoder)
     precision = None if why == "fp32" else torch.bfloat16
@@ -147,7 +149,9 @@ def test_nothing_is_kept(why):
         model.logit_scale.requires_grad_()
     x, _ = inputs(16, 6)
     with FlopCounterMode(display=False) if why == "another mode" else nullcontext():
-        if why == "compiled":
+        if why == "no CPU":
+            model.to("meta")  # on the pretended GPU there is always another mode
+        if why in ("compiled", "no CPU"):
             with encode._context(model):
                 pass
         else:

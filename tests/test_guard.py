@@ -8,7 +8,8 @@ import torch
 from dual_encoder import MEAN, STD, DualEncoder, random_pairs
 
 import pybackdoor
-from pybackdoor.engine import NonFiniteError
+from pybackdoor.engine import Checkpoints, NonFiniteError
+from pybackdoor.engine.checkpoints import CheckpointFolder, steps_in
 from pybackdoor.engine.guard import largest_entries
 
 BATCHES = 6
@@ -25,22 +26,44 @@ def batches():
 
 
 class Faulty(DualEncoder):
-    """Breaks once where it is told to: in (what, call of encode_text while training)."""
+    """Breaks once where it is told to: in (what, call of encode_text while training).
 
-    def __init__(self, what: str, at: int) -> None:
+    ``name`` and ``entry``: the weight or the gradient that breaks, and where in it; no name for the
+    gradient of the caption features.
+    """
+
+    def __init__(self, what, at, value=math.nan, name=None, entry=0) -> None:
         super().__init__(seed=2)
-        self.what, self.at, self.calls = what, at, -1
-        self.value = math.nan
+        self.what, self.at, self.calls, self.value = what, at, -1, value
+        self.name, self.entry = name, entry
 
     def encode_text(self, tokens):
         out = super().encode_text(tokens)
         if self.training:
             self.calls += 1
-            if self.calls == self.at and self.what == "caption":
-                out = torch.cat([out[:3], out[3:4] * self.value, out[4:]])
-            if self.calls == self.at and self.what == "gradient":
-                out.register_hook(lambda g: g * self.value)
+            if self.calls == self.at:
+                out = self.broken(out)
         return out
+
+    def broken(self, out):  # [n, 8]
+        if self.what == "caption":
+            row = self.entry % len(out)
+            out = torch.cat([out[:row], out[row : row + 1] * self.value, out[row + 1 :]])
+        if self.what == "weight":  # not in a way that autograd would notice
+            held = dict(self.named_parameters()) | dict(self.named_buffers())
+            held[self.name].data.view(-1)[self.entry] = self.value
+        if self.what == "gradient" and self.name is None:
+            out.register_hook(lambda g: g * self.value)
+        elif self.what == "gradient":
+            hooked = self.get_parameter(self.name).register_hook(self.broken_gradient)
+            self.unhook = hooked.remove
+        return out
+
+    def broken_gradient(self, gradient):
+        self.unhook()
+        gradient = gradient.clone()
+        gradient.view(-1)[self.entry] = self.value
+        return gradient
 
 
 def run(model, loader, **options):
@@ -53,8 +76,7 @@ def run(model, loader, **options):
 @pytest.mark.parametrize("what", ["image", "caption", "gradient"])
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_a_batch_that_breaks_is_left_out(what, at, value):
-    loader, model = batches(), Faulty(what, at)
-    model.value = value
+    loader, model = batches(), Faulty(what, at, value, entry=3)
     if what == "image":
         loader[at]["images"][5, 1, 2, 3] = value
     result = run(model, loader)
@@ -128,20 +150,66 @@ def test_weights_that_break_at_each_try_end_the_run(tmp_path):
         )  # fmt: skip
 
 
-def test_random_faults():
-    """Random kinds, places and values; each is found at its step, and the run is as without."""
-    rng = random.Random(0)
-    for _ in range(60):
-        what, at = rng.choice(["image", "caption", "gradient"]), rng.randrange(3)
-        model, loader = Faulty(what, at), batches()
-        model.value = rng.choice([math.nan, math.inf, -math.inf])
+FAULTS = 200
+RUN = 3  # steps
+TRAINED = [n for n, _ in DualEncoder().named_parameters() if n != "logit_scale"]
+WATCHED = [n for n, t in DualEncoder().state_dict().items() if t.is_floating_point()]
+
+
+def kept_states(folder):
+    """{step: state} of the checkpoints in a folder; one that does not load raises."""
+    with CheckpointFolder(Checkpoints(folder, resume=True, force=True), {}) as kept:
+        return {step: kept._read(step) for step in steps_in(folder)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """Weights of the run without a batch, or with all."""
+    found = {}
+    for left_out in (None, *range(RUN)):
+        loader = [b for k, b in enumerate(batches()) if k != left_out]
+        found[left_out] = run(DualEncoder(seed=2), loader, steps=RUN).model.state_dict()
+    return found
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_faults(part, undisturbed, tmp_path):
+    """200 of random kinds, places and values, with a checkpoint after each step.
+
+    Each is found at its step. What lies on the disk afterwards is finite and loads, and the run is
+    as without the batch, or, of a weight, as if nothing had been.
+    """
+    rng, kinds = random.Random(part), ("image", "caption", "weight", "gradient")
+    for number in range(FAULTS // 4):
+        what, at = rng.choice(kinds), rng.randrange(RUN)
+        name = rng.choice(WATCHED if what == "weight" else TRAINED)
+        entry = rng.randrange(DualEncoder().state_dict()[name].numel())
+        model = Faulty(what, at, rng.choice([math.nan, math.inf, -math.inf]), name, entry)
+        loader, folder = batches(), tmp_path / str(number)
         if what == "image":
             image = loader[at]["images"][rng.randrange(8)]
             image.view(-1)[rng.randrange(image.numel())] = model.value
-        result = run(model, loader, steps=3)
+        told = what, at, name, entry, model.value
+        try:
+            result = run(model, loader, steps=RUN, folder=folder, save_minutes=0)
+        except NonFiniteError as error:  # nothing to go back to
+            assert what == "weight" and at == 0, told
+            assert str(error).startswith(f"step 0: not finite: weight {name}"), (told, error)
+            assert kept_states(folder) == {}
+            continue
         (fault,) = result.report["faults"]
-        assert fault.startswith(f"step {at}: not finite"), (what, at, fault)
-        assert not [n for n, p in result.model.named_parameters() if not p.isfinite().all()]
+        where = f" of {name}" if what == "gradient" else f" {name}" if what == "weight" else ""
+        named = {"image": "image features", "caption": "text features"}.get(what, what)
+        assert fault.startswith(f"step {at}: not finite: {named}{where}"), (told, fault)
+        states = kept_states(folder)
+        assert list(states) == [RUN - 1, RUN], told
+        for state in states.values():
+            floats = [t for t in state.tensors.values() if t.is_floating_point()]
+            assert len(floats) > len(WATCHED) and all(t.isfinite().all() for t in floats), told
+        wanted = undisturbed[None if what == "weight" else at]
+        for weight, tensor in wanted.items():
+            assert torch.equal(result.model.state_dict()[weight], tensor), (told, weight)
+            assert torch.equal(states[RUN].tensors[f"model/{weight}"], tensor), (told, weight)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -7.0, 3e38, -3e38])

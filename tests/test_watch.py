@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import warm
 from rank_pool import announced, free_port
+from torch.distributed import TCPStore
 
 SCRIPT = Path(__file__).with_name("lost_rank.py")
 LIMIT = 4.0
@@ -37,6 +38,30 @@ def test_a_lost_rank_ends_the_others(fate, tmp_path):
         for process in (first, second):
             process.kill()
             process.communicate()
+
+
+def test_a_rank_that_never_comes_is_not_waited_for():
+    for rank in range(2):  # the one that the others look for, and another
+        about = announced(rank, 2, free_port()) | {"PYBACKDOOR_JOIN_TIMEOUT": "1.5"}
+        began = time.monotonic()
+        alone = warm.run([str(SCRIPT), "waits", "none"], about)
+        assert alone.returncode == 1 and time.monotonic() - began < 30
+        wanted = f"rank {rank}: not all of 2 processes have met at 127.0.0.1:{about['MASTER_PORT']}"
+        assert f"{wanted} within 1.5 s: see what the others say" in alone.stderr, alone.stderr
+
+
+def test_torchruns_store_tells_who_is_missing():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    about = announced(0, 3, store.port) | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    about |= {"PYBACKDOOR_JOIN_TIMEOUT": "1.5"}
+    alone = warm.run([str(SCRIPT), "waits", "none"], about)
+    assert "within 1.5 s, missing [1, 2]: see what" in alone.stderr, alone.stderr
+
+
+def test_a_time_limit_that_is_none_is_refused():
+    about = announced(0, 2, free_port()) | {"PYBACKDOOR_JOIN_TIMEOUT": "0"}
+    alone = warm.run([str(SCRIPT), "waits", "none"], about)
+    assert "PYBACKDOOR_JOIN_TIMEOUT must be positive seconds, got 0.0" in alone.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,7 +13,9 @@ from typing import Any, TextIO
 from ..distributed import Ranks
 from ..engine import DeferredInterrupt, pick_device
 from ..engine.checkpoints import clear, differences, steps_in
+from ..engine.history import History
 from ..engine.interrupts import exception_of
+from ..engine.progress import PACE
 from ..files import hold, writable_folder, write_atomically
 from ..models import CheckpointError, LoadedModel, refuse_folder
 from ..models.folder import read_record, remove_model
@@ -162,10 +165,11 @@ class Run:
                 raise
             if self._history is None:  # not a step was taken
                 write_yaml(self._config, self._out / _CONFIG)
-            lines = "".join(json.dumps(record) + "\n" for record in result.history)
+            history = self._with_pace(result.history)
+            lines = "".join(json.dumps(record) + "\n" for record in history)
             write_atomically(self._out / _HISTORY, lines.encode())
-            if result.history:
-                training_curves(result.history, curves)
+            if history:
+                training_curves(history, curves)
             else:
                 curves.unlink(missing_ok=True)
             (self._out / _PARTIAL).unlink(missing_ok=True)
@@ -176,6 +180,15 @@ class Run:
                 cause = exception_of(interrupt.pending)
                 word = str(cause) or "interrupted"
                 raise KeptInterrupt(f"{word}; the result is saved in {self._out}") from cause
+
+    def _with_pace(self, history: Iterable[Mapping[str, float]]) -> History:
+        """The result's numbers, and the pace of each step, of which the lines written then tell."""
+        path, paces = self._out / _PARTIAL, {}
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with suppress(ValueError):  # a line that a crash has torn
+                told = json.loads(line)
+                paces[told["step"]] = {name: told[name] for name in PACE if name in told}
+        return History({**record, **paces.get(record["step"], {})} for record in history)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:

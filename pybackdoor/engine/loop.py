@@ -83,7 +83,8 @@ def train(
             being epoch 0, after ``set_epoch`` where it or its sampler has one.
         on_step: called after each step with (step, record, model); returning True ends the run,
             whichever rank says so. On a GPU it makes every step wait for its numbers.
-        track: called with (step, record) once a step's numbers have arrived.
+        track: called with (step, record) once a step's numbers have arrived. Both records have
+            progress.PACE, too, which ``log`` has not: no two runs are equally fast.
         log: filled in as the run goes; default a new one.
         checkpoints: where the state is kept, and whether to continue from there; the same on every
             rank, the first one reads and writes.
@@ -233,13 +234,13 @@ class _Run:
 
     def _run(self, interrupt: DeferredInterrupt, kept: bool) -> None:
         self._prepare()
-        done, leader = len(self.log.steps), self.ranks.rank == 0
+        done, first = len(self.log.steps), self.ranks.rank == 0
         over = done > 0 and self.objective.enough(done - 1)
         if any(flag for (flag,) in self.ranks.agree([over], self.device)):
             return  # of a run that had ended by itself
-        with Progress(self.feed.steps, self.settings.progress, leader, done, self.device) as bar:
-            self._when_to_save()
+        with Progress(self.feed.steps, self.settings.progress, first, self.device, self.log) as bar:
             while True:
+                self._when_to_save()
                 try:
                     if not self._walk(bar, interrupt):
                         if kept:
@@ -251,7 +252,7 @@ class _Run:
                         if not kept or not self._return_to(state):
                             cause = f"{lost.fault.cause}; no earlier state is kept"
                             raise NonFiniteError(cause) from None
-                    bar.back_to(len(self.log.steps))
+                    bar.go_back()
                 except BaseException:  # a step whose numbers are on their way has been applied
                     self.track = self.on_step = None
                     with suppress(Exception):
@@ -336,8 +337,7 @@ class _Run:
             log.seconds, log.waiting = now - self.started, self.feed.waiting
             log.skipped_batches = item.after["skipped"]
             log.steps.append({"step": step, "epoch": item.epoch, **record})
-            share = log.waiting / max(log.seconds, 1e-9)
-            bar.advance(record, log.pairs / max(log.seconds, 1e-9), share)
+            record |= bar.advance(record)
             if self.track is not None:
                 self.track(step, record)
             if self.on_step is not None:
@@ -395,6 +395,6 @@ class _Run:
             self.kept = {}
         self.feed.position = content["position"]
         self.log.return_to(content["log"])
-        self.started = time.perf_counter() - self.log.seconds
+        self.started, self.feed.waiting = time.perf_counter() - self.log.seconds, self.log.waiting
         self.guard.lower()
         return True

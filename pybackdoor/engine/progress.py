@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import os
+import time
+from collections import deque
 from pathlib import Path
 
 import torch
 
+from .settings import TrainLog
+
+PACE = ("pairs_per_second", "data_wait", "memory_gb")
+_RECENT = 20  # steps that the pace is that of: a step's own depends on when its numbers arrive
+_LOOK = 1.0  # seconds between two looks at the memory: one takes a tenth of a millisecond on a GPU
+
 
 class Progress:
-    """A bar with the loss, the method's terms, throughput and time left; silent off a terminal."""
+    """The pace of a run, and a bar with it, the loss, the method's terms and the time left.
+
+    The bar is silent off a terminal, unless it is wanted.
+
+    Args:
+        leader: whether this rank shows it.
+        log: of the run, which has all numbers of a step before it is told here.
+    """
 
     def __init__(
-        self, steps: int, wanted: bool | None, leader: bool, done: int, device: torch.device
+        self, steps: int, wanted: bool | None, leader: bool, device: torch.device, log: TrainLog
     ) -> None:
-        self._bar, self._device = None, device
+        self._bar, self._device, self._log = None, device, log
+        self._marks = deque([self._mark()], maxlen=_RECENT + 1)
+        self._looked, self._memory = -_LOOK, 0
         if leader and wanted is not False:
             from tqdm.auto import tqdm
 
             hidden = None if wanted is None else False  # tqdm: None hides it off a terminal
             self._bar = tqdm(
-                total=steps, initial=done, disable=hidden, unit="step", dynamic_ncols=True
-            )
+                total=steps, initial=len(log.steps), disable=hidden, unit="step",
+                dynamic_ncols=True,
+            )  # fmt: skip
 
     def __enter__(self) -> Progress:
         return self
@@ -30,27 +48,47 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, record: dict[str, float], pairs_per_second: float, waiting: float) -> None:
-        """One step more; waiting is the share of the time that the loader kept it waiting."""
+    def advance(self, record: dict[str, float]) -> dict[str, float]:
+        """One step more.
+
+        Returns:
+            PACE: pairs a second and the share of the time that the loader kept the run waiting,
+            both over the last 20 steps, and GB of memory: of the process on a CPU, the most so far
+            of the device.
+        """
+        self._marks.append(self._mark())
+        first, last = self._marks[0], self._marks[-1]
+        seconds, pairs, waiting = (b - a for a, b in zip(first, last, strict=True))
+        seconds = max(seconds, 1e-9)
+        if time.monotonic() - self._looked >= _LOOK:
+            self._looked, self._memory = time.monotonic(), memory(self._device)
+        pace = pairs / seconds, waiting / seconds, self._memory / 1e9
         if self._bar is not None and not self._bar.disable:
             shown = {n: f"{v:.3g}" for n, v in record.items()}
-            shown |= {"pairs/s": f"{pairs_per_second:.0f}", "data wait": f"{waiting:.0%}"}
-            shown |= {"memory": f"{self._memory() / 1e9:.1f} GB"}
+            shown |= {"pairs/s": f"{pace[0]:.0f}", "data wait": f"{pace[1]:.0%}"}
+            shown |= {"memory": f"{pace[2]:.1f} GB"}
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
+        return dict(zip(PACE, pace, strict=True))
 
-    def _memory(self) -> int:
-        """Bytes of the device, or of the process on a CPU."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        try:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-        except OSError:  # not Linux
-            return 0
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    def _mark(self) -> tuple[float, int, float]:
+        return self._log.seconds, self._log.pairs, self._log.waiting
 
-    def back_to(self, step: int) -> None:
-        """The run went back to an earlier step."""
+    def go_back(self) -> None:
+        """The log went back to an earlier step."""
+        self._marks.clear()
+        self._marks.append(self._mark())
         if self._bar is not None:
-            self._bar.n = step
+            self._bar.n = len(self._log.steps)
             self._bar.refresh()
+
+
+def memory(device: torch.device) -> int:
+    """Bytes: the most so far of a GPU, those of the process now on a CPU; 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

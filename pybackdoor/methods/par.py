@@ -100,7 +100,9 @@ def par_clean(
         tokenizer: list of strings -> [n, L] tokens.
         progress: show a progress bar; default when standard error is a terminal.
         on_step: called with (step, record, model); returning True ends the run. On a GPU it makes
-            each step wait for its numbers; ``track``, called with (step, record), does not.
+            each step wait for its numbers; ``track``, called with (step, record), does not. Their
+            records have pairs_per_second and data_wait, the share of the time that the loader kept
+            the run waiting, both over the last 20 steps, and memory_gb, too.
         micro_batch (None): pairs encoded at a time, for a batch that does not fit into memory; loss
             and gradients stay those of the whole batch, for one more forward pass.
         trim_text (True): encode captions without the padding that all of a batch share, on a CPU
