@@ -25,6 +25,8 @@ import time
 import warnings
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from training_child import clean, failing  # noqa: E402
 
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--disk-errors", type=int, default=50, help="rounds with failing writes")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # a forked process cannot use its parent's others, and would hang
     rng, began = random.Random(options.seed), time.monotonic()
     want = clean(None, STEPS)
     goal = [len(want.history), weights_sha256(want.model)]
