@@ -8,6 +8,7 @@ process would get from the whole batch, whatever the ranks' shares of it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -19,6 +20,22 @@ from torch import Tensor, nn
 
 JOIN_LIMIT = 300.0  # seconds; a cluster does not start all processes at once
 _BUCKET_BYTES = 32 << 20  # gradients travel in flat buffers of this size: few calls, little memory
+
+
+def seconds_of(variable: str, default: float) -> float:
+    """A limit that the environment may set.
+
+    Raises:
+        ValueError: it is set to something else than positive seconds.
+    """
+    given = os.environ.get(variable, str(default))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise ValueError(f"{variable} must be positive seconds, got {given!r}")
+    return seconds
 
 
 class Ranks:
@@ -199,9 +216,7 @@ def _met(ranks: Ranks) -> dist.Store:
 
     The limit is that of meeting alone: later one may well wait longer for another.
     """
-    limit = float(os.environ.get("PYBACKDOOR_JOIN_TIMEOUT", JOIN_LIMIT))
-    if not 0 < limit < 1e6:
-        raise ValueError(f"PYBACKDOOR_JOIN_TIMEOUT must be positive seconds, got {limit}")
+    limit = min(seconds_of("PYBACKDOOR_JOIN_TIMEOUT", JOIN_LIMIT), 1e6)
     here = "pybackdoor_joined_{}".format
     seconds, missing = timedelta(seconds=limit), ""
     try:

@@ -114,6 +114,8 @@ def test_an_interrupted_run_goes_on_with_its_pool(tmp_path):
     [
         ({"every": 0}, "every must be an integer of at least 1, got 0"),
         ({"pool": 1.5}, "pool must be an integer of at least 1, got 1.5"),
+        ({"inversion_steps": 0}, "inversion_steps must be an integer of at least 1, got 0"),
+        ({"inversion_batch": True}, "inversion_batch must be an integer of at least 1, got True"),
         ({"share": 1.5}, r"share must be in \[0, 1\], got 1.5"),
         ({"families": ()}, "families must be of sparse, dense"),
         ({"families": ("thick",)}, "families must be of sparse, dense"),

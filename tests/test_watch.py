@@ -9,6 +9,9 @@ import warm
 from rank_pool import announced, free_port
 from torch.distributed import TCPStore
 
+from pybackdoor.distributed import Ranks, seconds_of
+from pybackdoor.engine.watch import Watch
+
 SCRIPT = Path(__file__).with_name("lost_rank.py")
 LIMIT = 4.0
 
@@ -58,10 +61,20 @@ def test_torchruns_store_tells_who_is_missing():
     assert "within 1.5 s, missing [1, 2]: see what" in alone.stderr, alone.stderr
 
 
-def test_a_time_limit_that_is_none_is_refused():
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "soon"])
+def test_a_time_limit_that_is_none_is_refused(given, monkeypatch):
+    monkeypatch.setenv("A_LIMIT", given)
+    with pytest.raises(ValueError, match=f"A_LIMIT must be positive seconds, got '{given}'"):
+        seconds_of("A_LIMIT", 30.0)
+
+
+def test_both_time_limits_are_looked_at(monkeypatch):
     about = announced(0, 2, free_port()) | {"PYBACKDOOR_JOIN_TIMEOUT": "0"}
     alone = warm.run([str(SCRIPT), "waits", "none"], about)
-    assert "PYBACKDOOR_JOIN_TIMEOUT must be positive seconds, got 0.0" in alone.stderr
+    assert "PYBACKDOOR_JOIN_TIMEOUT must be positive seconds, got '0'" in alone.stderr
+    monkeypatch.setenv("PYBACKDOOR_RANK_TIMEOUT", "soon")
+    with pytest.raises(ValueError, match="PYBACKDOOR_RANK_TIMEOUT must be positive seconds"):
+        Watch(Ranks())
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ _to_copy = torch.ops.aten._to_copy.default
 class FrozenCasts:
     """Keeps them, half of the model's own size, for as long as it and this object live.
 
-    On a CPU alone, where seeing each operator costs little beside what it takes. A GPU would wait
-    for the host, which needs longer to see all of them than the casts need there: those of a
-    ViT-B/32 move 0.9 GB. And what torch.compile or a CUDA graph runs, no mode sees.
+    On a CPU alone, where seeing each operator costs little beside what it takes. A GPU may well
+    wait longer for a host that sees all of them than for the casts, which move 0.9 GB for a
+    ViT-B/32; that has not been measured. And what torch.compile or a CUDA graph runs, no mode sees.
 
     A weight that was changed since is cast again, unless it was changed in place through its
     `data`, which nobody can see.

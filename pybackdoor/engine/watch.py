@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from ..distributed import Ranks
+from ..distributed import Ranks, seconds_of
 from .faults import NonFiniteError
 
 LIMIT = 30.0  # seconds
@@ -39,9 +39,7 @@ class Watch:
 
     def __init__(self, ranks: Ranks, limit: float | None = None) -> None:
         self._ranks = ranks
-        self._limit = limit or float(os.environ.get("PYBACKDOOR_RANK_TIMEOUT", LIMIT))
-        if not self._limit > 0:
-            raise ValueError(f"PYBACKDOOR_RANK_TIMEOUT must be positive seconds, got {self._limit}")
+        self._limit = limit or seconds_of("PYBACKDOOR_RANK_TIMEOUT", LIMIT)
         self._since, self._longest, self._calm = time.monotonic(), 0.0, 0
         self._stepped = False
         self._over = threading.Event()

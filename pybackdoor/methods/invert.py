@@ -175,9 +175,13 @@ def invert_clean(
         As ``par_clean``.
     """
     check_tau(tau)
-    for name, value, least in (("every", every, 1), ("pool", pool, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    counts = {
+        "every": every, "pool": pool, "inversion_steps": inversion_steps,
+        "inversion_batch": inversion_batch,
+    }  # fmt: skip
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], got {share}")
     wrong = [family for family in families if family not in FAMILIES]
