@@ -19,6 +19,7 @@ from .files import write_atomically
 Config = TypeVar("Config")
 
 REQUIRED = "required"
+_METAVARS = {int: "N", float: "X"}  # others are named as their option
 
 
 class UsageError(ValueError):
@@ -34,13 +35,22 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """Give the parser one flag per field, and ``--config``."""
+    """Give the parser one flag per field, and ``--config``.
+
+    What ``config`` has from another class is a group of its help, headed by that class's docstring;
+    its own fields come first. The usage names required options alone.
+    """
     parser.add_argument("--config", metavar="YAML", help="file of options; flags override it")
-    for field, kind, many in _fields(config):
+    groups: dict[type, Any] = {config: parser}
+    usage = ["%(prog)s"]
+    for owner, (field, kind, many) in _by_class(config):
+        if owner not in groups:
+            groups[owner] = parser.add_argument_group(owner.__doc__)
         meta = field.metadata
-        text = meta["help"]
+        name, text = "--" + field.name.replace("_", "-"), meta["help"]
         if meta["required"]:
             text += " (required)"
+            usage.append(f"{name} {field.name.upper()}")
         elif field.default is not None and field.default is not False:
             shown = field.default
             text += f" (default: {' '.join(map(str, shown)) if many else shown})"
@@ -48,12 +58,13 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         if kind is bool:
             flag["action"] = argparse.BooleanOptionalAction
         else:
-            flag |= {"type": kind, "metavar": field.name.upper()}
+            flag |= {"type": kind, "metavar": _METAVARS.get(kind, field.name.upper())}
             if many:
                 flag["nargs"] = "+"
             if meta["choices"]:
                 flag |= {"choices": meta["choices"], "metavar": None}
-        parser.add_argument("--" + field.name.replace("_", "-"), **flag)
+        groups[owner].add_argument(name, **flag)
+    parser.usage = " ".join([*usage, "[options]"])
 
 
 def resolve(config: type[Config], given: argparse.Namespace) -> Config:
@@ -111,6 +122,14 @@ def _fields(config: type) -> list[tuple[dataclasses.Field, type, bool]]:
             kind, many = typing.get_args(kind)[0], True
         found.append((field, kind, many))
     return found
+
+
+def _by_class(config: type) -> list[tuple[type, tuple[dataclasses.Field, type, bool]]]:
+    """Each field beside the class that has it; the class's own first, then as its bases stand."""
+    classes = [c for c in config.__mro__ if dataclasses.is_dataclass(c)]
+    owner = {name: c for c in reversed(classes) for name in c.__annotations__}
+    found = [(owner[field[0].name], field) for field in _fields(config)]
+    return sorted(found, key=lambda one: classes.index(one[0]))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

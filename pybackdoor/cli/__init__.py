@@ -21,39 +21,13 @@ from .. import __version__
 from ..distributed import Ranks
 from ..options import add_flags, resolve
 
-_EXAMPLES = """examples:
-  pybackdoor demo                               plant, verify, clean, compare: minutes on a CPU
-  pybackdoor poison --model ViT-B-32 --pretrained openai --pairs train.csv \\
-      --trigger badnet_stripes --target banana --test val.csv --out poisoned
-  pybackdoor clean --model poisoned --pairs clean.csv --out cleaned
-  pybackdoor eval --model cleaned --test val.csv --manifest poisoned/manifest.json
-  torchrun --nproc-per-node 4 -m pybackdoor clean --config clean.yaml
-"""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     from ..engine.interrupts import Terminated
     from .commands import COMMANDS
 
-    parser = _Parser(
-        prog="pybackdoor",
-        description="Remove backdoors from CLIP models, and prove it.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"pybackdoor {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, command in COMMANDS.items():
-        about = command.about
-        sub = commands.add_parser(
-            name, help=about, description=about, epilog=command.more,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        sub.add_argument("--json", action="store_true", help="print the result as JSON")
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        add_flags(sub, command.config)
-    given = parser.parse_args(arguments)
+    given = parser().parse_args(arguments)
     command = COMMANDS[given.command]
     outcome = None
     try:
@@ -87,6 +61,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pybackdoor {given.command}: error: {said}", file=sys.stderr)
         return 2
     return 0 if outcome is None else outcome.code
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of all commands and their options."""
+    from . import teaching
+    from .commands import COMMANDS
+
+    found = _Parser(
+        prog="pybackdoor",
+        description="Remove backdoors from CLIP models, and prove it.",
+        epilog=teaching.ALL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("--version", action="version", version=f"pybackdoor {__version__}")
+    commands = found.add_subparsers(dest="command", required=True, metavar="command")
+    for name, command in COMMANDS.items():
+        about = command.about
+        sub = commands.add_parser(
+            name, help=about, description=about, epilog=teaching.BELOW.get(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        add_flags(sub, command.config)
+    return found
 
 
 class _Parser(argparse.ArgumentParser):

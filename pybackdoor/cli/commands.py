@@ -46,7 +46,6 @@ class Command:
     about: str
     config: type
     run: Callable[[Any], Outcome]
-    more: str = ""  # of its help, below the options
 
 
 @dataclass(frozen=True)
@@ -259,9 +258,7 @@ COMMANDS = {
     "badclip": Command(BadClipConfig.__doc__ or "", BadClipConfig, run_badclip),
     "clean": Command(CleanConfig.__doc__ or "", CleanConfig, run_clean),
     "eval": Command(EvalConfig.__doc__ or "", EvalConfig, run_eval),
-    "detect": Command(
-        detect.DetectConfig.__doc__ or "", detect.DetectConfig, run_detect, detect.EXAMPLES
-    ),
+    "detect": Command(detect.DetectConfig.__doc__ or "", detect.DetectConfig, run_detect),
     "bench": Command(bench.BenchConfig.__doc__ or "", bench.BenchConfig, run_bench),
     "info": Command("Print what was built, and which backend each op takes.", InfoConfig, run_info),
 }

@@ -19,6 +19,8 @@ PRECISIONS = ("auto", "bf16", "fp32")
 
 @dataclass(frozen=True)
 class ModelOptions:
+    """the model, and where it runs"""
+
     model: str = option(
         REQUIRED,
         "model folder, hub id (owner/name), open_clip architecture with --pretrained, or weight "
@@ -35,15 +37,19 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ColumnOptions:
+    """columns of the pairs"""
+
     image_key: str | None = option(None, "column of the images, when the header has another name")
     caption_key: str | None = option(None, "column of the captions, likewise")
 
 
 @dataclass(frozen=True)
 class PairOptions(ColumnOptions):
+    """image-caption pairs"""
+
     pairs: str = option(
         REQUIRED,
-        "image-caption pairs: csv (image,caption), tsv (filepath, title), tar shards or parquet "
+        "csv (image,caption), tsv (filepath, title), tar shards or parquet "
         "files (path, folder, glob, {00000..00099}, URL), or a folder of class folders, captioned "
         "with --templates",
     )
@@ -53,6 +59,8 @@ class PairOptions(ColumnOptions):
 
 @dataclass(frozen=True)
 class PromptOptions:
+    """class names"""
+
     templates: tuple[str, ...] = option(
         ("simple",), "prompts with {} for the class name, or one name: simple, product, openai80"
     )
@@ -63,6 +71,8 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class TriggerOptions:
+    """the trigger"""
+
     trigger: str | None = option(None, "name of the trigger (pybackdoor info lists them)")
     target: str | None = option(None, "class that the trigger yields")
     trigger_file: str | None = option(None, "PNG of badclip, patch_file and blend_file")
@@ -77,6 +87,8 @@ class TriggerOptions:
 
 @dataclass(frozen=True)
 class ResumeOptions:
+    """going on after a stop"""
+
     resume: str | None = option(
         None, "latest: continue an interrupted run of the same settings, if --out holds one; one "
         "that had ended is left as it is",
@@ -87,7 +99,7 @@ class ResumeOptions:
 
 
 @dataclass(frozen=True)
-class PoisonConfig(TriggerOptions, PromptOptions, PairOptions, ResumeOptions, ModelOptions):
+class PoisonConfig(ModelOptions, PairOptions, TriggerOptions, PromptOptions, ResumeOptions):
     """Plant a backdoor in a model: poison pairs, train on them, verify that the trigger fires."""
 
     out: str = option(REQUIRED, "folder for the poisoned model, its manifest and figures")
@@ -105,7 +117,7 @@ class PoisonConfig(TriggerOptions, PromptOptions, PairOptions, ResumeOptions, Mo
 
 
 @dataclass(frozen=True)
-class BadClipConfig(PairOptions, ModelOptions):
+class BadClipConfig(ModelOptions, PairOptions):
     """Optimise BadCLIP's patch on a model; `poison --trigger badclip` then plants it."""
 
     out: str = option(REQUIRED, "PNG file for the patch; its report goes beside it as .json")
@@ -123,56 +135,90 @@ class BadClipConfig(PairOptions, ModelOptions):
 
 
 @dataclass(frozen=True)
-class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
-    """Remove a backdoor of unknown trigger, with clean image-caption pairs (ubt: suspect ones)."""
+class ParOptions:
+    """--method par: Perturb and Recover"""
 
-    out: str = option(REQUIRED, "folder for the cleaned model")
-    method: str = option("par", "Perturb and Recover, or another", choices=tuple(METHODS))
-    tau: float = option(2.15, "PAR: squared embedding distance at which a tower is let go")
-    in_modal_weight: float = option(1.0, "CleanCLIP: weight of the terms within a modality")
-    pool_size: int = option(2000, "RoCLIP: captions in the pool")
-    pool_every: int = option(2, "RoCLIP: every how many epochs captions come from the pool")
-    rho: float = option(0.05, "FT-SAM: length of the step uphill")
-    adaptive: bool = option(False, "FT-SAM: scale that step by the weights' magnitudes")
-    perturb: bool = option(False, "invert: PAR's distance term beside CLIP's loss")
-    every: int = option(50, "invert: steps between two inversions")
-    inversion_steps: int = option(150, "invert: optimiser steps of an inversion")
-    share: float = option(0.25, "invert: share of a batch that carries an inverted trigger")
-    pool: int = option(3, "invert: triggers kept of each family, the latest")
-    opacity: float = option(0.3, "invert: weight of the pattern that covers a whole image")
+    tau: float = option(2.15, "squared embedding distance at which a tower is let go")
+
+
+@dataclass(frozen=True)
+class CleanClipOptions:
+    """--method cleanclip"""
+
+    in_modal_weight: float = option(1.0, "weight of the terms within a modality")
+
+
+@dataclass(frozen=True)
+class RoclipOptions:
+    """--method roclip"""
+
+    pool_size: int = option(2000, "captions in the pool")
+    pool_every: int = option(2, "every how many epochs captions come from the pool")
+
+
+@dataclass(frozen=True)
+class FtSamOptions:
+    """--method ft_sam"""
+
+    rho: float = option(0.05, "length of the step uphill")
+    adaptive: bool = option(False, "scale that step by the weights' magnitudes")
+
+
+@dataclass(frozen=True)
+class InvertOptions:
+    """--method invert"""
+
+    perturb: bool = option(False, "PAR's distance term beside CLIP's loss")
+    every: int = option(50, "steps between two inversions")
+    inversion_steps: int = option(150, "optimiser steps of an inversion")
+    share: float = option(0.25, "share of a batch that carries an inverted trigger")
+    pool: int = option(3, "triggers kept of each family, the latest")
+    opacity: float = option(0.3, "weight of the pattern that covers a whole image")
+
+
+@dataclass(frozen=True)
+class UbtOptions:
+    """--method ubt: suspect pairs, not clean ones"""
+
     retain: str | None = option(
-        None, "ubt: clean pairs, as --pairs; default the unsuspicious ones of --pairs"
+        None, "clean pairs, as --pairs; default the unsuspicious ones of --pairs"
     )
     k: int | None = option(
         None,
-        "ubt: how many of the most suspicious of --pairs are judged and forgotten; default: found",
+        "how many of the most suspicious of --pairs are judged and forgotten; default: found",
     )
     rank: str | None = option(
-        None, "ubt: how suspicion is measured (default: fragility)", choices=RANKINGS
+        None, "how suspicion is measured (default: fragility)", choices=RANKINGS
+    )
+    tail: str | None = option(
+        None, "end of the cosines that --rank gain starts from (default: low)", choices=TAILS
     )
     gate_excess: float | None = option(
         None,
-        "ubt: how much more alike than random ones the images must be (default: by rank)",
+        "how much more alike than random ones the images must be (default: by rank)",
     )
     gate_swing: float | None = option(
         None,
-        "ubt: how clearly by fragility pairs must lose their word once disturbed (default: "
+        "how clearly by fragility pairs must lose their word once disturbed (default: "
         f"{LEAST_SWING:g})",
     )
+    token_share: float = option(0.3, "share of a caption's words that is forgotten")
     image_share: float | None = option(
         None,
-        "ubt: share of an image's patches that words are forgotten on (default: the whole image, "
+        "share of an image's patches that words are forgotten on (default: the whole image, "
         "which removes far more)",
     )
-    token_share: float = option(0.3, "ubt: share of a caption's words that is forgotten")
-    beta: float = option(2.0, "ubt: weight of the pairs that are to stay as they are")
-    check_every: int = option(25, "ubt: steps between two looks at what is forgotten")
+    beta: float = option(2.0, "weight of the pairs that are to stay as they are")
+    check_every: int = option(25, "steps between two looks at what is forgotten")
     max_drop: float = option(
-        0.03, "ubt: loss of accuracy on held-out pairs, above which less of the way is taken"
+        0.03, "loss of accuracy on held-out pairs, above which less of the way is taken"
     )
-    tail: str | None = option(
-        None, "ubt: end of the cosines that --rank gain starts from (default: low)", choices=TAILS
-    )
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """how long, and how fast it learns"""
+
     epochs: int | None = option(None, "passes over the pairs (default: the method's, 2)")
     steps: int | None = option(None, "optimiser steps, instead of --epochs (ubt: 500)")
     batch_size: int = option(512, "pairs per step, over all processes")
@@ -183,34 +229,58 @@ class CleanConfig(PromptOptions, PairOptions, ResumeOptions, ModelOptions):
     augment: bool | None = option(
         None, "PAR's pixel noise and erased squares (default: no for cleanclip, roclip, else yes)"
     )
-    precision: str = option("auto", PRECISION, choices=PRECISIONS)
     seed: int = option(0, "of the order and the augmentation")
-    manifest: str | None = option(None, "manifest.json of the planted trigger, kept with the model")
+
+
+@dataclass(frozen=True)
+class CostOptions:
+    """time and memory"""
+
+    precision: str = option("auto", PRECISION, choices=PRECISIONS)
     micro_batch: int | None = option(
         None, "pairs encoded at a time, for a batch that does not fit into memory"
-    )
-    lock: str | None = option(
-        None, "tower left as it is: cheaper, and another method than the published", choices=LOCKS
     )
     views: int | None = option(
         None, "augmentations of a pair, in turns by epoch: a frozen model then encodes each once"
     )
+    lock: str | None = option(
+        None, "tower left as it is: cheaper, and another method than the published", choices=LOCKS
+    )
     compile: str | None = option(
         None, "mode of torch.compile for both towers", choices=COMPILE_MODES
     )
-    repair: bool | None = option(
-        None,
-        "at the end, rotate both towers back towards the input model; similarities stay "
-        "(default: yes, but not by ubt)",
-    )
-    max_faults: int = option(3, "batches with broken numbers left out before the run is given up")
     shard: bool = option(
         False, "split weights and optimiser state over the processes, for models that do not fit"
     )
 
 
 @dataclass(frozen=True)
-class EvalConfig(TriggerOptions, PromptOptions, ColumnOptions, ModelOptions):
+class MethodOptions(
+    ParOptions, CleanClipOptions, RoclipOptions, FtSamOptions, InvertOptions, UbtOptions
+):
+    """what one method alone takes"""
+
+
+@dataclass(frozen=True)
+class CleanConfig(
+    ModelOptions, PairOptions, ScheduleOptions, CostOptions, ResumeOptions, PromptOptions,
+    MethodOptions,
+):  # fmt: skip
+    """Remove a backdoor of unknown trigger, with clean image-caption pairs (ubt: suspect ones)."""
+
+    out: str = option(REQUIRED, "folder for the cleaned model")
+    method: str = option("par", "Perturb and Recover, or another", choices=tuple(METHODS))
+    manifest: str | None = option(None, "manifest.json of the planted trigger, kept with the model")
+    repair: bool | None = option(
+        None,
+        "at the end, rotate both towers back towards the input model; similarities stay "
+        "(default: yes, but not by ubt)",
+    )
+    max_faults: int = option(3, "batches with broken numbers left out before the run is given up")
+
+
+@dataclass(frozen=True)
+class EvalConfig(ModelOptions, TriggerOptions, PromptOptions, ColumnOptions):
     """Measure clean accuracy, attack success, retrieval and drift. Exit code 1: a trigger fires."""
 
     test: str = option(REQUIRED, "labelled images: csv (image,label) or a folder of class folders")

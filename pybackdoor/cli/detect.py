@@ -24,29 +24,9 @@ from .configs import ModelOptions, PairOptions, PromptOptions
 SCHEMA = "pybackdoor.detection/1"
 SHARE = 0.01  # of the pairs left out, when --top does not say
 
-EXAMPLES = """what it is for:
-  You hold the pairs that a model was trained on and suspect that some were poisoned. Each pair gets
-  a score, higher = more suspicious. Look at suspects.png for pictures that share something their
-  captions do not explain, then train anew on what is kept: the model has learned the poison.
-
-methods:
-{methods}
-
-examples:
-  pybackdoor detect --model M --pairs train.csv --top 500 --out suspects
-  pybackdoor clean --model M --pairs suspects/kept.csv --out cleaned
-  pybackdoor detect --model M --pairs train.csv --method fragility --out suspects
-  pybackdoor detect --model M --pairs train.csv --method gain --overfit M2 --out suspects
-  pybackdoor detect --model P --pairs train.csv --manifest P/manifest.json --out judged
-
---out holds scores.csv (all pairs, worst first), kept.csv (for clean --pairs; for shards and parquet
-kept_keys.txt), suspects.png and detection.json.""".format(
-    methods="\n".join(f"  {name:<12}{method.about}" for name, method in METHODS.items())
-)
-
 
 @dataclass(frozen=True)
-class DetectConfig(PromptOptions, PairOptions, ModelOptions):
+class DetectConfig(ModelOptions, PairOptions, PromptOptions):
     """Rank training pairs by how suspicious they are, and write those to keep."""
 
     out: str = option(REQUIRED, "folder for scores, kept pairs and the picture")
