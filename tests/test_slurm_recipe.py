@@ -1,4 +1,4 @@
-"""README's recipe for Slurm, word for word, with stand-ins for Slurm's own commands."""
+"""The recipe for Slurm of docs/running.md, word for word, with stand-ins for Slurm's own commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pybackdoor.distributed import Ranks
 from pybackdoor.engine.progress import PACE
 from pybackdoor.models import create, load, save
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+GUIDE = Path(__file__).resolve().parents[1] / "docs" / "running.md"
 STEPS = 12
 
 SRUN = """#!{python}
@@ -87,7 +87,7 @@ def environment(world: Path) -> dict[str, str]:
 
 def recipe(out: Path) -> str:
     """The command as it stands there, for two tasks, into a folder of its own."""
-    (block,) = re.findall(r"```\n(srun .*?)```", README.read_text(), re.S)
+    (block,) = re.findall(r"```\n(srun .*?)```", GUIDE.read_text(), re.S)
     assert " --kill-on-bad-exit=1 " in block  # else Slurm leaves those that wait for a failed one
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
