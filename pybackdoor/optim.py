@@ -45,7 +45,8 @@ class AdamWEma(torch.optim.AdamW):
     In a step, over all parameters together: unscaling (by a `torch.amp.GradScaler`), clipping by
     the global norm, AdamW, projection into an L2 ball around the first weights, moving average,
     bf16 copies. Nothing waits for the device, and a step can be captured into a CUDA graph, after
-    one outside. Gradients are only read: ``p.grad`` stays unscaled and unclipped by the step.
+    one outside; a replay reads tables of the optimizer, which has to live as long. Gradients are
+    only read: ``p.grad`` stays unscaled and unclipped by the step.
 
     The state dict is that of torch.optim.AdamW and can be loaded by it and from it; with ema_decay
     each parameter's state also has ``ema``, with radius ``reference``.

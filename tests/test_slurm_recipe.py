@@ -1,4 +1,4 @@
-"""The recipe for Slurm of docs/running.md, word for word, with stand-ins for Slurm's own commands."""
+"""docs/running.md's recipe for Slurm, word for word, with stand-ins for Slurm's commands."""
 
 from __future__ import annotations
 
