@@ -141,7 +141,7 @@ def test_a_manifest_judges_the_scores(world, run, tmp_path):
     truth = np.isin(pairs.ids, [s.id for s in manifest.samples])
     wanted = pybackdoor.detect_samples(model.model, poisoned, k=3, truth=truth).measures([3, 4])
     assert found["measures"] == wanted
-    assert found["config"]["method"] == "dao" and found["schema"] == "pybackdoor.detection/1"
+    assert found["method"] == "dao" and found["schema"] == "pybackdoor.detection/1"
 
 
 def test_gain_takes_a_second_model(world, run, tmp_path):

@@ -13,6 +13,7 @@ from dual_encoder import MEAN, STD, DualEncoder
 import pybackdoor
 from pybackdoor.data import PairLoader, pairs_from_arrays, pairs_from_csv
 from pybackdoor.detect import METHODS, DetectionResult, detect_samples, nearest, planted
+from pybackdoor.detect.samples import suited
 from pybackdoor.features import FeatureReader
 from pybackdoor.manifest import image_sha256
 from pybackdoor.poison import poison_pairs
@@ -252,3 +253,17 @@ def test_an_empty_loader_and_broken_features_are_refused():
     model.image[-1].bias.data[0] = torch.nan
     with pytest.raises(ValueError, match="image features of 60 of 60 are not finite"):
         detect(random_pairs(), model)
+
+
+def test_the_method_follows_the_captions_where_none_is_named(monkeypatch):
+    monkeypatch.setattr("pybackdoor.detect.samples.SOUGHT", 6)  # as many pairs as are enough
+    images = np.zeros((24, 8, 8, 3), np.uint8)
+    own = pairs_from_arrays(images, [f"a thing number {i}" for i in range(24)])
+    shared = pairs_from_arrays(images, [f"a {WORDS[i % 4]}" for i in range(24)])
+    halves = pairs_from_arrays(images, [f"a photo of {i // 2}" for i in range(24)])
+    most = pairs_from_arrays(images, [f"a photo of {min(i, 12)}" for i in range(24)])  # 13 of 24
+    assert [suited(p) for p in (own, shared, halves, most)] == ["dao", *["fragility"] * 2, "dao"]
+    assert suited(shared.subset(range(23))) == "dao" and suited([(images, None)]) == "dao"
+    assert detect(shared, k=5).method == "dao" and detect(shared, reference=20).method == "dao"
+    with pytest.raises(ValueError, match="fragility needs at least 512 pairs"):
+        detect(shared)  # is what was chosen

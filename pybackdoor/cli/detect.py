@@ -30,7 +30,11 @@ class DetectConfig(ModelOptions, PairOptions, PromptOptions):
     """Rank training pairs by how suspicious they are, and write those to keep."""
 
     out: str = option(REQUIRED, "folder for scores, kept pairs and the picture")
-    method: str = option("dao", "how pairs are scored; see below")
+    method: str | None = option(
+        None,
+        "how pairs are scored; see below (default: fragility where captions repeat, as those made "
+        "of class names do, else dao)",
+    )
     top: int | None = option(
         None,
         "pairs to leave out, the most suspicious (default: 1 % of them; by fragility as many "
@@ -60,8 +64,8 @@ def detect(config: DetectConfig) -> tuple[dict[str, Any], str]:
     """Scores the pairs and writes the files; (result for programs, text for people)."""
     if Ranks().size > 1:
         raise UsageError("detect runs as one process, not under torchrun")
-    method = method_named(config.method)
-    if (method.takes == "two models") != (config.overfit is not None):
+    two = config.method is not None and method_named(config.method).takes == "two models"
+    if two != (config.overfit is not None):
         raise UsageError("--overfit and --method gain go together")
     out = writable_folder(config.out)
     kept = f"kept{Path(config.pairs).suffix or '.csv'}"

@@ -65,7 +65,7 @@ methods:
 examples:
   pybackdoor detect --model M --pairs train.csv --top 500 --out suspects
   pybackdoor clean --model M --pairs suspects/kept.csv --out cleaned
-  pybackdoor detect --model M --pairs train.csv --method fragility --out suspects
+  pybackdoor detect --model M --pairs train.csv --method dao --reference 512 --out suspects
   pybackdoor detect --model M --pairs train.csv --method gain --overfit M2 --out suspects
   pybackdoor detect --model P --pairs train.csv --manifest P/manifest.json --out judged
 

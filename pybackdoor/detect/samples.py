@@ -14,7 +14,7 @@ from ..batches import InputRules, Tokenizer, check_order
 from ..data import PairLoader, Pairs
 from ..data.ondemand import shown
 from ..features import FeatureReader
-from ..ubt.fragility import LEAST
+from ..ubt.fragility import LEAST, SOUGHT
 from ..ubt.reading import ImageRows, Reader
 from ..ubt.suspects import Suspects
 from .metrics import auroc, precision_at, recall_at
@@ -119,7 +119,7 @@ def detect_samples(
     model: nn.Module,
     pairs: Pairs | PairLoader | Iterable[Any],
     *,
-    method: str = "dao",
+    method: str | None = None,
     k: int | None = None,
     reference: int | None = None,
     seed: int = 0,
@@ -142,9 +142,9 @@ def detect_samples(
         pairs: the training pairs, whole and in their order; a PairLoader stands for its pairs; any
             other iterable of batches, as for ``par_clean``, is read once, in the order it gives;
             for "fragility" its images must be uint8 and are kept. A DataLoader must not shuffle.
-        method: a name in ``METHODS``. dao, slof, lid and k_dist look at images alone; fragility
-            at views of the images beside their captions, of one word's pairs, the rest lower and
-            all alike.
+        method: a name in ``METHODS``; None: dao where k or reference is given, else as ``suited``
+            chooses. dao, slof, lid and k_dist look at images alone; fragility at views of the
+            images beside their captions, of one word's pairs, the rest lower and all alike.
         k: neighbours of an image; default 16. Only for the first four. For fragility the pairs
             sought, at least 5, of a word with 2 k pairs; default: as many as stand apart, at least
             64, looked for from 256 on. See ``ubt.fragility``.
@@ -167,11 +167,13 @@ def detect_samples(
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
-    chosen = method_named(method)
     check_order(pairs, "pairs")
     if isinstance(pairs, PairLoader):
         tokenizer = pairs.tokenizer if tokenizer is None else tokenizer
         pairs = pairs.pairs
+    if method is None:
+        method = suited(pairs) if k is reference is None else "dao"
+    chosen = method_named(method)
     settings = _settings(method, chosen, k, reference, seed) | {"precision": precision}
     models = _models(method, chosen, model, overfit)
     texts = chosen.takes != "neighbours"
@@ -212,6 +214,20 @@ def detect_samples(
     else:
         scores[reading.rows] = chosen.function(*reading.cosines)
     return DetectionResult(scores, reading.ids, method, settings, reading.broken, truth)
+
+
+def suited(pairs: Pairs | Iterable[Any]) -> str:
+    """The method for pairs where none is named: fragility where captions repeat, else dao.
+
+    Repeat: at most half of them are different, as those made of class names are. There ``dao`` had
+    a hundredth right where ``fragility`` had nine tenths (benchmarks/results/ubt.json); where each
+    has its own, ``dao`` is arXiv 2502.01385's. Batches, and pairs too few for fragility's default
+    k, are for dao.
+    """
+    if not isinstance(pairs, Pairs) or len(pairs) < 4 * SOUGHT:
+        return "dao"
+    seen = np.fromiter(map(hash, pairs.captions), np.int64, len(pairs))
+    return "fragility" if 2 * len(np.unique(seen)) <= len(pairs) else "dao"
 
 
 def _settings(
