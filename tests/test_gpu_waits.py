@@ -1,0 +1,112 @@
+"""No step waits for the GPU: what a run waits for does not grow with its steps."""
+
+from collections import Counter
+
+import pytest
+import torch
+from baseline_cases import loader
+from dual_encoder import MEAN, STD, DualEncoder
+from gpu_waits import waits
+from pretend_cuda import pretended_gpu  # noqa: F401
+from shard_files import samples, write_shard
+from test_pretended_gpu import MODELS, captioned, words
+
+import pybackdoor
+from pybackdoor.data import PairLoader, pairs_from_shards
+
+pytestmark = [
+    pytest.mark.usefixtures("pretended_gpu"),
+    pytest.mark.filterwarnings("ignore:the drift is not repaired"),
+    pytest.mark.filterwarnings("ignore:.*still find their own caption"),
+]
+NORM = {"mean": MEAN, "std": STD, "progress": False}
+RUN = {**NORM, "precision": "fp32", "lr": 1e-2, "device": "cuda"}
+
+
+def grown(run, few=4, many=8):
+    """What a run of more steps waits for besides; batches are three an epoch."""
+    found = []
+    for steps in (few, many):
+        with waits() as seen:
+            run(steps)
+        found.append(seen)
+    return found[1] - found[0]
+
+
+@pytest.mark.parametrize(
+    ("wait", "what"),
+    [
+        (lambda x, host: host.to("cuda"), "copy of pageable memory"),
+        (lambda x, host: host.to("cuda", non_blocking=True), "copy of pageable memory"),
+        (lambda x, host: host.pin_memory().to("cuda"), "copy"),
+        (lambda x, host: host.pin_memory().T.to("cuda", non_blocking=True), "copy of pageable"),
+        (lambda x, host: x.copy_(host), "copy of pageable memory"),
+        (lambda x, host: host.copy_(x), "copy of pageable memory"),
+        (lambda x, host: torch.tensor([1.0], device="cuda"), "copy of pageable memory"),
+        (lambda x, host: x.cpu(), "copy"),
+        (lambda x, host: x.tolist(), "copy"),
+        (lambda x, host: x.sum().item(), "_local_scalar_dense"),
+        (lambda x, host: bool((x > 0).all()), "_local_scalar_dense"),
+        (lambda x, host: x.nonzero(), "nonzero"),
+        (lambda x, host: x[x > 0], "mask as index"),
+        (lambda x, host: x[torch.tensor([1])], "index of the host"),
+        (lambda x, host: torch.cuda.synchronize(), "synchronize"),
+    ],
+)
+def test_what_waits_is_noted(wait, what):
+    x, host = torch.ones(3, 4, device="cuda"), torch.ones(3, 4)
+    with waits() as found:
+        wait(x, host)
+    (place,) = found
+    assert place.startswith(what) and "test_gpu_waits.py:" in place
+
+
+def test_what_does_not_wait_is_not_noted():
+    x, host = torch.ones(3, 4, device="cuda"), torch.ones(3, 4).pin_memory()
+    with waits() as found:
+        x.copy_(host, non_blocking=True)
+        host.copy_(x, non_blocking=True)
+        x[host.to("cuda", non_blocking=True) > 0] = 0.0
+        (x + 1).to("cpu", non_blocking=True)
+        torch.empty_like(x).to(torch.float64)
+        torch.ones(3) + 1
+    assert found == Counter()
+
+
+RUNS = {
+    "par": {},
+    "par_bf16": {"precision": "bf16"},
+    "par_micro": {"micro_batch": 5},
+    "par_locked": {"lock": "text"},
+    "finetune": {},
+    "ft_sam": {},
+}
+
+
+def cleaned(name, batches, model=DualEncoder, **options):
+    method = getattr(pybackdoor, f"{name.split('_', 1)[0] if name != 'ft_sam' else name}_clean")
+    options = {**RUN, **RUNS[name], **options}
+    return grown(lambda steps: method(model(), batches(), steps=steps, **options))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_cleaning(name):
+    assert cleaned(name, lambda: loader(48)) == Counter()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cleaning_real_towers(name):
+    if name == "hugging_face":
+        pytest.importorskip("transformers")
+    make, end, side = MODELS[name]
+    batches, options = captioned(end, side), {"precision": "bf16", "lr": 1e-4, "repair": False}
+    assert cleaned("par", lambda: batches, make, **options) == Counter()
+
+
+def test_cleaning_with_images_that_the_gpu_keeps(tmp_path):
+    write_shard(tmp_path / "s.tar", samples(12))
+    pairs = pairs_from_shards(
+        tmp_path / "s.tar", image_size=16, cache="device", cache_dir=tmp_path, progress=False
+    )
+    batches = [PairLoader(pairs, words, batch_size=4) for _ in range(2)]
+    assert cleaned("par", batches.pop) == Counter()
