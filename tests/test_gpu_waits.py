@@ -5,13 +5,14 @@ from collections import Counter
 import pytest
 import torch
 from baseline_cases import loader
-from dual_encoder import MEAN, STD, DualEncoder
+from dual_encoder import MEAN, STD, DualEncoder, random_pairs
 from gpu_waits import waits
 from pretend_cuda import pretended_gpu  # noqa: F401
 from shard_files import samples, write_shard
 from test_pretended_gpu import MODELS, captioned, words
 
 import pybackdoor
+from pybackdoor.batches import InputRules, model_input
 from pybackdoor.data import PairLoader, pairs_from_shards
 
 pytestmark = [
@@ -92,6 +93,23 @@ def cleaned(name, batches, model=DualEncoder, **options):
 @pytest.mark.parametrize("name", RUNS)
 def test_cleaning(name):
     assert cleaned(name, lambda: loader(48)) == Counter()
+
+
+def floats():
+    """Batches that are normalised already."""
+    rules = InputRules.of(DualEncoder(), mean=MEAN, std=STD)
+    return [
+        batch | {"images": model_input(
+            batch["images"], rules, device=torch.device("cpu"), dtype=torch.float32,
+            ids=batch["ids"],
+        )}
+        for batch in random_pairs(48, 16)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["par", "par_bf16", "par_micro", "par_locked", "finetune"])
+def test_cleaning_with_normalised_floats(name):
+    assert cleaned(name, floats) == Counter()
 
 
 @pytest.mark.parametrize("name", MODELS)
