@@ -80,6 +80,8 @@ RUNS = {
     "par_micro": {"micro_batch": 5},
     "par_locked": {"lock": "text"},
     "finetune": {},
+    "cleanclip": {},
+    "roclip": {"pool_size": 16},
     "ft_sam": {},
 }
 
