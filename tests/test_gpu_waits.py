@@ -14,6 +14,7 @@ from test_pretended_gpu import MODELS, captioned, words
 import pybackdoor
 from pybackdoor.batches import InputRules, model_input
 from pybackdoor.data import PairLoader, pairs_from_shards
+from pybackdoor.ops._trigger_normalize_arguments import on_device
 
 pytestmark = [
     pytest.mark.usefixtures("pretended_gpu"),
@@ -83,6 +84,7 @@ RUNS = {
     "cleanclip": {},
     "roclip": {"pool_size": 16},
     "ft_sam": {},
+    "invert": {"inversion_steps": 3, "every": 2},
 }
 
 
@@ -130,3 +132,10 @@ def test_cleaning_with_images_that_the_gpu_keeps(tmp_path):
     )
     batches = [PairLoader(pairs, words, batch_size=4) for _ in range(2)]
     assert cleaned("par", batches.pop) == Counter()
+
+
+def test_index_tensors_of_the_host_are_sent():
+    images, ids = torch.zeros(4, 8, 8, 3, dtype=torch.uint8, device="cuda"), torch.arange(4)
+    with waits() as found:
+        assert all(x.is_cuda for x in on_device(images, ids, ids[::2]))
+    assert found == Counter()
