@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from baseline_cases import loader
@@ -10,10 +11,12 @@ from gpu_waits import waits
 from pretend_cuda import pretended_gpu  # noqa: F401
 from shard_files import samples, write_shard
 from test_pretended_gpu import MODELS, captioned, words
+from ubt_world import Planted, WordTokenizer, planted_pairs
 
 import pybackdoor
 from pybackdoor.batches import InputRules, model_input
 from pybackdoor.data import PairLoader, pairs_from_shards
+from pybackdoor.engine import images
 from pybackdoor.ops._trigger_normalize_arguments import on_device
 
 pytestmark = [
@@ -80,6 +83,7 @@ RUNS = {
     "par_bf16": {"precision": "bf16"},
     "par_micro": {"micro_batch": 5},
     "par_locked": {"lock": "text"},
+    "par_views": {"views": 1},
     "finetune": {},
     "cleanclip": {},
     "roclip": {"pool_size": 16},
@@ -132,6 +136,35 @@ def test_cleaning_with_images_that_the_gpu_keeps(tmp_path):
     )
     batches = [PairLoader(pairs, words, batch_size=4) for _ in range(2)]
     assert cleaned("par", batches.pop) == Counter()
+
+
+def test_features_of_which_a_part_is_known(monkeypatch):
+    """Epochs of 80 of 83 pairs, each of which leaves out others."""
+    monkeypatch.setattr(images, "_FEWEST", 2)
+    sizes = []
+
+    def encoded(self, x, own=DualEncoder.encode_image):
+        sizes.append(len(x))
+        return own(self, x)
+
+    monkeypatch.setattr(DualEncoder, "encode_image", encoded)
+    options = {**RUN, "views": 1, "repair": False}
+
+    def run(steps):
+        pybackdoor.par_clean(DualEncoder(), loader(), steps=steps, **options)
+
+    assert grown(run, 6, 20) == Counter() and {2, 16} <= set(sizes)
+
+
+def test_unlearning():
+    """Whose looks, every ``check_every`` steps, wait for their answer."""
+    pairs, truth = planted_pairs()
+    options = {
+        **RUN, "mean": (0.5,) * 3, "std": (0.5,) * 3, "tokenizer": WordTokenizer(), "lr": 1e-1,
+        "augment": False, "k": 40, "gate_sets": 199, "forget_batch": 32, "lr_start": 1e-3,
+        "check_every": 1000, "scores": truth + np.linspace(0, 0.5, len(truth)),
+    }  # fmt: skip
+    assert grown(lambda n: pybackdoor.ubt_clean(Planted(), pairs, steps=n, **options)) == Counter()
 
 
 def test_index_tensors_of_the_host_are_sent():
