@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from baseline_cases import loader
+from baseline_cases import loader, tokenizer
 from dual_encoder import MEAN, STD, DualEncoder, random_pairs
 from gpu_waits import waits
 from pretend_cuda import pretended_gpu  # noqa: F401
@@ -15,7 +15,7 @@ from ubt_world import Planted, WordTokenizer, planted_pairs
 
 import pybackdoor
 from pybackdoor.batches import InputRules, model_input
-from pybackdoor.data import PairLoader, pairs_from_shards
+from pybackdoor.data import PairLoader, labelled_from_arrays, pairs_from_arrays, pairs_from_shards
 from pybackdoor.engine import images
 from pybackdoor.ops._trigger_normalize_arguments import on_device
 
@@ -165,6 +165,36 @@ def test_unlearning():
         "check_every": 1000, "scores": truth + np.linspace(0, 0.5, len(truth)),
     }  # fmt: skip
     assert grown(lambda n: pybackdoor.ubt_clean(Planted(), pairs, steps=n, **options)) == Counter()
+
+
+def colours(n):
+    """Labelled images."""
+    whole = random_pairs(n, n)[0]
+    labels = whole["tokens"][:, 0].numpy() - 1
+    return labelled_from_arrays(whole["images"].numpy(), labels, list("1234"))
+
+
+def with_captions(n):
+    whole = random_pairs(n, n)[0]
+    texts = [" ".join(map(str, row)) for row in whole["tokens"].tolist()]
+    return pairs_from_arrays(whole["images"].numpy(), texts)
+
+
+def test_planting_and_the_patch():
+    options = {"target": "2", "tokenizer": tokenizer, "device": "cuda", "batch_size": 16, **NORM}
+    spec = pybackdoor.trigger("badnet", size=4)
+
+    def planted(steps):
+        pybackdoor.poison(
+            DualEncoder(), with_captions(64), spec, templates=["5 {}"], count=4, steps=steps,
+            test=colours(60), **options,
+        )  # fmt: skip
+
+    def patched(steps):
+        pybackdoor.badclip_patch(DualEncoder(), with_captions(64), steps=steps, **options)
+
+    assert grown(planted) == Counter()
+    assert grown(patched) == Counter()
 
 
 def test_index_tensors_of_the_host_are_sent():
