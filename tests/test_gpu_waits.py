@@ -14,6 +14,7 @@ from test_pretended_gpu import MODELS, captioned, words
 from ubt_world import Planted, WordTokenizer, planted_pairs
 
 import pybackdoor
+from pybackdoor._native import sent
 from pybackdoor.batches import InputRules, model_input
 from pybackdoor.data import PairLoader, labelled_from_arrays, pairs_from_arrays, pairs_from_shards
 from pybackdoor.engine import images
@@ -202,3 +203,10 @@ def test_index_tensors_of_the_host_are_sent():
     with waits() as found:
         assert all(x.is_cuda for x in on_device(images, ids, ids[::2]))
     assert found == Counter()
+
+
+def test_what_is_sent_from_the_gpu_has_arrived():
+    x = torch.ones(3, device="cuda")
+    with waits() as found:
+        sent(x, torch.device("cpu"))
+    assert list(found.values()) == [1]
