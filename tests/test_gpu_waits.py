@@ -17,7 +17,9 @@ import pybackdoor
 from pybackdoor._native import sent
 from pybackdoor.batches import InputRules, model_input
 from pybackdoor.data import PairLoader, labelled_from_arrays, pairs_from_arrays, pairs_from_shards
+from pybackdoor.data.store import subset_images
 from pybackdoor.engine import images
+from pybackdoor.features import FeatureReader
 from pybackdoor.ops._trigger_normalize_arguments import on_device
 
 pytestmark = [
@@ -181,6 +183,29 @@ def with_captions(n):
     return pairs_from_arrays(whole["images"].numpy(), texts)
 
 
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("badnet", {"size": 4, "placement": "fixed", "position": (2, 3)}),
+        ("badnet", {"size": 4, "placement": "random"}),
+        ("blended", {"per_image": True}),
+    ],
+)
+def test_evaluation(name, how):
+    """Of more images and captions, in batches of eight."""
+    spec = pybackdoor.trigger(name, **how)
+    options = {
+        "tokenizer": tokenizer, "templates": ["5 {}", "{} 7"], "mean": MEAN, "std": STD,
+        "batch_size": 8, "trigger": spec, "target": "2",
+    }  # fmt: skip
+    model = DualEncoder().to("cuda")
+
+    def run(n):
+        pybackdoor.evaluate(model, colours(n), pairs=with_captions(n), **options)
+
+    assert grown(run, 24, 64) == Counter()
+
+
 def test_planting_and_the_patch():
     options = {"target": "2", "tokenizer": tokenizer, "device": "cuda", "batch_size": 16, **NORM}
     spec = pybackdoor.trigger("badnet", size=4)
@@ -210,3 +235,35 @@ def test_what_is_sent_from_the_gpu_has_arrived():
     with waits() as found:
         sent(x, torch.device("cpu"))
     assert list(found.values()) == [1]
+
+
+class OnDevice:
+    """Images that a GPU keeps; the last one cannot be decoded."""
+
+    image_size = (16, 16)
+
+    def __init__(self, images):  # [n, 16, 16, 3]
+        self.images = images.to("cuda")
+
+    def __len__(self):
+        return len(self.images)
+
+    def gather(self, indices):
+        bad = {at: "torn" for at, i in enumerate(indices) if i == len(self) - 1}
+        return self.images[torch.from_numpy(indices).to("cuda")], bad
+
+    def take(self, indices):
+        raise ValueError(f"image {indices[-1]} is torn")
+
+
+def test_images_that_a_gpu_keeps_are_read_there():
+    store = OnDevice(random_pairs(9, 9)[0]["images"])
+    model, ids = DualEncoder().to("cuda"), np.arange(9)
+    reader = FeatureReader(model, None, mean=MEAN, std=STD, batch_size=4)
+    host = labelled_from_arrays(store.images.cpu().numpy(), ids % 2, ["a", "b"]).images
+    want = FeatureReader(DualEncoder(), None, mean=MEAN, std=STD).images(host, ids)
+    found = reader.images(subset_images(store, ids[:8]), ids[:8])
+    assert not found.is_cuda
+    torch.testing.assert_close(found, want[:8])
+    with pytest.raises(ValueError, match="image 8 is torn"):
+        reader.images(store, ids)
