@@ -141,6 +141,20 @@ def test_cleaning_with_images_that_the_gpu_keeps(tmp_path):
     assert cleaned("par", batches.pop) == Counter()
 
 
+class OfNumber(DualEncoder):
+    """Its scale is a number of Python's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.logit_scale
+        self.logit_scale = 2.3
+
+
+def test_a_scale_that_is_a_number():
+    assert pybackdoor.models.scale(OfNumber().to("cuda")).is_cuda
+    assert cleaned("par", lambda: loader(48), OfNumber) == Counter()
+
+
 def test_features_of_which_a_part_is_known(monkeypatch):
     """Epochs of 80 of 83 pairs, each of which leaves out others."""
     monkeypatch.setattr(images, "_FEWEST", 2)
