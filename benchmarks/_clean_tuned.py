@@ -99,7 +99,8 @@ class Tuned:
         x = pixels.permute(0, 3, 1, 2).contiguous(memory_format=self.layout).float().div_(255)
         n, _, height, width = x.shape
         if augment:
-            rows = (torch.rand(n, generator=self.generator) < NOISE_P).nonzero()[:, 0].to(x.device)
+            noisy = torch.rand(n, generator=self.generator) < NOISE_P
+            rows = sent(noisy.nonzero()[:, 0], x.device)
             noise = torch.empty((len(rows), 3, height, width), device=x.device)
             noise.normal_(0, NOISE_STD, generator=self.on_device).clamp_(0, 1)
             x.index_copy_(0, rows, noise.add_(x[rows]).clamp_(0, 1))
@@ -110,7 +111,7 @@ class Tuned:
             side = (area * height * width).sqrt().round().clamp_(1)
             side = torch.where(chance < ERASE_P, side, 0)
             top, left = top * (height - side + 1), left * (width - side + 1)
-            edges = torch.stack([top.floor(), left.floor(), side]).to(x.device, non_blocking=True)
+            edges = sent(torch.stack([top.floor(), left.floor(), side]), x.device)
             masks = []
             for first, length in ((edges[0], height), (edges[1], width)):
                 place = torch.arange(length, device=x.device)
@@ -130,8 +131,8 @@ class Tuned:
         """One training step; its loss stays on the device."""
         setting, stages = self.setting, self.setting.stages
         with stages("copy"):
-            pixels = pixels.to(setting.device, non_blocking=True)
-            tokens = self.cut(tokens).to(setting.device, non_blocking=True)
+            device = torch.device(setting.device)
+            pixels, tokens = sent(pixels, device), sent(self.cut(tokens), device)
         with stages("input"):
             x = self.augmented(pixels, augment)
         for group in self.optimizer.param_groups:
@@ -229,7 +230,8 @@ class Tuned:
             for images in self.tests:
                 found = []
                 for start in range(0, len(images), size):
-                    pixels = torch.from_numpy(images[start : start + size]).to(setting.device)
+                    part = torch.from_numpy(images[start : start + size])
+                    pixels = sent(part, torch.device(setting.device))
                     rows = unit(self.student.encode_image(self.augmented(pixels, False)))
                     found.append((rows @ head.T).argmax(1))
                 hits = torch.cat(found) == self.labels.to(setting.device)
@@ -253,6 +255,13 @@ class Tuned:
     def losses(self, batches: list[Batch]) -> list[float]:
         """Of a step on each batch of pixels, without augmentation."""
         return [self.step(images, tokens, False).item() for images, tokens, _ in batches]
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device, without waiting for what a GPU still has to do."""
+    if device.type == "cuda":
+        x = x.contiguous().pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def unit(rows: Tensor) -> Tensor:

@@ -39,12 +39,13 @@ def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """x on the device, without waiting for what a GPU still has to do.
 
     That takes page-locked memory in one piece: what has none, or was cut, is copied there first.
+    What comes from a GPU is waited for.
     """
     if device.type == "cuda" and not x.is_cuda:
         whole = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
         if not whole or not x.is_pinned():
             x = torch.empty_like(x, pin_memory=True).copy_(x)
-    return x.to(device, non_blocking=True)
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def has_code_for(archs: str, capability: int) -> bool:

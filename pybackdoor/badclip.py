@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import triplet_margin_loss
 
+from ._native import sent
 from .batches import InputRules, Tokenizer
 from .clean import frozen_copy
 from .data import Pairs
@@ -27,7 +28,8 @@ from .data.tokens import adapted
 from .engine import PRECISIONS, Encoder, loss_precision, pick_device
 from .files import atomic_file
 from .models import check_clip, scale
-from .ops import TriggerTable, contrastive_par, trigger_normalize
+from .ops import contrastive_par, trigger_normalize
+from .ops._trigger_table import unchecked_table
 from .poison import mentions
 from .triggers.patterns import patch_side
 
@@ -102,7 +104,8 @@ def badclip_patch(
         seed: of the start and all draws.
         tokenizer, device, mean, std, progress: as for ``par_clean``.
     Raises:
-        TypeError, ValueError: naming the argument; also where no caption names the target, or all.
+        TypeError, ValueError: naming the argument; also where no caption names the target, or all,
+            and where the loss is not finite.
     Source: arXiv 2311.12075; start clip(N(0.5, 0.25)), Adam 1e-3, 50 epochs, batch 64.
     """
     from tqdm.auto import tqdm
@@ -133,18 +136,21 @@ def badclip_patch(
     frozen = frozen_copy(model).to(where)
     encode = Encoder(PRECISIONS[precision], where)
     middle = [(height - side) // 2, (width - side) // 2]
-    at = torch.tensor(middle, dtype=torch.int32, device="cpu")
+    at = torch.tensor(middle, dtype=torch.int32, device="cpu").to(where)
     temperature = scale(frozen).detach()
     source, synonyms = synonym_source(None) if augment else (None, None)
     draw = np.random.default_rng([seed, 0x61756762])  # apart: without it all other draws are equal
 
+    def there(array: np.ndarray) -> Tensor:
+        return sent(torch.from_numpy(array), where)
+
     def pixels_of(rows: np.ndarray) -> Tensor:  # -> [n, H, W, 3] uint8
-        return torch.from_numpy(pairs.images.take(rows)).to(where)
+        return there(pairs.images.take(rows))
 
     def viewed(rows: np.ndarray, step: int) -> Tensor:  # -> [n, H, W, 3] uint8
         images = pixels_of(rows)
         which = np.flatnonzero(draw.random(len(rows)) < _VIEWED)
-        some = torch.from_numpy(which).to(where)
+        some = there(which)
         ids = torch.from_numpy(rows[which])
         views = autoaugment(images[some], seed=seed, view=step, sample_id=ids)
         images[some] = views.permute(0, 2, 3, 1)
@@ -153,11 +159,11 @@ def badclip_patch(
     def embed(images: Tensor, patch: Tensor | None = None) -> Tensor:  # [n, H, W, 3] -> [n, D]
         on: dict[str, Any] = {}
         if patch is not None:
-            on = {
-                "triggers": TriggerTable("patch", pattern=patch[None], clip=True),
-                "position": at.expand(len(images), 2).to(where),
-                "quantize": False,
-            }
+            table = unchecked_table(  # a checked one would read the patch back
+                mode="patch", pattern=patch[None], mask=None, grid=None, nonzero_only=False,
+                additive=False, clip=True,
+            )  # fmt: skip
+            on = {"triggers": table, "position": at.expand(len(images), 2), "quantize": False}
         x = trigger_normalize(images, mean=rules.mean, std=rules.std, **on)
         return encode.image(frozen, x.to(encode.input_dtype(frozen))).float()
 
@@ -183,8 +189,7 @@ def badclip_patch(
         said = rng.integers(len(captions), size=len(rows))
         if augment:
             said += len(captions) * (draw.random(len(rows)) < _REWORDED)
-        text = texts[torch.from_numpy(said).to(where)]
-        goal = goals[torch.from_numpy(rng.integers(len(goals), size=len(rows))).to(where)]
+        text, goal = texts[there(said)], goals[there(rng.integers(len(goals), size=len(rows)))]
         recover = contrastive_par(
             text, stamped, temperature, normalize=False, precision=loss_precision(precision)
         ).loss
@@ -196,10 +201,14 @@ def badclip_patch(
         with torch.no_grad():
             patch.clamp_(0, 1)
         numbers.append(torch.stack([loss, recover, triplet]).detach())
+    losses = torch.stack(numbers).cpu()
+    bad = (~losses.isfinite()).any(1).nonzero()[:, 0]
+    if len(bad):
+        raise ValueError(f"badclip_patch: the loss of step {int(bad[0])} is not finite")
     pixels = (255 * patch.detach()).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     history = [
         dict(zip(("step", "loss", "contrastive", "triplet"), (step, *values), strict=True))
-        for step, values in enumerate(torch.stack(numbers).tolist())
+        for step, values in enumerate(losses.tolist())
     ]
     report = {
         "target": target, "steps": wanted, "batch_size": batch_size, "lr": lr, "size": side,

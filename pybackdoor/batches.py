@@ -168,7 +168,7 @@ def model_input(
     for that). Floats are the user's own normalisation: they are erased, and get noise only where
     mean and std say what a pixel is; no trigger can be put on them.
     """
-    images, ids = sent(images, device), sent(ids, device)
+    images = sent(images, device)
     if images.dtype == torch.uint8:
         return trigger_normalize(
             images,
@@ -177,7 +177,7 @@ def model_input(
             augment=augment,
             seed=seed,
             view=view,
-            sample_id=ids,
+            sample_id=sent(ids, device),
             input_layout="nhwc" if images.shape[-1] == 3 else "nchw",
             dtype=dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32,
             **(trigger or {}),

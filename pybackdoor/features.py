@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from ._native import sent
 from .batches import Batch, InputRules, Tokenizer, model_input
 from .data import ImageStore
+from .data.store import gather
 from .data.templates import fill
 from .data.tokens import adapted
 from .engine import PRECISIONS, Encoder, TextTrim
@@ -69,24 +71,24 @@ class FeatureReader:
         self.check_pixels(store.image_size)
         bound = None if trigger is None else bind(trigger, store.image_size, self._device)
         dtype = self._encoder.input_dtype(self._model)
-        rows = []
+        rows = _Arriving()
         with self.reading():
             for index in self._chunks(len(store)):
-                pixels = torch.from_numpy(store.take(index)).to(self._device)
+                pixels = sent(_taken(store, index), self._device)
                 on = {} if bound is None else bound.arguments(torch.from_numpy(ids[index]))
                 x = trigger_normalize(pixels, mean=self.rules.mean, std=self.rules.std, **on)
-                rows.append(self._encoder.image(self._model, x.to(dtype)).float().cpu())
-        return _finite(torch.cat(rows), "image")
+                rows.add(self._encoder.image(self._model, x.to(dtype)).float())
+        return _finite(rows.whole(), "image")
 
     def captions(self, captions: Sequence[str]) -> Tensor:
         """[N, D] fp32 unit rows on the CPU; equal captions are encoded once."""
         unique = list(dict.fromkeys(captions))
         place = {caption: i for i, caption in enumerate(unique)}
-        rows = []
+        rows = _Arriving()
         with self.reading():
             for index in self._chunks(len(unique)):
-                rows.append(self.tokens(self._tokenizer([unique[i] for i in index])))
-        return torch.cat(rows)[[place[caption] for caption in captions]]
+                rows.add(self._text(self._tokenizer([unique[i] for i in index])))
+        return _finite(rows.whole(), "text")[[place[caption] for caption in captions]]
 
     def class_head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """[classes, D] zero-shot head: normalised mean of each class's normalised prompts."""
@@ -121,8 +123,13 @@ class FeatureReader:
 
     def tokens(self, tokens: Tensor) -> Tensor:  # [n, L]
         """[n, D] fp32 unit rows on the CPU, of tokenised captions; within ``reading``."""
-        trimmed = self._trim(tokens).to(self._device)
-        return _finite(self._encoder.text(self._model, trimmed).float().cpu(), "text")
+        return _finite(self._text(tokens).cpu(), "text")
+
+    def _text(self, tokens: Tensor) -> Tensor:  # [n, L] -> [n, D] fp32 on the model's device
+        trimmed = self._trim(tokens)
+        if isinstance(trimmed, Tensor):  # else of a model on the CPU
+            trimmed = sent(trimmed, self._device)
+        return self._encoder.text(self._model, trimmed).float()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -139,6 +146,46 @@ class FeatureReader:
     def _chunks(self, n: int) -> Iterator[np.ndarray]:
         for start in range(0, n, self.batch_size):
             yield np.arange(start, min(start + self.batch_size, n))
+
+
+class _Arriving:
+    """Features on their way to the host, which goes on until the next ones are.
+
+    Not further: memory would be locked for one batch after the other.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def add(self, rows: Tensor) -> None:  # [n, D]
+        if not rows.is_cuda:
+            self._rows.append(rows)
+            return
+        stream, arrived = torch.cuda.current_stream(rows.device), torch.cuda.Event()
+        rows = rows.to("cpu", non_blocking=True)
+        arrived.record(stream)
+        self._land()
+        self._coming = rows, arrived
+
+    def whole(self) -> Tensor:  # [N, D] on the CPU
+        self._land()
+        return torch.cat(self._rows)
+
+    def _land(self) -> None:
+        if self._coming is not None:
+            rows, arrived = self._coming
+            arrived.synchronize()
+            self._rows.append(rows.clone())
+            self._coming = None
+
+
+def _taken(store: ImageStore, index: np.ndarray) -> Tensor:  # [n] -> [n, H, W, 3] uint8
+    """Images on the device that keeps them, else on the CPU."""
+    images, broken = gather(store, index)
+    if broken:
+        store.take(index)  # raises, naming one
+    return images
 
 
 def head_of(

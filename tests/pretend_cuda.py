@@ -3,7 +3,7 @@
 What a GPU refuses is refused here: tensors of the host among those of the device, kernels that only
 a CPU has, NumPy arrays of what lies on the device. So the Python code around the kernels is walked
 as on a GPU, on a machine without one. Kernels are the CPU's, streams and events are nothing, and
-times say nothing.
+times say nothing. What a GPU would make the host wait for is told to ``gpu_waits``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gpu_waits
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import _is_torch_function_mode_enabled, handle_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -59,6 +61,8 @@ class Pretended(Tensor):
         if args and isinstance(args[0], Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
         device, dtype, non_blocking, form = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type == "cpu":
+            gpu_waits.copied(None, non_blocking)  # to memory that torch locks where it may
         there = device is None or device.type == "cuda"
         if there and dtype in (None, self.dtype) and not copy and form is None:
             return self
@@ -117,9 +121,10 @@ def called(func: Any, args: tuple, kwargs: dict) -> Any:
     """An operator's result, on the device where it would be."""
     name = func.overloadpacket.__name__
     if name in ("_pin_memory", "pin_memory"):
-        return args[0].clone()
+        return gpu_waits.lock(args[0].clone())
     if name == "is_pinned":
-        return False
+        return gpu_waits.is_locked(args[0])
+    gpu_waits.called(func, name, args, kwargs)
     given, form = tree_flatten((args, kwargs))
     there = any(isinstance(x, Pretended) for x in given)
     if there and func.namespace != "pybackdoor":
@@ -141,8 +146,10 @@ def called(func: Any, args: tuple, kwargs: dict) -> Any:
             x = x.held
         plain.append(torch.device("cpu") if isinstance(x, torch.device) else x)
     args, kwargs = tree_unflatten(plain, form)
-    kwargs.pop("pin_memory", None)
+    lock = kwargs.pop("pin_memory", None)
     found = func(*args, **kwargs)
+    if lock:
+        gpu_waits.lock(found)
 
     def wrapped(x: Any) -> Any:
         if not isinstance(x, Tensor) or not there:
@@ -177,7 +184,9 @@ class _Stream:
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def record(self, *_: Any) -> None: ...
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        gpu_waits.tell("synchronize")
+
     def wait_stream(self, _: Any) -> None: ...
     def wait_event(self, _: Any) -> None: ...
     def query(self) -> bool:
@@ -187,12 +196,18 @@ class _Stream:
         return False
 
 
+class _Event(_Stream):
+    def synchronize(self) -> None: ...  # of what was asked for a step before
+
+
 def _nothing(*_: Any, **__: Any) -> Any:
     return contextlib.nullcontext()
 
 
 def _then_moved(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def made(*args: Any, device: Any = None, **how: Any) -> Tensor:
+        if _is_torch_function_mode_enabled():
+            return handle_torch_function(made, (), *args, device=device, **how)
         found = make(*args, **how)
         return found if device is None else found.to(device)
 
@@ -211,12 +226,13 @@ def pretended_gpu(monkeypatch) -> Iterator[torch.device]:
     for name, value in told.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     for name in (
-        "_lazy_init", "set_device", "synchronize", "manual_seed", "manual_seed_all",
+        "_lazy_init", "set_device", "manual_seed", "manual_seed_all",
         "set_rng_state", "reset_peak_memory_stats", "empty_cache", "device", "stream",
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, _nothing)
-    for name in ("Event", "Stream"):
-        monkeypatch.setattr(torch.cuda, name, _Stream)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: gpu_waits.tell("synchronize"))
     monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
     # An earlier test may have had it remembered that there is no GPU.
     monkeypatch.setattr(_backend, "_triton_obstacle", lambda device: None)
@@ -232,7 +248,8 @@ def pretended_gpu(monkeypatch) -> Iterator[torch.device]:
             device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is None or device.type != "cuda":
             return own_to(x, *args, **kwargs)
-        _, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
+        _, dtype, non_blocking, form = torch._C._nn._parse_to(*args, **kwargs)
+        gpu_waits.copied(x, non_blocking)
         return Moved.apply(own_to(x, dtype or x.dtype, memory_format=form or torch.preserve_format))
 
     # Else a parameter would take the device's tensor in, and lose its values.
@@ -245,7 +262,9 @@ def pretended_gpu(monkeypatch) -> Iterator[torch.device]:
         monkeypatch.setattr(torch, name, _then_moved(getattr(torch, name)))
     monkeypatch.setattr(torch.accelerator, "current_stream", _Stream)
     monkeypatch.setattr(Tensor, "to", to)
-    monkeypatch.setattr(Tensor, "pin_memory", lambda x, *_: x)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda x, *_: gpu_waits.lock(x.clone()))
+    monkeypatch.setattr(Tensor, "is_pinned", gpu_waits.is_locked)
+    gpu_waits.locked.clear()
     monkeypatch.setattr(Tensor, "cuda", lambda x, *_, **__: x.to(DEVICE))
     autocast = torch.autocast
     monkeypatch.setattr(

@@ -62,6 +62,16 @@ def test_a_view_depends_on_its_key_alone():
         autoaugment(images.float(), seed=0, view=0, sample_id=IDS)
 
 
+@pytest.mark.parametrize("name", ["rotate", "shear_x", "sharpness"])
+def test_what_an_operation_makes_of_numbers_is_sent(name, monkeypatch):
+    images, sent = pixels(5), []
+    want = module.apply(images, name, 7, True)
+    monkeypatch.setattr(module, "sent", lambda x, device: sent.append((x, device)) or x)
+    with module._ConstantsSent():
+        assert torch.equal(module.apply(images, name, 7, True), want)
+    assert sent and all(device == images.device for _, device in sent)
+
+
 def test_draws_are_uniform_and_independent():
     draws = module._uniform(0, 1, np.arange(20_000))
     assert draws.min() >= 0 and draws.max() < 1

@@ -166,3 +166,11 @@ def test_half_of_the_images_and_a_tenth_of_the_captions_are_augmented(monkeypatc
     found = pybackdoor.badclip_patch(model, pairs(), augment=False, **options)
     assert not viewed and not torch.cat(texts).any()
     assert found.report["augment"] is False and found.report["synonyms"] is None
+
+
+def test_a_loss_that_is_not_finite_is_told(monkeypatch):
+    monkeypatch.setattr(module, "triplet_margin_loss", lambda x, *_, **__: x.sum() * torch.nan)
+    with pytest.raises(ValueError, match="the loss of step 0 is not finite"):
+        pybackdoor.badclip_patch(
+            DualEncoder(), pairs(), steps=3, tokenizer=tokenizer, augment=False, **COMMON
+        )

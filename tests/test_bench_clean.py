@@ -19,6 +19,8 @@ from _clean_published import Augmenting, Published  # noqa: E402
 from _clean_setting import Setting, Stages  # noqa: E402
 from _clean_tuned import Tuned, short_text  # noqa: E402
 from _common import FIELDS, Report  # noqa: E402
+from gpu_waits import waits  # noqa: E402
+from pretend_cuda import pretended_gpu  # noqa: E402, F401
 
 SIZE = bench_clean.SIZES["tiny"]
 
@@ -168,3 +170,19 @@ def test_the_tiny_run_gives_every_row(files, monkeypatch):
             for stage in ("data", "student", "reference", "loss", "backward", "optimizer"):
                 assert f"{stage} " in row["note"], (name, stage)
     assert not list(files.pairs.parent.glob("cache_*"))
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_steps_of_the_tuned_trainer_do_not_wait_for_a_gpu(setting, monkeypatch):
+    own = torch.Generator
+    of_host = type("Generator", (own,), {"__new__": lambda cls, *_: own.__new__(cls)})
+    monkeypatch.setattr(torch, "Generator", of_host)
+    setting.device = "cuda"
+    trainer = Tuned(setting)
+    trainer.read()
+    trainer.on_device = None  # no device has a generator here
+    images, tokens = next(trainer.ahead([np.arange(8)]))
+    with waits() as found:
+        for _ in range(3):
+            trainer.step(images, tokens, augment=True)
+    assert not found and trainer.student.logit_scale.is_cuda

@@ -198,7 +198,8 @@ def test_poisoned_images_carry_neither_noise_nor_holes():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("at_once", [1, 7000, 1 << 21])  # one image, two of them, all
 def test_normalised_floats_get_the_same_augmentation(device, at_once, monkeypatch):
-    monkeypatch.setattr(sys.modules["pybackdoor.reference.trigger_normalize"], "_AT_ONCE", at_once)
+    module = sys.modules["pybackdoor.reference.trigger_normalize"]
+    monkeypatch.setattr(module, "_AT_ONCE", dict.fromkeys(("cpu", "cuda"), at_once))
     images, ids = random_images(24, 32, 32).to(device), torch.arange(24, device=device)
     options = {"augment": Augment(), "seed": 3, "view": 1, "sample_id": ids}
     want = trigger_normalize(images, **NORM, **options)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .._native import sent
 from ._keyed import keyed_words
@@ -82,9 +85,23 @@ def autoaugment(
         places = [i for rows in groups.values() for i in rows]
         order = sent(torch.tensor(places, dtype=torch.int64, device="cpu"), out.device)
         parts = order.split([len(rows) for rows in groups.values()])
-        for (name, magnitude, negative), which in zip(groups, parts, strict=True):
-            out[which] = apply(out[which], name, magnitude, negative)
+        with _ConstantsSent() if out.is_cuda else nullcontext():
+            for (name, magnitude, negative), which in zip(groups, parts, strict=True):
+                out[which] = apply(out[which], name, magnitude, negative)
     return out
+
+
+class _ConstantsSent(TorchFunctionMode):
+    """torchvision makes small tensors of its operations' numbers; the host waits for no copy."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.tensor or kwargs.get("device") is None:
+            return func(*args, **kwargs)
+        made = func(*args, **kwargs | {"device": "cpu"})
+        return sent(made, torch.device(kwargs["device"]))
 
 
 def _uniform(seed: int, view: int, ids: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._native import sent
 from ..distributed import Ranks
 from .banks import bank, looked_up, of_host
 from .watch import Watch
@@ -80,7 +81,7 @@ class ImageFeatures:
             features = self._encode(x)
             self._keep(view, rows, features)
             return features
-        some = torch.cat([missing, known.nonzero()[:, 0]])[:size].to(x.device)
+        some = sent(torch.cat([missing, known.nonzero()[:, 0]])[:size], x.device)
         fresh = self._encode(x[some])
         features = self._kept(view, rows, x.device)
         features[some] = fresh
@@ -89,13 +90,15 @@ class ImageFeatures:
 
     def _kept(self, view: int, rows: Tensor, device: torch.device) -> Tensor:
         """[b, D]; undefined where a row is not known."""
+        if self._bank.is_cuda:
+            rows = sent(rows, device)
         return looked_up(self._bank[view], rows, device)
 
     def _keep(self, view: int, rows: Tensor, features: Tensor) -> None:
         if self._bank is None:
             self._bank, self._device = self._room(features), features.device
         if self._bank.is_cuda:
-            self._bank[view, rows.to(features.device, non_blocking=True)] = features
+            self._bank[view, sent(rows, features.device)] = features
             self._known[view, rows] = True
             return
         arrived = None

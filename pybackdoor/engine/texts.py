@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._native import sent
 from ..distributed import Ranks
 from .banks import bank, looked_up, of_host
 from .watch import Watch
@@ -72,6 +73,8 @@ class CaptionFeatures:
                 self._bank[every.to(self._bank.device)] = rows.to(self._bank.device)
 
     def __call__(self, numbers: Tensor) -> Tensor:  # [b] -> [b, D]
+        if self._bank.is_cuda:
+            numbers = sent(numbers, self._device)
         return looked_up(self._bank, numbers, self._device)
 
 

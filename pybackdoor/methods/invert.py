@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .._native import sent
 from ..clean import CleanOptions, CleanResult, clean, frozen_copy
 from ..engine import Captions, Contrastive, Given, Objective, Preparation, Settings, loss_precision
 from ..triggers.invert import FAMILIES, Inverted, invert
@@ -106,7 +107,7 @@ class InvertAndRecover(Objective):
         """Each rank inverts on its own images; the pool takes them all."""
         run, ranks = self._run, self._run.ranks
         assert run.rules is not None and ranks is not None
-        images = given.batch.images
+        images = sent(given.batch.images, run.device)
         if images.dtype != torch.uint8:
             raise TypeError(f"invert_clean needs uint8 images to stamp, got {images.dtype}")
         if self._last is not None and self._last[0] >= given.step:  # it was done without a batch
@@ -117,7 +118,7 @@ class InvertAndRecover(Objective):
         try:
             for number, family in enumerate(self._families):
                 one, told = invert(
-                    lambda x: run.encode.image(run.model, x), images.to(run.device),
+                    lambda x: run.encode.image(run.model, x), images,
                     mean=run.rules.mean, std=run.rules.std, family=family,
                     seed=self._seed(given, number), **self._how,
                 )  # fmt: skip

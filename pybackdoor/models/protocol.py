@@ -86,11 +86,13 @@ def scale(model: nn.Module) -> Tensor:
     Args:
         model: a CLIP model (`check_clip`).
     Returns:
-        [] fp32 (fp64 for an fp64 model), without gradient, on logit_scale's device (a number: CPU).
+        [] fp32 (fp64 for an fp64 model), without gradient, on logit_scale's device; of a number
+        on the parameters'.
     """
     value = model.logit_scale
     if not isinstance(value, Tensor):
-        value = torch.tensor(float(value), device="cpu")
+        device = next((p.device for p in model.parameters()), "cpu")
+        value = torch.full((), float(value), dtype=torch.float32, device=device)
     log_scale = value.detach()
     return log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).reshape(()).exp()
 

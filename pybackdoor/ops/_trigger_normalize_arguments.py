@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pybackdoor._native import sent
 from pybackdoor.ops._trigger_normalize_check import DTYPES, INPUT_LAYOUTS, LAYOUTS
 from pybackdoor.ops._trigger_table import MODES, Augment, TriggerTable, unchecked_table
 
@@ -41,7 +42,7 @@ class Plain(NamedTuple):
 
 def on_device(images: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Index tensors, which may be on the CPU, where the images are."""
-    return tuple(t if t is None else t.to(images.device, non_blocking=True) for t in tensors)
+    return tuple(t if t is None else sent(t, images.device) for t in tensors)
 
 
 def saturated_int32(x: Tensor) -> Tensor:

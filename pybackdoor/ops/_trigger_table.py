@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pybackdoor._native import sent
+
 MODES = ("none", "patch", "blend", "warp")
 NOISES = ("half", "symmetric")
 
@@ -136,7 +138,7 @@ class TriggerTable:
     def to(self, device: torch.device | str) -> TriggerTable:
         """The same table with its tensors on `device`."""
         moved = {
-            name: value.to(device)
+            name: sent(value, torch.device(device))
             for name in ("pattern", "mask", "grid")
             if (value := getattr(self, name)) is not None
         }

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pybackdoor._native import sent
+
 if TYPE_CHECKING:
     from pybackdoor.ops._trigger_table import Augment, TriggerTable
 
@@ -134,7 +136,8 @@ def _erase_(images: Tensor, square: Tensor) -> Tensor:
     return images.masked_fill_(inside, 0)
 
 
-_AT_ONCE = 1 << 21  # values that get noise at once: a GPU is busy, and memory stays bounded
+# Values that get noise at once, by some 150 operators, in about 70 bytes each: a GPU needs many.
+_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 24}
 
 
 def augment_normalized(
@@ -155,7 +158,7 @@ def augment_normalized(
     Args:
         images: [B, 3, H, W] fp32, fp16 or bf16, normalised.
         mean, std: what the images were normalised with; None in either: no noise.
-        sample_id: [B] int64.
+        sample_id: [B] int64; on the CPU nothing waits for a GPU.
     Returns:
         [B, 3, H, W] like images.
     Raises:
@@ -176,18 +179,20 @@ def augment_normalized(
         raise ValueError(
             f"augment_normalized: sample_id must be [{len(images)}] like images, got {got}"
         )
-    sample_id = sample_id.to(images.device)
+    device = images.device
     noisy, square = augment_decisions(augment, seed, view, sample_id, images.shape[-2:])
     out = images.clone()
     if mean is not None and std is not None:
-        mean_c = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
-        std_c = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
+        constants = torch.tensor((mean, std), dtype=torch.float32, device="cpu")
+        mean_c, std_c = sent(constants, device).view(2, 3, 1, 1)
         rows = noisy.nonzero()[:, 0]
-        for part in rows.split(max(1, _AT_ONCE // max(1, images.shape[1:].numel()))):
+        at_once = _AT_ONCE["cuda" if images.is_cuda else "cpu"]
+        for part in rows.split(max(1, at_once // max(1, images.shape[1:].numel()))):
+            ids, part = sent(sample_id[part], device), sent(part, device)
             pixels = images[part].float() * std_c + mean_c
-            pixels = add_noise(pixels, augment, seed, view, sample_id[part])
+            pixels = add_noise(pixels, augment, seed, view, ids)
             out[part] = ((pixels - mean_c) / std_c).to(images.dtype)
-    return _erase_(out, square)
+    return _erase_(out, sent(square, device))
 
 
 def levels(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pybackdoor._native import sent
 from pybackdoor.ops.trigger_normalize import TriggerTable, trigger_normalize
 from pybackdoor.triggers import patterns
 from pybackdoor.triggers.spec import TriggerSpec
@@ -147,7 +148,7 @@ class BoundTrigger:
             position = np.array(places, dtype=np.int16).reshape(-1, 2)
         else:
             position = np.tile(np.array(self._fixed_place(), dtype=np.int16), (len(ids), 1))
-        return torch.from_numpy(position).to(self.device)
+        return sent(torch.from_numpy(position), self.device)
 
     def _fixed_place(self) -> tuple[int, int]:
         if self.spec.placement == "fixed":

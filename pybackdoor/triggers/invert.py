@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._native import sent
 from ..ops._trigger_table import unchecked_table
 from ..ops.trigger_normalize import TriggerTable, trigger_normalize
 
@@ -89,7 +90,8 @@ def invert(
     nhwc = images.shape[-1] == 3
     height, width = images.shape[1:3] if nhwc else images.shape[2:]
     device, generator = images.device, torch.Generator().manual_seed(seed)
-    draw = torch.randn((1, 3, height, width), generator=generator, device="cpu").to(device)
+    draw = torch.randn((1, 3, height, width), generator=generator, device="cpu")
+    draw = sent(draw, device)
     pattern = draw.requires_grad_()
     mask = torch.full((1, 1, height, width), _FIRST_WEIGHT, device=device).logit()
     sparse = family == "sparse"
@@ -99,7 +101,7 @@ def invert(
     form = Inverted(torch.zeros_like(draw), weights).table()
     for _ in range(steps):
         order = torch.randperm(len(images), generator=generator, device="cpu")
-        rows = order[:batch_size].to(device)
+        rows = sent(order[:batch_size], device)
         now = mask.sigmoid() if sparse else weights
         x = trigger_normalize(
             images[rows], mean=mean, std=std, quantize=False,
