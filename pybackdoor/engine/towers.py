@@ -84,6 +84,12 @@ class Encoder:
         self._compiled: dict[tuple[int, str, bool], Callable[[nn.Module, Tensor], Tensor]] = {}
         self._casts = FrozenCasts()
 
+    def eager(self) -> Encoder:
+        """One that does not compile: for what is encoded once, in many sizes."""
+        if self._mode is None:
+            return self
+        return Encoder(self._autocast, self._device, None, self._chunk, self._ranks)
+
     def input_dtype(self, model: nn.Module) -> torch.dtype:
         """What the towers' first layers take: the model's own dtype."""
         return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
