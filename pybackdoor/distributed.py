@@ -107,7 +107,7 @@ class Ranks:
         def each() -> Iterator[tuple[str, Tensor]]:
             for name, shape, dtype in about:
                 if self.rank == 0:
-                    tensor = tensors[name].to(device)
+                    tensor = tensors[name].to(device).contiguous()  # NCCL sends no other
                 else:
                     tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
                 dist.broadcast(tensor, src=0)
@@ -203,7 +203,7 @@ class Ranks:
         """Give every rank the parameters and buffers of rank 0, by way of ``device``."""
         if self.size > 1:
             for tensor in (*model.parameters(), *model.buffers()):
-                sent = tensor.detach().to(device)
+                sent = tensor.detach().to(device).contiguous()
                 dist.broadcast(sent, src=0)
                 tensor.detach().copy_(sent)
 

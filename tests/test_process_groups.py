@@ -71,3 +71,35 @@ def two_groups(folder):
 def test_a_later_process_group_has_its_own(tmp_path):
     for told, made in on_ranks(2, two_groups, str(tmp_path)):
         assert told == [[[0.0], [1.0]]] * 2 and made == 2
+
+
+def layouts():
+    """Parameters of every layout, of which each rank has other values."""
+    ranks = Ranks.start(CPU)
+    own = dist.broadcast
+
+    def strict(tensor, *given, **how):
+        if not tensor.is_contiguous():
+            raise ValueError("Tensors must be contiguous")
+        return own(tensor, *given, **how)
+
+    model = nn.Module()
+    start = torch.arange(6.0).view(2, 3) + 10 * ranks.rank
+    model.turned = nn.Parameter(start.T)
+    model.plain = nn.Parameter(start)
+    image = torch.arange(16.0).view(1, 2, 2, 4) + 10 * ranks.rank
+    last = torch.channels_last if ranks.rank else torch.contiguous_format
+    model.image = nn.Parameter(image.to(memory_format=last))
+    with mock.patch.object(dist, "broadcast", strict):
+        ranks.same_start(model, CPU)
+        sent = dict(ranks.tensors_from_first({"turned": start.T} if not ranks.rank else {}, CPU)[1])
+    kept = model.turned.stride() == (1, 3) and model.image.is_contiguous(memory_format=last)
+    return {n: p.detach() for n, p in model.named_parameters()}, sent["turned"], kept
+
+
+def test_what_is_sent_is_contiguous():
+    start = torch.arange(6.0).view(2, 3)
+    for got, sent, kept in on_ranks(2, layouts):
+        assert torch.equal(got["turned"], start.T) and torch.equal(got["plain"], start)
+        assert torch.equal(got["image"], torch.arange(16.0).view(1, 2, 2, 4))
+        assert torch.equal(sent, start.T) and kept
