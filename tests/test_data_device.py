@@ -3,6 +3,8 @@
 A CPU device stands in for a GPU; the code is one.
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,30 @@ def test_a_run_on_them_is_the_run(tmp_path, on_device):
         return pybackdoor.par_clean(DualEncoder(), loader, epochs=2, **options).history
 
     assert run("device") == run("none")
+
+
+def test_its_stream_is_entered_on_its_device(monkeypatch):
+    """Else the one that a thread comes back to is the first GPU's."""
+    kept, image = DeviceRows("x", 2, (4, 4), CPU), np.full((4, 4, 3), 7, np.uint8)
+    open_, seen = [], []
+
+    def spied(name):
+        @contextmanager
+        def enter(what):
+            open_.append((name, what))
+            seen.append(list(open_))
+            yield
+            assert open_.pop() == (name, what)
+
+        monkeypatch.setattr(torch.cuda, name, enter)
+
+    for name in ("device", "stream"):
+        spied(name)
+    kept._stream = "its own"
+    kept.put(1, 5, image)
+    out = np.zeros_like(image)
+    assert kept.get(1, 5, out) and (out == image).all()
+    assert seen == [[("device", CPU)], [("device", CPU), ("stream", "its own")]] * 2
 
 
 @pytest.mark.gpu

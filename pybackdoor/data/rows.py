@@ -19,7 +19,8 @@ import sys
 import threading
 import warnings
 import zlib
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -149,8 +150,15 @@ class DeviceRows(MemoryRows):
             self._pixels[row].copy_(torch.from_numpy(np.require(pixels, requirements="CW")))
         self._stamps[row] = stamp
 
-    def _aside(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        # A new thread's device is the first GPU, and leaving a stream of another would open a
+        # context there.
+        with torch.cuda.device(self._pixels.device), torch.cuda.stream(self._stream):
+            yield
 
 
 class DiskRows:
