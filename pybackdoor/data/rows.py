@@ -123,7 +123,7 @@ class DeviceRows(MemoryRows):
     ) -> None:
         shape = (count, *image_size, 3)
         needed = int(np.prod(shape, dtype=np.int64))
-        if needed > (free := _free_memory(device)):
+        if needed > (free := free_memory(device)):
             raise MemoryError(
                 f'{op}: cache="device" needs {needed:,} bytes on {device}, {free:,} are free, and '
                 'training needs some of them: choose cache="ram", "disk" or "none"'
@@ -267,8 +267,12 @@ def host_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors may have: on a GPU the free ones, and those that torch holds unused."""
+    if device.type != "cuda":
+        return host_memory()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _opened(path: Path, size: int) -> tuple[int, bool]:
