@@ -104,7 +104,7 @@ class ImageFeatures:
         arrived = None
         if features.is_cuda:  # the host goes on, and takes them when the next batch begins
             features = features.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event(blocking=True)
             arrived.record()
         self._arriving.append((view, rows, features, arrived))
 
