@@ -64,16 +64,25 @@ class Files(NamedTuple):
     source: str
 
 
-def captions(count: int, seed: int) -> list[str]:
-    """Captions of CC3M's lengths, of random words."""
+def captions(count: int, seed: int, words: int | None = None) -> list[str]:
+    """Captions of so many random words each; None: as many as CC3M's have."""
     rng = np.random.default_rng([seed, 1])
     weights = np.array(list(LENGTHS.values()), float)
-    sizes = rng.choice(list(LENGTHS), count, p=weights / weights.sum())
+    sizes = [words] * count
+    if words is None:
+        sizes = rng.choice(list(LENGTHS), count, p=weights / weights.sum())
     return [" ".join(rng.choice(WORDS, size)) for size in sizes]
 
 
 def write_files(
-    folder: Path, *, pairs: int, tests: int, classes: int, sides: tuple[int, int], seed: int = 0
+    folder: Path,
+    *,
+    pairs: int,
+    tests: int,
+    classes: int,
+    sides: tuple[int, int],
+    seed: int = 0,
+    words: int | None = None,
 ) -> Files:
     """Writes the JPEG files and both tables.
 
@@ -81,6 +90,7 @@ def write_files(
         pairs, tests: images of each; drawn with repetition where there are fewer pictures.
         classes: how many of the pictures' classes are kept.
         sides: least and largest width and height in pixels, drawn apart.
+        words: of each caption; None: as many as CC3M's have.
     """
     pictures, labels, names, source = _pictures(classes)
     rng = np.random.default_rng([seed, 2])
@@ -105,7 +115,7 @@ def write_files(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         paths = list(pool.map(write, range(pairs + tests)))
-    texts = [*captions(pairs, seed), *(names[labels[i]] for i in order[pairs : pairs + tests])]
+    texts = captions(pairs, seed, words) + [names[labels[i]] for i in order[pairs:]]
     for table, column, rows in (
         ("pairs.csv", "caption", slice(0, pairs)),
         ("tests.csv", "label", slice(pairs, None)),

@@ -115,6 +115,8 @@ class Benchmark:
         text = [f"{1e6 / times[0]:.1f} per s", note, setting.files.source]
         if setting.precision == "bf16" and name == "published" and mode == "run":
             text.append("evaluation in fp32")
+        if self.report.options.words:
+            text.append(f"captions of {self.report.options.words} words")
         self.report.add(
             make_row(
                 KERNEL, name, mode, f"{setting.batch}x{setting.side}x{setting.side}x3",
@@ -293,6 +295,9 @@ def main() -> None:
     options.add_argument(
         "--compile", choices=("auto", "on", "off"), default="auto", help="tuned's towers"
     )
+    options.add_argument(
+        "--words", type=int, help="of every caption: one length to compile for (default: CC3M's)"
+    )
     options.add_argument("--workers", type=int, help="that decode (default: one per core)")
     options.add_argument("--trace", type=Path, metavar="FILE", help="profiler traces, one each")
     options.set_defaults(threads=None)
@@ -309,8 +314,9 @@ def main() -> None:
     report = Report(options)
     with tempfile.TemporaryDirectory(prefix="bench_clean_") as folder:
         files = write_files(
-            Path(folder), pairs=size.pairs, tests=size.tests, classes=size.classes, sides=size.sides
-        )
+            Path(folder), pairs=size.pairs, tests=size.tests, classes=size.classes,
+            sides=size.sides, words=options.words,
+        )  # fmt: skip
         benchmark(options, files, size, report)
     report.close()
 

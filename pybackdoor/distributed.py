@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -79,22 +80,18 @@ class Ranks:
         """The numbers that each rank gives, in rank order; fp64."""
         if self.size == 1:
             return [list(values)]
-        mine = torch.tensor(list(values), dtype=torch.float64, device=self._words(device))
+        group, where = _words(device)
+        mine = torch.tensor(list(values), dtype=torch.float64, device=where)
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(every, mine)
+        dist.all_gather(every, mine, group=group)
         return torch.stack(every).tolist()
-
-    def _words(self, device: torch.device) -> torch.device:
-        """Where numbers for the host travel: the CPU, where the process group serves it."""
-        served = "cpu" in dist.get_backend_config() or dist.get_backend() == "gloo"
-        return torch.device("cpu") if served else device
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, any that JSON can hold, on every rank."""
         if self.size == 1:
             return value
-        held = [json.dumps(value)]
-        dist.broadcast_object_list(held, src=0)
+        held, (group, where) = [json.dumps(value)], _words()
+        dist.broadcast_object_list(held, src=0, group=group, device=where)
         return json.loads(held[0])
 
     def tensors_from_first(
@@ -110,7 +107,7 @@ class Ranks:
         def each() -> Iterator[tuple[str, Tensor]]:
             for name, shape, dtype in about:
                 if self.rank == 0:
-                    tensor = tensors[name].to(device)
+                    tensor = tensors[name].to(device).contiguous()  # NCCL sends no other
                 else:
                     tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
                 dist.broadcast(tensor, src=0)
@@ -181,11 +178,11 @@ class Ranks:
         parameters = list(parameters)
         if not parameters:
             return
+        group, where = _words(parameters[0].device)
         reached = torch.tensor(
-            [p.grad is not None for p in parameters], dtype=torch.uint8,
-            device=self._words(parameters[0].device),
-        )  # fmt: skip
-        dist.all_reduce(reached, dist.ReduceOp.MAX)
+            [p.grad is not None for p in parameters], dtype=torch.uint8, device=where
+        )
+        dist.all_reduce(reached, dist.ReduceOp.MAX, group=group)
         bucket: list[Tensor] = []
         for p, used in zip(parameters, reached.tolist(), strict=True):
             if not used:
@@ -206,9 +203,30 @@ class Ranks:
         """Give every rank the parameters and buffers of rank 0, by way of ``device``."""
         if self.size > 1:
             for tensor in (*model.parameters(), *model.buffers()):
-                sent = tensor.detach().to(device)
+                sent = tensor.detach().to(device).contiguous()
                 dist.broadcast(sent, src=0)
                 tensor.detach().copy_(sent)
+
+
+_beside: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def _words(
+    device: torch.device | None = None,
+) -> tuple[dist.ProcessGroup | None, torch.device | None]:
+    """(group, device) by which numbers for the host travel: the CPU's do not wait for the GPU.
+
+    Where the default group serves no CPU, one beside it does; all ranks make it at their first
+    words. The device that is given is for where there is no gloo.
+    """
+    if "cpu" in dist.get_backend_config():
+        return None, torch.device("cpu")
+    if not dist.is_gloo_available():
+        return None, device
+    whole = dist.group.WORLD
+    if whole not in _beside:
+        _beside[whole] = dist.new_group(backend="gloo")
+    return _beside[whole], torch.device("cpu")
 
 
 def _met(ranks: Ranks) -> dist.Store:

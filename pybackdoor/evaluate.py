@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .batches import InputRules, Tokenizer
 from .data import Labelled, Pairs
 from .data.templates import fill, resolve_templates
+from .engine.casts import without_autocast
 from .estimates import Estimate
 from .features import FeatureReader, head_of
 from .retrieval import Recalls, Retrieval
@@ -101,6 +102,7 @@ class Verdict:
         return asdict(self)
 
 
+@without_autocast()
 def evaluate(
     model: nn.Module,
     data: Labelled,

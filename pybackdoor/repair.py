@@ -21,6 +21,7 @@ from .batches import InputRules, Tokenizer, model_input
 from .distributed import Ranks
 from .engine import DeferredInterrupt, Encoder, TextTrim, copied, pick_device
 from .engine.again import has_len, standing
+from .engine.casts import without_autocast
 from .engine.feed import Feed, Item
 from .engine.interrupts import exception_of
 from .engine.watch import Watch
@@ -119,6 +120,7 @@ def repair_drift(
     return RepairResult(turned, report)
 
 
+@without_autocast()
 def repair_in_place(
     model: nn.Module,
     reference: nn.Module,

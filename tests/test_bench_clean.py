@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
@@ -15,9 +17,10 @@ import _clean_check  # noqa: E402
 import _clean_data  # noqa: E402
 import _clean_flops  # noqa: E402
 import bench_clean  # noqa: E402
+import gpu_proof  # noqa: E402
 from _clean_published import Augmenting, Published  # noqa: E402
 from _clean_setting import Setting, Stages  # noqa: E402
-from _clean_tuned import Tuned, short_text  # noqa: E402
+from _clean_tuned import STEP, Tuned, short_text  # noqa: E402
 from _common import FIELDS, Report  # noqa: E402
 from gpu_waits import waits  # noqa: E402
 from pretend_cuda import pretended_gpu  # noqa: E402, F401
@@ -54,6 +57,21 @@ def test_the_files_are_varied_photographs_with_captions_of_cc3m_lengths(files):
     lengths = [len(text.split()) for text in _clean_data.captions(4000, 0)]
     assert np.mean(lengths) == pytest.approx(10.1, abs=0.3) and np.median(lengths) == 9
     assert np.std(lengths) == pytest.approx(4.5, abs=0.4)
+
+
+def test_the_compiling_stage_meets_one_length():
+    """Each costs minutes; it is the one that most batches of the other stage are cut to."""
+    size, step = bench_clean.SIZES["cuda quick"], STEP[True]
+    (stage,) = (s for s in gpu_proof.gpu_stages() if s.name == "clean_compile")
+    words = int(stage.command[stage.command.index("--words") + 1])
+    tokenize = open_clip.get_tokenizer("ViT-B-32")
+
+    def cut(words):
+        lengths = (tokenize(_clean_data.captions(size.pairs, 0, words)) != 0).sum(1)
+        return [-(-int(batch.max()) // step) * step for batch in lengths.split(size.batch)]
+
+    (length,) = set(cut(words))
+    assert length == statistics.mode(cut(None))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -146,7 +164,7 @@ def test_the_tiny_run_gives_every_row(files, monkeypatch):
     options = argparse.Namespace(
         rows=None, json=None, repeats=1, tiny=True, quick=False, model="", device="cpu",
         precision=None, compile="auto", workers=0, threads=1, trace=None,
-        modes=["train", "run", "ablation"],
+        words=9, modes=["train", "run", "ablation"],
     )  # fmt: skip
     report = Report(options)
     before = dict(os.environ)
@@ -163,6 +181,7 @@ def test_the_tiny_run_gives_every_row(files, monkeypatch):
     for (name, mode, _), row in found.items():
         assert set(row) == set(FIELDS) and row["kernel"] == "clean" and row["shape"] == "8x32x32x3"
         assert 0 < row["ms_p20"] <= row["ms_median"] <= row["ms_p80"] and "per s" in row["note"]
+        assert "captions of 9 words" in row["note"]
         assert row["dtype"] == "float32" and row["precision"] == "fp32"
         if mode == "train":
             assert row["rel_error"] < 1e-5 and row["peak_bytes"] > 0

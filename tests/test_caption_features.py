@@ -8,7 +8,7 @@ from open_clip.model import CLIP
 
 import pybackdoor
 from pybackdoor.data import PairLoader, pairs_from_arrays
-from pybackdoor.engine import banks, texts
+from pybackdoor.engine import banks, texts, towers
 
 VISION = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "layers": 2, "width": 32, "heads": 2}
@@ -59,6 +59,27 @@ def test_a_run_with_them_is_the_run_without(monkeypatch):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     again = run(loader())
     assert again.history == got.history
+
+
+@pytest.mark.parametrize("lock", [None, "text"])
+def test_nothing_is_compiled_for_one_pass(monkeypatch, lock):
+    compiled = []
+
+    def graph(function, mode, dynamic):
+        def call(model, x):
+            compiled.append((x.dtype, torch.is_grad_enabled()))
+            return function(model, x)
+
+        return call
+
+    want = run(loader(), lock=lock)
+    monkeypatch.setattr(towers.torch, "compile", graph)
+    got = run(loader(), lock=lock, compile="default")
+    floats, words = torch.float32, torch.int64
+    trained = {(words, True)} if lock is None else set()
+    assert set(compiled) == {(floats, True), (floats, False)} | trained
+    for a, b in zip(got.history, want.history, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"steps": 3}, {"cache_text": False}])

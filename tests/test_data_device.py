@@ -3,6 +3,9 @@
 A CPU device stands in for a GPU; the code is one.
 """
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +19,7 @@ from pybackdoor.cli.configs import PairOptions
 from pybackdoor.data import Overlay, PairLoader, indexed, rows
 from pybackdoor.data.rows import DeviceRows, MemoryRows
 from pybackdoor.data.store import gather, subset_images
+from pybackdoor.engine import banks
 
 CPU = torch.device("cpu")
 
@@ -125,6 +129,30 @@ def test_a_run_on_them_is_the_run(tmp_path, on_device):
     assert run("device") == run("none")
 
 
+def test_its_stream_is_entered_on_its_device(monkeypatch):
+    """Else the one that a thread comes back to is the first GPU's."""
+    kept, image = DeviceRows("x", 2, (4, 4), CPU), np.full((4, 4, 3), 7, np.uint8)
+    open_, seen = [], []
+
+    def spied(name):
+        @contextmanager
+        def enter(what):
+            open_.append((name, what))
+            seen.append(list(open_))
+            yield
+            assert open_.pop() == (name, what)
+
+        monkeypatch.setattr(torch.cuda, name, enter)
+
+    for name in ("device", "stream"):
+        spied(name)
+    kept._stream = "its own"
+    kept.put(1, 5, image)
+    out = np.zeros_like(image)
+    assert kept.get(1, 5, out) and (out == image).all()
+    assert seen == [[("device", CPU)], [("device", CPU), ("stream", "its own")]] * 2
+
+
 @pytest.mark.gpu
 def test_batches_on_a_gpu_hold_while_another_stream_reads_them(tmp_path):
     pairs = read(shard(tmp_path), cache="device")
@@ -143,10 +171,28 @@ def test_batches_on_a_gpu_hold_while_another_stream_reads_them(tmp_path):
 
 
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "_free_memory", lambda device: N * 192 - 1)
+    monkeypatch.setattr(rows, "free_memory", lambda device: N * 192 - 1)
     match = 'cache="device" needs 2,304 bytes on cpu, 2,303 are free.* choose cache="ram", "disk"'
     with pytest.raises(MemoryError, match=match):
         DeviceRows("pairs_from_shards", N, (8, 8), CPU)
+
+
+def test_what_torch_holds_unused_is_free(monkeypatch):
+    told = {"mem_get_info": (100, 1 << 20), "memory_reserved": 900, "memory_allocated": 500}
+    asked = []
+    for name, value in told.items():
+        monkeypatch.setattr(
+            torch.cuda, name, lambda device, value=value: asked.append(device) or value
+        )
+    gpu = torch.device("cuda:1")
+    assert rows.free_memory(gpu) == 500 and set(asked) == {gpu}
+    assert rows.free_memory(CPU) == rows.host_memory()
+    like = SimpleNamespace(
+        is_cuda=True, device=gpu, dtype=torch.uint8, element_size=lambda: 1,
+        new_empty=lambda shape: f"{shape} on the GPU",
+    )  # fmt: skip
+    assert banks.bank((5, 25), like) == "(5, 25) on the GPU"  # a quarter of it
+    assert banks.bank((5, 26), like).device == CPU
 
 
 def test_which_device(tmp_path, monkeypatch):

@@ -164,7 +164,9 @@ def test_the_sanitizer_stages_run_the_kernels(tmp_path):
 def test_the_most_valuable_stages_come_first():
     names = [s.name for s in gpu_proof.gpu_stages()]
     assert names[:5] == ["build", "tests", "tests_triton", "ceilings", "k1"]
-    assert names[-2:] == ["k3", "k3_compile"]
+    assert names[-3:] == ["k3", "k3_compile", "clean_compile"]
     assert gpu_proof.LIMIT < 540
+    limits = {s.name: s.limit for s in gpu_proof.gpu_stages()}  # those of a call with --only
+    assert limits["build"] + limits["clean"] + limits["clean_compile"] < gpu_proof.LIMIT
     for stage in gpu_proof.gpu_stages():
         assert stage.limit < 540 and not (stage.rows and not Path(stage.command[1]).exists())

@@ -105,6 +105,28 @@ def test_features_that_are_too_many_for_the_gpu_are_kept_by_the_host(monkeypatch
     same(list(want.history), list(got.history), 1e-6)
 
 
+def test_the_host_waits_without_a_core(monkeypatch):
+    waits, own = [], torch.cuda.Event
+
+    class Event(own):
+        def __init__(self, **how):
+            self.how = how
+
+        def synchronize(self):
+            waits.append(self.how)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(banks, "ON_DEVICE", 0)
+    for options in ({}, {"views": 1}):
+        pybackdoor.par_clean(
+            DualEncoder(), loader(48), device="cuda", **RUN | options | {"steps": 7}
+        )
+        waits.append(None)
+    plain = waits.index(None)
+    assert plain >= 7 and len(waits) > 2 * plain + 2  # of each step; of features that are kept
+    assert all(how == {"blocking": True} for how in waits if how is not None)
+
+
 def resnet():
     vision = {"image_size": 64, "layers": (1, 1, 1, 2), "width": 8, "head_width": 16}
     text = {"context_length": 16, "vocab_size": 100, "layers": 1, "width": 32, "heads": 2}

@@ -9,7 +9,7 @@ from training_child import clean, loader
 
 import pybackdoor
 from pybackdoor.distributed import Ranks
-from pybackdoor.engine import banks, images
+from pybackdoor.engine import banks, images, towers
 from pybackdoor.engine.images import ImageFeatures
 from pybackdoor.models import image_features
 
@@ -67,6 +67,16 @@ def test_a_run_with_kept_features_is_the_run_without_to_the_bit(monkeypatch, few
     assert [a == b for a, b in zip(got.history, plain.history, strict=True)] == [
         step < 10 for step in range(30)
     ]
+
+
+def test_a_compiled_tower_meets_no_other_size(monkeypatch):
+    monkeypatch.setattr(images, "_FEWEST", 4)
+    monkeypatch.setattr(towers.torch, "compile", lambda function, **_: function)
+    options = {"steps": None, "epochs": 6, "views": 2, "repair": False}
+    seen = encoded(monkeypatch)
+    got = clean(None, compile="default", **options)
+    assert set(seen) == {16} and 10 < len(seen) <= 16
+    same(got, clean(None, **options))
 
 
 def test_micro_batches_take_their_own_rows(monkeypatch):

@@ -19,7 +19,8 @@ import sys
 import threading
 import warnings
 import zlib
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -122,7 +123,7 @@ class DeviceRows(MemoryRows):
     ) -> None:
         shape = (count, *image_size, 3)
         needed = int(np.prod(shape, dtype=np.int64))
-        if needed > (free := _free_memory(device)):
+        if needed > (free := free_memory(device)):
             raise MemoryError(
                 f'{op}: cache="device" needs {needed:,} bytes on {device}, {free:,} are free, and '
                 'training needs some of them: choose cache="ram", "disk" or "none"'
@@ -149,8 +150,15 @@ class DeviceRows(MemoryRows):
             self._pixels[row].copy_(torch.from_numpy(np.require(pixels, requirements="CW")))
         self._stamps[row] = stamp
 
-    def _aside(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        # A new thread's device is the first GPU, and leaving a stream of another would open a
+        # context there.
+        with torch.cuda.device(self._pixels.device), torch.cuda.stream(self._stream):
+            yield
 
 
 class DiskRows:
@@ -259,8 +267,12 @@ def host_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors may have: on a GPU the free ones, and those that torch holds unused."""
+    if device.type != "cuda":
+        return host_memory()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _opened(path: Path, size: int) -> tuple[int, bool]:

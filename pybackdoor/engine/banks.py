@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..data.rows import host_memory
+from ..data.rows import free_memory, host_memory
 
 ON_DEVICE = 2 << 30  # bytes of features on a GPU: a million rows of 512; else the host has them
 _OF_HOST = 4  # and one part in so many of the host's memory is the most they take
@@ -22,7 +22,7 @@ def of_host() -> int:
 def bank(shape: tuple[int, ...], like: Tensor) -> Tensor | None:
     """Room for features like these, whose values are undefined; None where there is none."""
     needed = math.prod(shape) * like.element_size()
-    if like.is_cuda and needed <= min(ON_DEVICE, torch.cuda.mem_get_info(like.device)[0] // 4):
+    if like.is_cuda and needed <= min(ON_DEVICE, free_memory(like.device) // 4):
         return like.new_empty(shape)
     if needed > of_host():
         return None

@@ -6,7 +6,8 @@ trained. A model of which nothing is trained is cast to the same values at every
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 _to_copy = torch.ops.aten._to_copy.default
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Within it, as in a function that it decorates, no autocast of the caller's is on."""
+    with ExitStack() as off:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                off.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class FrozenCasts:

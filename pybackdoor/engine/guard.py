@@ -104,7 +104,7 @@ class Guard:
         if self._device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True, device="cpu")
             values = host.copy_(values, non_blocking=True)
-            arrival = torch.cuda.Event()
+            arrival = torch.cuda.Event(blocking=True)  # the wait leaves the core free
             arrival.record()
         self._sent.append(_Sent(step, item, outcome, ids, values, names, arrival))
 

@@ -31,6 +31,7 @@ class ImageFeatures:
         ids: [N] int64 of all images that may come, each of one image.
         views: K; epoch e shows view e mod K of every image.
         encode: [b, 3, H, W] on the device -> [b, D].
+        whole: encode all rows of a call where one is missing: each number of rows is compiled anew.
     Raises:
         ValueError: an id stands for two images.
     """
@@ -42,7 +43,9 @@ class ImageFeatures:
         encode: Callable[[Tensor], Tensor],
         ranks: Ranks,
         watch: Watch,
+        whole: bool = False,
     ) -> None:
+        self._whole = whole
         self._ids, counts = np.unique(np.asarray(ids), return_counts=True)
         if len(self._ids) != len(ids):
             twice = self._ids[np.argmax(counts)]
@@ -77,7 +80,7 @@ class ImageFeatures:
         size = _FEWEST
         while size < len(missing):
             size *= 2
-        if size >= len(x):
+        if self._whole or size >= len(x):
             features = self._encode(x)
             self._keep(view, rows, features)
             return features
@@ -104,7 +107,7 @@ class ImageFeatures:
         arrived = None
         if features.is_cuda:  # the host goes on, and takes them when the next batch begins
             features = features.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event(blocking=True)
             arrived.record()
         self._arriving.append((view, rows, features, arrived))
 

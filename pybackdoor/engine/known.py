@@ -42,6 +42,7 @@ class Known:
     ) -> None:
         self._encode, self._trim, self._device = encode, trim, device
         self._ranks, self._watch, self._views = ranks, watch, settings.views
+        self._compiled = settings.compile is not None
         self._kept: list[ImageFeatures] = []
         pairs = steps * (getattr(loader, "batch_size", None) or 0)
         self._captions = getattr(loader, "captions", None) if settings.cache_text else None
@@ -54,10 +55,11 @@ class Known:
         """Of all captions; None where they are encoded as they come."""
         if not self.numbered:
             return None
+        eager = self._encode.eager()
 
         def encode(tokens: Tensor) -> Tensor:
-            with evaluating(model), self._encode.products(model):
-                return self._encode.text(model, self._trim(tokens).to(self._device))
+            with evaluating(model), eager.products(model):
+                return eager.text(model, self._trim(tokens).to(self._device))
 
         try:
             return CaptionFeatures(self._captions, encode, self._ranks, self._watch)
@@ -71,7 +73,9 @@ class Known:
         if self._ids is None or self._views is None:
             return None
         encode = partial(self._encode.image, model)
-        kept = ImageFeatures(self._ids, self._views, encode, self._ranks, self._watch)
+        kept = ImageFeatures(
+            self._ids, self._views, encode, self._ranks, self._watch, whole=self._compiled
+        )
         self._kept.append(kept)
         return kept
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..distributed import Ranks
 from ..models import image_features, text_features
 from ..ops._matmul import fast_products
-from .casts import FrozenCasts
+from .casts import FrozenCasts, without_autocast
 from .groups import evaluating
 from .shortcuts import image_shortcut, same, text_shortcut
 
@@ -84,17 +84,27 @@ class Encoder:
         self._compiled: dict[tuple[int, str, bool], Callable[[nn.Module, Tensor], Tensor]] = {}
         self._casts = FrozenCasts()
 
+    def eager(self) -> Encoder:
+        """One that does not compile: for what is encoded once, in many sizes."""
+        if self._mode is None:
+            return self
+        return Encoder(self._autocast, self._device, None, self._chunk, self._ranks)
+
     def input_dtype(self, model: nn.Module) -> torch.dtype:
         """What the towers' first layers take: the model's own dtype."""
         return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
-    def products(self, model: nn.Module) -> AbstractContextManager[None]:
+    @contextmanager
+    def products(self, model: nn.Module) -> Iterator[None]:
         """For the whole of a step: its matrix products by the fastest library of fp32's accuracy.
 
-        torch's own on a GPU, in bf16, and where a compiler makes them its own.
+        torch's own on a GPU, in bf16, and where a compiler makes them its own. An autocast that the
+        caller has open is off.
         """
         plain = self._device.type == "cpu" and self._autocast is None and self._mode is None
-        return fast_products(model) if plain and self._ranks is None else nullcontext()
+        plain = plain and self._ranks is None
+        with without_autocast(), fast_products(model) if plain else nullcontext():
+            yield
 
     def image(self, model: nn.Module, x: Tensor) -> Tensor:  # x [n, 3, H, W] normalised
         """[n, D] unit rows in at least fp32."""
@@ -153,11 +163,13 @@ class Encoder:
     def _context(self, model: nn.Module) -> Iterator[None]:
         enabled = self._autocast is not None
         keeps = enabled and self._mode is None and self._ranks is None
+        torch.clear_autocast_cache()  # within another, autocast's end forgets no weight's cast
         with (
             torch.autocast(self._device.type, dtype=self._autocast, enabled=enabled),
             self._casts.of(model) if keeps else nullcontext(),
         ):
             yield
+        torch.clear_autocast_cache()
 
 
 def _grouped(encode: Callable, model: nn.Module, captions: Captions) -> Tensor:  # [n, D]
