@@ -33,8 +33,21 @@ def both_ways(call):
         return wanted, call()
 
 
+def refuse_old_adam():
+    """Until some version after 2.11 Adam's count of steps lies on the default device."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    try:
+        with torch.device("meta"):
+            torch.optim.Adam([weight]).step()
+    except RuntimeError as error:
+        pytest.skip(f"Adam of torch {torch.__version__}: {error}")
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_cleaning(name):
+    if name == "invert":
+        refuse_old_adam()
     method = getattr(pybackdoor, f"{name.split('_', 1)[0] if name != 'ft_sam' else name}_clean")
     model, batches, options = DualEncoder(), loader(48), {**RUN, **RUNS[name]}
     wanted, found = both_ways(lambda: method(model, batches, device="cpu", **options))
@@ -128,6 +141,7 @@ def test_unlearning():
 
 
 def test_planting_and_the_patch():
+    refuse_old_adam()
     whole = random_pairs(64, 64)[0]
     texts = [" ".join(map(str, row)) for row in whole["tokens"].tolist()]
     pairs, model, images = (

@@ -57,14 +57,22 @@ def identify(path: str | os.PathLike) -> str:
     """Tells how to read a weight file, or refuses it by saying what it is.
 
     Args:
-        path: a file; its name only matters where its bytes fit no format.
+        path: a file; its name matters where its bytes fit no format, and where it promises more.
     Returns:
         "safetensors", "torch-zip" (what torch.save writes) or "torch-legacy" (before torch 1.6).
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file is a folder, empty, truncated, or of another kind.
+        CheckpointError: the file is a folder, empty, truncated, or of another kind; or torch.save's
+            by the name of a safetensors file, which torch.load itself reads or not by its version.
     """
     path = Path(path)
+    kind = _kind(path)
+    if kind != "safetensors" and path.suffix == ".safetensors":
+        raise refuse(path, "was written by torch.save, whatever its name says: name it .pt")
+    return kind
+
+
+def _kind(path: Path) -> str:
     if not path.exists():
         raise FileNotFoundError(f"read_checkpoint: path must be a weight file, {path} is missing")
     if not path.is_file():
