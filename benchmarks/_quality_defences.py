@@ -64,7 +64,7 @@ UBT = {
 }  # fmt: skip
 
 
-UBT_VERSION = 6  # of ubt_clean's search and stopping, as Defence.version
+UBT_VERSION = 7  # of ubt_clean's search and stopping, as Defence.version
 
 
 def ubt_par_clean(model: Any, loader: PairLoader, *, tau: float, **options: Any) -> CleanResult:

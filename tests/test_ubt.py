@@ -266,12 +266,13 @@ def test_what_detect_samples_found_is_taken_over(swing, fires):
 def test_what_is_kept_has_half_of_the_others_of_the_word():
     word = np.arange(600) < 100  # all others rank below, all alike
     scores = np.where(word, 100.0 - np.arange(600), -1.0)
-    kept = _rest(scores, 40)
-    assert kept.tolist() == [*range(70, 600)]
-    assert _rest(np.linspace(0, 1, 600), 40).tolist() == [*range(520)]
-    assert _rest((np.arange(600) >= 560) * 1.0, 40).tolist() == [*range(560)]
+    assert _rest(scores, 40, True).tolist() == [*range(70, 600)]
+    assert _rest(scores, 10, True).tolist() == [*range(55, 600)]  # more may be poisoned
+    assert _rest(scores, 10, False).tolist() == [*range(20, 600)]
+    assert _rest(np.linspace(0, 1, 600), 40, False).tolist() == [*range(520)]
+    assert _rest((np.arange(600) >= 560) * 1.0, 40, False).tolist() == [*range(560)]
     scores[:5], scores[500:] = np.nan, np.nan
-    assert _rest(scores, 40).tolist() == [*range(72, 500)]
+    assert _rest(scores, 40, True).tolist() == [*range(72, 500)]
 
 
 def test_a_clean_model_is_returned_as_it_is():

@@ -99,7 +99,8 @@ class UbtResult(CleanResult):
         """
         if not self.backdoor_found:
             return self.suspects.rows
-        return self.suspects.rows[_rest(self.scores, len(self.chosen))]
+        of_word = self.report["word"] is not None
+        return self.suspects.rows[_rest(self.scores, len(self.chosen), of_word)]
 
     def save_evidence(self, folder: Path) -> None:
         """Write suspects.csv, and suspects.png with the words and cells to be forgotten in red."""
@@ -151,8 +152,9 @@ def ubt_clean(
         suspect_loader: D: a PairLoader, Pairs (with ``tokenizer``), or batches of uint8 images as
             for ``par_clean``, which are kept in memory. Read whole, by every rank. Rows of the
             result are in the order it gave.
-        retain_loader: R, clean pairs as for ``par_clean``; None: D without its ``2 k`` most
-            suspicious pairs, or fewer, so that half of the word's other pairs stay.
+        retain_loader: R, clean pairs as for ``par_clean``; None: D without D_sus and the more
+            suspicious half of its word's other pairs; where no word was found, without the ``2 k``
+            most suspicious pairs.
         k: pairs of D_sus; None: by fragility as many as stand apart, else 256.
         scores: [N] suspicion of each pair of D in its order, higher = more, in place of a ranking
             of our own; NaN: never chosen. Of what ``detect_samples`` returns by fragility the swing
@@ -283,7 +285,7 @@ def ubt_clean(
     learnt, held_out = _split(k, seed)
     keep = retain_loader
     if keep is None:
-        rest = _rest(score, k)
+        rest = _rest(score, k, word is not None)
         rest = rest[permutation(seed ^ _STREAM, 1, len(rest))]
         few = min(_PROXY, len(rest) // 5)
         proxy = suspects.pixels(rest[:few]), suspects.tokens(rest[:few])
@@ -371,15 +373,17 @@ def _given(
     return Ranked(own, number, told.get("swing"), told.get("word"))
 
 
-def _rest(score: np.ndarray, k: int) -> np.ndarray:
+def _rest(score: np.ndarray, k: int, of_word: bool) -> np.ndarray:
     """[n] rows, ascending, without the most suspicious ones and those without a score.
 
-    Without 2 k, or fewer, so that half of the others that are told apart stay: by fragility only
-    one word's pairs are, and R needs some of them.
+    Where one word's pairs alone are told apart, half of those that were not found go with the k
+    that were: poison is the smaller part of a word's pairs, fewer of it may be found than there is,
+    and what stays in R is learned anew. Else 2 k go, or fewer, so that half of the others stay.
     """
     usable = np.flatnonzero(~np.isnan(score))
     apart = int((score[usable] > score[usable].min()).sum())
-    out = min(LEFT_OUT * k, k + max(0, apart - k) // 2)
+    half = k + max(0, apart - k) // 2
+    out = half if of_word else min(LEFT_OUT * k, half)
     return np.sort(usable[np.argsort(-score[usable], kind="stable")[out:]])
 
 
