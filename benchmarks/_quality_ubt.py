@@ -16,7 +16,9 @@ from pybackdoor.ubt.ranking import EXCESS
 
 RATE = 0.01  # of ubt.json
 # Below benchmarks/results.
-FILES = ("ubt.json", "ubt_vit.json", "ubt_gate.json", "ubt_gate_badnet.json")
+FILES = (
+    "ubt.json", "ubt_vit.json", "ubt_kept.json", "ubt_gate.json", "ubt_gate_badnet.json",
+)  # fmt: skip
 CLEANED = """## UBT-style unlearning
 
 `python benchmarks/bench_ubt.py`: the small {arch} trained on its {planted:,} CIFAR-10 pairs,
@@ -30,6 +32,11 @@ IMAGE = """The same with the small {arch} ({trained}). `image side`: the words a
 forgotten on the {share:g} % most suspicious patches of each image alone (`image_share`), in
 parentheses the share of the trigger's pixels that lie in them. ‡: any of the way cost too much
 accuracy, so that nothing is forgotten. Attacks that did not install: {failed}."""
+KEPT = """The rows above kept, beside what is forgotten, all but the 2 k most suspicious pairs. By
+fragility the less suspicious half alone of the word's other pairs is kept now: of one of the
+matrix's models of BadNet-Stripes (5 % poisoned) a quarter had been found, what was kept taught the
+rest anew, and 36 % of the ASR stayed; the rule was chosen in sight of it, and of no other figure.
+By it, of models trained anew ({steps}):"""
 GATE = f"""The gate on separately trained models, `bench_ubt.py --gate-only`: how many pairs are
 poisoned is not given but found, as for a user. Lowest to highest of these runs: precision of the
 pairs found; excess of cohesion, of which the gate by fragility wants {EXCESS["fragility"]:g};
@@ -47,9 +54,10 @@ the same. BadNet by the search as it is, on models trained anew:"""
 
 def sections(folder: Path) -> list[str]:
     """The parts of the page that the files in ``folder`` give."""
-    cleaned, image, gate, since = (_read(folder / name) for name in FILES)
+    cleaned, image, kept, gate, since = (_read(folder / name) for name in FILES)
     parts = [] if cleaned is None else [_introduction(cleaned), _cleaned(cleaned)]
     parts += [] if image is None else [_of_images(image), _cleaned(image)]
+    parts += [] if kept is None else [KEPT.format(steps=_steps(kept)), _cleaned(kept)]
     parts += [] if gate is None else [GATE, _gates(gate)]
     return [*parts, *([] if since is None else [SINCE, _gates(since)])]
 
@@ -78,6 +86,10 @@ def _of_images(found: dict[str, Any]) -> str:
         arch=cells[0]["arch"], share=100 * found["image_share"], failed=", ".join(failed) or "none",
         trained="; ".join(f"{100 * rate:g} % poisoned: {steps:,} steps" for rate, steps in trained),
     )  # fmt: skip
+
+
+def _steps(found: dict[str, Any]) -> str:
+    return ", ".join(f"{_attack(cell)} {cell['steps']:,} steps" for cell in found["cells"])
 
 
 def _attack(cell: dict[str, Any]) -> str:

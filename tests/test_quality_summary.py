@@ -187,6 +187,11 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
     assert "| sig (t) | truth, image side (31 %) | 1.000 | fires | 0.60 | 71.0 | 70.0 |" in rows
     assert "| sig (t), 5 % | truth, image side (31 %) |" in rows
     assert "| sig (t), 5 % | truth ‡ |" in rows
+    kept = {**cell, "steps": 2000}
+    (tmp_path / "ubt_kept.json").write_text(json.dumps({"cells": [kept, {**kept, "rate": 0.05}]}))
+    *_, text, rows = _quality_ubt.sections(tmp_path)
+    assert "trained anew (sig (t) 2,000 steps, sig (t), 5 % 2,000 steps):" in " ".join(text.split())
+    assert "| sig (t), 5 % | fragility | 1.000 |" in rows
     clean = [
         {"attack": "clean", "arch": "resnet", "status": NO_ATTACK, "steps": 1500,
          "runs": {"fragility": {"gate": gated(fires, swing)}}}
