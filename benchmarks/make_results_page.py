@@ -26,6 +26,8 @@ KERNELS = {
     "clean": "A whole cleaning run, files to a cleaned and evaluated model, in ms per 1,000 pairs. "
     "Rows: `benchmarks/bench_clean.py`.",
     "step": "One PAR training step of ViT-B/32, batch 512. Rows: `benchmarks/bench_step.py`.",
+    "decode": "JPEG files to images of the model's size in the host's memory; errors are of the "
+    "images, against Pillow's. Rows: `benchmarks/bench_decode.py`.",
     "dispatch": "What a call costs beside its kernels. Rows: `benchmarks/bench_dispatch.py`.",
     "ceiling": "What the device can do at most. Rows: `benchmarks/bench_ceilings.py`.",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..data.indexed import CACHES
+from ..data.indexed import CACHES, DECODERS
 from ..engine.settings import COMPILE_MODES, LOCKS
 from ..methods import METHODS
 from ..options import REQUIRED, option
@@ -54,6 +54,10 @@ class PairOptions(ColumnOptions):
         "with --templates",
     )
     cache: str = option("disk", "where decoded images of --pairs are kept", choices=CACHES)
+    decode: str = option(
+        "cpu", "where JPEGs of --pairs are decoded: cpu, or device, a GPU where there is one, by "
+        "nvJPEG; its pixels are some levels off", choices=DECODERS,
+    )  # fmt: skip
     max_bad: float = option(0.01, "share of broken images above which the run stops")
 
 

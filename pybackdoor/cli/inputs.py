@@ -52,9 +52,10 @@ def read_pairs(
     common = _decoding(config, loaded)
     common["max_bad"] = config.max_bad or 0.0  # unless told otherwise, evaluation drops nothing
     keys = {"image_key": config.image_key, "caption_key": config.caption_key}
-    cache = {"cache": getattr(config, "cache", "disk")}
-    if cache["cache"] == "device":
-        cache["cache"] = pick_device(config.device)
+    cache = {"cache": getattr(config, "cache", "disk"), "decode": getattr(config, "decode", "cpu")}
+    for name, where in cache.items():
+        if where == "device":
+            cache[name] = pick_device(config.device)
     kind = pairs_kind(source)
     if kind == "folder":
         return data.pairs_from_folder(

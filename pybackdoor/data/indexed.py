@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .device_jpegs import DeviceJpegs
 from .index import Index, IndexWriter, explained, file_stem, hashed, open_index, open_lock
 from .ledger import Ledger
 from .ondemand import ImageSource, OnDemandImages, RowsOf
@@ -20,6 +21,7 @@ from .rows import DeviceRows, DiskRows, MemoryRows, NoRows, Rows
 from .store import ImageStore, subset_images
 
 CACHES = ("disk", "ram", "device", "none")
+DECODERS = ("cpu", "device")
 _FORMAT = 1  # raise when decoding changes
 
 
@@ -40,12 +42,15 @@ class Indexed:
     cache_dir: str | Path | None
     max_bad: float
     num_workers: int | None
+    decode: str | torch.device = "cpu"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.cache, torch.device) and self.cache not in CACHES:
-            raise ValueError(
-                f"{self.op}: cache must be one of {', '.join(CACHES)}, got {self.cache!r}"
-            )
+        for name, allowed in (("cache", CACHES), ("decode", DECODERS)):
+            value = getattr(self, name)
+            if not isinstance(value, torch.device) and value not in allowed:
+                raise ValueError(
+                    f"{self.op}: {name} must be one of {', '.join(allowed)}, got {value!r}"
+                )
 
     @property
     def folder(self) -> Path:
@@ -94,7 +99,8 @@ class Indexed:
         import PIL
 
         height, width = self.preprocessing.image_size
-        kind = hashed(asdict(self.preprocessing))[:8]
+        decoder = [] if _gpu(self.decode) is None else ["nvjpeg"]
+        kind = hashed(asdict(self.preprocessing), *decoder)[:8]
         state = hashed(_FORMAT, PIL.__version__, key)[:16]
         return self.folder / f"{name}-{height}x{width}-{kind}-{state}"
 
@@ -120,12 +126,10 @@ class Indexed:
     ) -> OnDemandImages:
         """The images, in the cache that was chosen; the broken ones of earlier runs are known."""
         count, size = len(locations), self.preprocessing.image_size
-        rows: Rows = NoRows(count)
-        device = self._device()
-        if device is not None and device.type != "cpu":
-            rows = DeviceRows(self.op, count, size, device)
-        elif device is not None or self.cache == "ram":
-            rows = MemoryRows(self.op, count, size)
+        rows: Rows
+        keeper, decoder = _gpu(self.cache), _gpu(self.decode)
+        if keeper is not None:
+            rows = DeviceRows(self.op, count, size, keeper)
         elif self.cache == "disk":
             with explained(self.op, "image cache", place.parent):
                 if not place.with_name(f"{place.name}.row").exists():  # else read-only media do
@@ -133,19 +137,27 @@ class Indexed:
                     with open_lock(place.with_name(_without_state(place))):
                         _remove_outdated(place)
                 rows = DiskRows(self.op, place, count, size)
+        elif self.cache == "none":
+            rows = NoRows(count)
+        else:
+            rows = MemoryRows(self.op, count, size)
+        jpegs = None if decoder is None else DeviceJpegs(self.op, self.preprocessing, decoder)
         images = OnDemandImages(
             source, self.preprocessing, rows, locations=locations, rows_of=rows_of, ledger=ledger,
             memory=place.with_name(f"{place.name}.broken"), num_workers=self.num_workers,
+            jpegs=jpegs,
         )  # fmt: skip
         ledger.save()
         return images
 
-    def _device(self) -> torch.device | None:
-        if self.cache != "device":
-            return self.cache if isinstance(self.cache, torch.device) else None
+
+def _gpu(choice: str | torch.device) -> torch.device | None:
+    """Of a cache or a decoder; None for one that is of no GPU."""
+    if choice == "device":
         from ..engine import pick_device  # it reads batches, which the data package tokenises
 
-        return pick_device(None)
+        choice = pick_device(None)
+    return choice if isinstance(choice, torch.device) and choice.type != "cpu" else None
 
 
 def _without_state(place: Path) -> str:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -39,6 +39,9 @@ class ImageSource(Protocol):
         ...
 
 
+Ahead = Mapping[int, tuple[int, np.ndarray]]  # row: stamp of the file, pixels
+
+
 class OnDemandImages:
     """N images, decoded in threads when first taken and kept in a `Rows`.
 
@@ -55,6 +58,7 @@ class OnDemandImages:
         ledger: counts the rows of the broken ones.
         memory: file that remembers the broken ones between runs; None = nothing does.
         num_workers: decoding threads; None = the cores this process may use.
+        jpegs: decodes what it can of {row: content}, before Pillow gets the rest.
     """
 
     def __init__(
@@ -68,13 +72,14 @@ class OnDemandImages:
         ledger: Ledger,
         memory: Path | None = None,
         num_workers: int | None = None,
+        jpegs: Callable[[Mapping[int, bytes]], dict[int, np.ndarray]] | None = None,
     ) -> None:
         if num_workers is not None and num_workers < 1:
             raise ValueError(f"{ledger.op}: num_workers must be at least 1, got {num_workers}")
         self.image_size = preprocessing.image_size
         self._source, self._preprocessing, self._rows = source, preprocessing, rows
         self._locations, self._rows_of, self._ledger = locations, rows_of, ledger
-        self._memory, self._workers = memory, num_workers or cores()
+        self._memory, self._workers, self._jpegs = memory, num_workers or cores(), jpegs
         self._lock = threading.Lock()
         self._broken: dict[int, tuple[int | None, str]] = {}  # row -> (stamp, reason)
         self._pool: ThreadPoolExecutor | None = None
@@ -116,30 +121,56 @@ class OnDemandImages:
 
         _, first, of = np.unique(rows, return_index=True, return_inverse=True)
         own = first[of]  # [n] the first place of the same image: only that one is decoded
-        todo = iter(np.sort(first).tolist())  # shared: the threads keep side by side in the source
+        places = np.sort(first).tolist()
+        ahead = self._ahead([numbers[place] for place in places])
 
-        def work() -> None:
-            for place in todo:
-                reason = self._one(numbers[place], out[place])
-                if reason:
-                    bad[place] = reason
+        def fill(place: int) -> None:
+            reason = self._one(numbers[place], out[place], ahead)
+            if reason:
+                bad[place] = reason
 
-        if min(self._workers, len(first)) < 2:
-            work()
-        else:
-            working = [self._threads().submit(work) for _ in range(self._workers)]
-            try:
-                for one in working:
-                    one.result()
-            except BaseException:
-                deque(todo, maxlen=0)  # so that the others stop
-                wait(working)
-                raise
+        self._each(fill, places)
         for place in np.flatnonzero(own != np.arange(len(rows))).tolist():
             out[place] = out[own[place]]
             if own[place] in bad:
                 bad[place] = bad[int(own[place])]
         return out, dict(sorted(bad.items()))
+
+    def _ahead(self, rows: list[int]) -> Ahead:
+        """What is decoded all at once, of the rows that are not kept."""
+        if self._jpegs is None:
+            return {}
+        read: dict[int, tuple[int, bytes]] = {}
+
+        def fetch(row: int) -> None:
+            with suppress(BrokenImage):  # which is said when it is the row's turn
+                stamp = self._source.stamp(row)
+                broken = self._broken.get(row, (None, ""))[0] == stamp
+                if not (broken or self._rows.has(row, stamp)):
+                    read[row] = stamp, self._source.read(row)
+
+        self._each(fetch, rows)
+        pixels = self._jpegs({row: content for row, (_, content) in read.items()})
+        return {row: (read[row][0], image) for row, image in pixels.items()}
+
+    def _each(self, call: Callable[[int], None], items: Sequence[int]) -> None:
+        """Call for each item, in threads."""
+        todo = iter(items)  # shared: the threads keep side by side in the source
+
+        def work() -> None:
+            for item in todo:
+                call(item)
+
+        if min(self._workers, len(items)) < 2:
+            return work()
+        working = [self._threads().submit(work) for _ in range(self._workers)]
+        try:
+            for one in working:
+                one.result()
+        except BaseException:
+            deque(todo, maxlen=0)  # so that the others stop
+            wait(working)
+            raise
 
     def gather(self, indices: Any) -> tuple[Tensor, dict[int, str]]:
         """As `attempt`, with the images on the device where they are kept, else on the CPU."""
@@ -186,7 +217,7 @@ class OnDemandImages:
         mask[list(self._broken)] = True
         return mask
 
-    def _one(self, row: int, out: np.ndarray) -> str | None:
+    def _one(self, row: int, out: np.ndarray, ahead: Ahead) -> str | None:
         """Fill out with a row's image, or say why not."""
         stamp = None
         try:
@@ -195,7 +226,9 @@ class OnDemandImages:
             if known is not None and known[0] == stamp:
                 return known[1]
             if not self._rows.get(row, stamp, out):
-                pixels = decode_bytes(self._source.read(row), self._preprocessing)
+                of, pixels = ahead.get(row, (None, None))
+                if pixels is None or of != stamp:
+                    pixels = decode_bytes(self._source.read(row), self._preprocessing)
                 self._rows.put(row, stamp, pixels)
                 out[...] = pixels
             self._broken.pop(row, None)  # a file mended since

@@ -36,6 +36,7 @@ def pairs_from_parquet(
     image_key: str | None = None,
     caption_key: str | None = None,
     cache: str | torch.device = "disk",
+    decode: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     retry: Retry = PATIENCE,
@@ -65,7 +66,7 @@ def pairs_from_parquet(
         raise ValueError(f'{op}: cache must be disk, ram or device, got "none": rows come by group')
     preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
     names = file_names(op, source, ".parquet")
-    reader = Indexed(op, names[0], preprocessing, cache, cache_dir, max_bad, num_workers)
+    reader = Indexed(op, names[0], preprocessing, cache, cache_dir, max_bad, num_workers, decode)
 
     def build(writer: IndexWriter) -> dict:
         return _build(op, names, retry, image_key, caption_key, writer, progress)
@@ -83,6 +84,7 @@ def pairs_from_hf(
     image_key: str | None = None,
     caption_key: str | None = None,
     cache: str | torch.device = "disk",
+    decode: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     num_workers: int | None = None,
@@ -113,7 +115,7 @@ def pairs_from_hf(
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
     preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
     name = f"{dataset.info.dataset_name or 'dataset'}.hf"
-    reader = Indexed(op, name, preprocessing, cache, cache_dir, max_bad, num_workers)
+    reader = Indexed(op, name, preprocessing, cache, cache_dir, max_bad, num_workers, decode)
 
     def build(writer: IndexWriter) -> dict:
         texts = dataset.select_columns([caption]).with_format(None)

@@ -58,23 +58,31 @@ class Preprocessing:
         """
         from PIL import Image
 
-        resample = Image.Resampling[self.interpolation.upper()]
         height, width = self.image_size
-        if self.resize_mode == "squash":
-            image = image.resize((width, height), resample)
-        else:
-            new_w, new_h = self._shortest(image.width, image.height)
-            if new_w * new_h > MAX_PIXELS:
-                raise BrokenImage(
-                    f"{image.width}x{image.height} pixels become {new_w}x{new_h} when resized, "
-                    f"more than {MAX_PIXELS} in all"
-                )
-            left, top = round((new_w - width) / 2), round((new_h - height) / 2)
-            image = image.resize((new_w, new_h), resample)
+        size, (left, top) = self.placement(image.width, image.height)
+        image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        if size != (width, height):
             image = image.crop((left, top, left + width, top + height))
         if image.mode == "P":
             image.info.pop("transparency", None)  # convert() warns about it and drops it anyway
         return np.array(image.convert("RGB"))
+
+    def placement(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(width, height) after the resize of an image, and (left, top) of the crop from it.
+
+        Raises:
+            BrokenImage: the resize needs more than MAX_PIXELS.
+        """
+        target_h, target_w = self.image_size
+        if self.resize_mode == "squash":
+            return (target_w, target_h), (0, 0)
+        new_w, new_h = self._shortest(width, height)
+        if new_w * new_h > MAX_PIXELS:
+            raise BrokenImage(
+                f"{width}x{height} pixels become {new_w}x{new_h} when resized, "
+                f"more than {MAX_PIXELS} in all"
+            )
+        return (new_w, new_h), (round((new_w - target_w) / 2), round((new_h - target_h) / 2))
 
     def _shortest(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after the resize; both rules are open_clip's, square and not."""

@@ -38,6 +38,7 @@ def pairs_from_shards(
     resize_mode: str = "shortest",
     interpolation: str = "bicubic",
     cache: str | torch.device = "disk",
+    decode: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     retry: Retry = PATIENCE,
@@ -63,6 +64,9 @@ def pairs_from_shards(
         resize_mode, interpolation: as in `Preprocessing`.
         cache: where decoded images are kept: "disk", "ram", "device" (this process's GPU, or a
             torch.device; "ram" where it is the CPU) or "none".
+        decode: where JPEGs are decoded: "cpu" (Pillow, as CLIP's own transform does), or a GPU by
+            nvJPEG, faster, of pixels some levels off: "device" (this process's GPU; the CPU where
+            there is none) or a torch.device. Other files are always Pillow's.
         cache_dir: of the index and the images; None = `default_cache_dir()`.
         max_bad: share of the rows that may be bad, in [0, 1].
         retry: patience with remote files.
@@ -75,7 +79,9 @@ def pairs_from_shards(
     op = "pairs_from_shards"
     preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
     names = file_names(op, source, ".tar")
-    reader = Indexed(op, str(names[0]), preprocessing, cache, cache_dir, max_bad, num_workers)
+    reader = Indexed(
+        op, str(names[0]), preprocessing, cache, cache_dir, max_bad, num_workers, decode
+    )
     known = states(names, retry)
     index = reader.index(
         [_FORMAT, names], known, lambda writer: _build(op, names, retry, writer, progress)

@@ -38,6 +38,7 @@ def pairs_from_csv(
     delimiter: str | None = None,
     root: str | Path | None = None,
     cache: str | torch.device = "disk",
+    decode: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     num_workers: int | None = None,
@@ -59,6 +60,9 @@ def pairs_from_csv(
         root: folder of relative image paths; None = the file's own.
         cache: where decoded images are kept: "disk", "ram", "device" (this process's GPU, or a
             torch.device; "ram" where it is the CPU) or "none".
+        decode: where JPEGs are decoded: "cpu" (Pillow, as CLIP's own transform does), or a GPU by
+            nvJPEG, faster, of pixels some levels off: "device" (this process's GPU; the CPU where
+            there is none) or a torch.device. Other files are always Pillow's.
         cache_dir: None = `default_cache_dir()`.
         max_bad: share of the rows that may be bad, in [0, 1]; 0 for evaluation.
         num_workers: decoding threads; None = one per core.
@@ -72,8 +76,9 @@ def pairs_from_csv(
     preprocessing = Preprocessing(size_pair(image_size), resize_mode, interpolation)
     folder = os.path.abspath(path.parent if root is None else root)
     indexed = Indexed(
-        op, os.path.abspath(path), preprocessing, cache, cache_dir, max_bad, num_workers
-    )
+        op, os.path.abspath(path), preprocessing, cache, cache_dir, max_bad, num_workers,
+        decode,
+    )  # fmt: skip
     return indexed_table(indexed, path, *keys, delimiter, folder, progress)
 
 
@@ -165,6 +170,7 @@ def pairs_from_folder(
     resize_mode: str = "shortest",
     interpolation: str = "bicubic",
     cache: str | torch.device = "disk",
+    decode: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
     max_bad: float = 0.01,
     num_workers: int | None = None,
@@ -183,7 +189,7 @@ def pairs_from_folder(
     labelled = _from_folder(
         "pairs_from_folder", root, classes,
         Preprocessing(size_pair(image_size), resize_mode, interpolation),
-        cache, cache_dir, max_bad, num_workers, progress,
+        cache, cache_dir, max_bad, num_workers, progress, decode,
     )  # fmt: skip
     return pairs_from_labelled(labelled, templates, seed)
 
@@ -200,6 +206,7 @@ class _Reader:
     max_bad: float
     num_workers: int | None
     progress: bool | None
+    decode: str | torch.device = "cpu"
 
     def read(
         self, paths: list[str], bad: Mapping[int, str]
@@ -214,7 +221,7 @@ class _Reader:
         """
         indexed = Indexed(
             self.op, self.source, self.preprocessing, self.cache, self.cache_dir, self.max_bad,
-            self.num_workers,
+            self.num_workers, self.decode,
         )  # fmt: skip
         usable = np.array([row for row in range(len(paths)) if row not in bad], np.int64)
         number: dict[str, int] = {}
@@ -248,6 +255,7 @@ def _from_folder(
     max_bad: float,
     num_workers: int | None,
     progress: bool | None,
+    decode: str | torch.device = "cpu",
 ) -> Labelled:
     source = os.path.abspath(root)
     names = sorted(os.listdir(source))
@@ -277,7 +285,9 @@ def _from_folder(
         labels += [label_of[folder]] * len(found)
     if not paths:
         raise ValueError(f"{op}: no image files in the class folders of {source}")
-    reader = _Reader(op, source, preprocessing, cache, cache_dir, max_bad, num_workers, progress)
+    reader = _Reader(
+        op, source, preprocessing, cache, cache_dir, max_bad, num_workers, progress, decode
+    )
     images, rows, ledger, locations = reader.read(paths, {})
     return Labelled(images, np.array(labels)[rows], names, rows, locations, ledger)
 
