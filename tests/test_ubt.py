@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from run_ranks import run_ranks
-from torch.utils.data import DataLoader, TensorDataset
 from ubt_world import COLOURS, MEAN, STD, Planted, WordTokenizer, planted_pairs, rules
 
 import pybackdoor
@@ -334,15 +333,6 @@ def test_bad_input_is_refused_before_any_work(name, monkeypatch):
     monkeypatch.setattr("pybackdoor.methods.ubt.Reader", None)  # nothing is encoded
     with pytest.raises((ValueError, TypeError), match=message):
         pybackdoor.ubt_clean(Planted(), PAIRS, **OPTIONS | more)
-
-
-def test_a_loader_that_shuffles_is_no_order_for_scores():
-    held = TensorDataset(torch.zeros(600, 16, 16, 3).byte(), WordTokenizer()(list(PAIRS.captions)))
-    shuffled = DataLoader(held, batch_size=50, shuffle=True)
-    with pytest.raises(ValueError, match="with scores, suspect_loader shuffles, .*shuffle=False"):
-        pybackdoor.ubt_clean(Planted(), shuffled, scores=SCORES, **OPTIONS)
-    with pytest.raises(ValueError, match="pairs shuffles, .*shuffle=False"):
-        pybackdoor.detect_samples(Planted(), shuffled, mean=MEAN, std=STD)
 
 
 def test_retain_pairs_must_be_some():

@@ -109,6 +109,18 @@ class TokenTable:
         """[n] int64 in [0, len(different)) of the captions at [n] indices."""
         return np.asarray(indices) if self._of_row is None else self._of_row[indices]
 
+    def equal_as_one(self, captions: Sequence[str]) -> tuple[np.ndarray, DifferentCaptions]:
+        """[N] numbers and what they are of: as above, but equal captions on disk are one, too.
+
+        Args:
+            captions: the ones that the table was made of.
+        """
+        if self._of_row is not None:
+            return self._of_row, self.different
+        number: dict[str, int] = {}
+        of = np.array([number.setdefault(caption, len(number)) for caption in captions], np.int64)
+        return of, DifferentCaptions(self, np.unique(of, return_index=True)[1])
+
     def take(self, indices: np.ndarray) -> Tensor:
         """[n, L] int64 tokens of the captions at [n] indices."""
         return self.different.tokens(self.numbers(indices))
@@ -302,9 +314,21 @@ def adapted(tokenizer: Any) -> Tokenizer:
         raise ValueError(
             "PairLoader: tokenizer.model_max_length must be the model's context length, got none"
         )
-    return lambda texts: tokenizer(
-        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    )["input_ids"]
+    return _Padded(tokenizer)
+
+
+class _Padded:
+    """A Hugging Face tokenizer in open_clip's form; words are read from it as `tokenizer`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """[n, L] int64."""
+        return self.tokenizer(
+            texts, padding="max_length", truncation=True, return_tensors="pt",
+            max_length=self.tokenizer.model_max_length,
+        )["input_ids"]  # fmt: skip
 
 
 def _encoded_length(tokenizer: Any) -> Callable[[str], int] | None:

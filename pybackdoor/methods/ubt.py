@@ -39,6 +39,7 @@ from ..clean import (
     trainable_copy,
 )
 from ..data._keyed import permutation
+from ..data.index import hashed
 from ..detect import DetectionResult
 from ..distributed import Ranks
 from ..engine import Settings, loss_precision, pick_device, pick_precision
@@ -197,10 +198,9 @@ def ubt_clean(
         for R, ``image_share`` with an image tower without patches.
     """
     refuse_unknown("ubt", options, ubt_clean.__kwdefaults__)
-    if scores is not None:
-        check_order(suspect_loader, "with scores, suspect_loader")
-        if rank is not None:
-            raise ValueError(f"give scores or rank, got both, and rank {rank!r}")
+    check_order(suspect_loader, "suspect_loader")
+    if scores is not None and rank is not None:
+        raise ValueError(f"give scores or rank, got both, and rank {rank!r}")
     ranked_by = GIVEN if scores is not None else one_of("rank", rank or "fragility", RANKINGS)
     pool = overfit_options(
         ranked_by, weak_share=weak_share, tail=tail, overfit_steps=overfit_steps,
@@ -218,8 +218,10 @@ def ubt_clean(
         patch_size(model)  # refuses a tower without patches
     check_weights(alpha, beta, gamma, forget)
     check_looks(check_every, max_drop)
-    if not ("steps" in options or "epochs" in options):
+    if options.get("steps") is None and options.get("epochs") is None:
         options["steps"] = _STEPS
+    if train_text and options.get("lock") == "text":
+        raise ValueError('train_text trains what lock="text" keeps as it is: give one of them')
     if options.get("repair"):
         raise ValueError(
             "repair is not for ubt_clean: its third term keeps the embeddings in place"
@@ -234,7 +236,8 @@ def ubt_clean(
     if batch_size is None:
         batch_size = getattr(suspect_loader, "batch_size", None) or 256
     began = time.perf_counter()
-    suspects = Suspects.of(suspect_loader, rules, progress)
+    suspects, ranks = Suspects.of(suspect_loader, rules, progress), Ranks.start(device)
+    suspects.check_alike(ranks, device)
     given = None if scores is None else _given(scores, suspects, k)
     wanted, retain = SOUGHT if k is None else k, retain_loader is None
     usable = len(suspects) if given is None else given.usable
@@ -247,7 +250,7 @@ def ubt_clean(
         ranked_by, before, reader, image, suspects, k, pool=pool, rules=rules, device=device,
         batch_size=batch_size, precision=precision, seed=seed, progress=progress,
     )  # fmt: skip
-    ranks = Ranks.start(device)  # unlike hardware must not come to unlike answers: the first's
+    # Unlike hardware must not come to unlike answers: the first's.
     (score,) = (t.numpy() for t in _first(ranks, device, torch.from_numpy(rated.scores)))
     sought, swing, word = ranks.from_first([rated.k, rated.swing, rated.word])
     chosen = top(score, sought)
@@ -262,7 +265,7 @@ def ubt_clean(
         "image_share": image_share,
         "alpha": alpha, "beta": beta, "gamma": gamma, "forget": forget,
         "forget_batch": forget_batch, "train_text": train_text, "check_every": check_every,
-        "max_drop": max_drop, "suspects": suspects.identity,
+        "max_drop": max_drop, "suspects": suspects.identity, "suspicious": hashed(chosen.tolist()),
     }  # fmt: skip
     about = {
         "experimental": True, "gate": asdict(judged), "suspect_pairs": len(suspects), "word": word,
@@ -291,7 +294,7 @@ def ubt_clean(
         proxy = suspects.pixels(rest[:few]), suspects.tokens(rest[:few])
         keep = RowLoader(suspects, rest[few:], batch_size=batch_size, seed=seed)
     else:
-        proxy = _first(ranks, device, *some_pairs(keep, rules, _PROXY))
+        proxy = _first(ranks, device, *some_pairs(keep, rules, _PROXY, seed))
     rule = StoppingRule(
         before, rules, suspects, chosen[held_out], proxy, every=check_every, max_drop=max_drop,
         precision=precision,

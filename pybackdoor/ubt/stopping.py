@@ -235,7 +235,9 @@ def mismatched_cosine(image: Tensor, text: Tensor) -> float:  # [r, D] unit rows
     other = (text @ text.T) < _SAME_CAPTION
     if not other.any():
         raise ValueError(
-            "retain captions must differ: all held-out ones mean the same to the model"
+            f"the captions of the {len(text)} pairs of R that accuracy is judged by all mean the "
+            "same to the model: wanted different ones, in retain_loader or, without it, in more "
+            "pairs of suspect_loader"
         )
     return float((image @ text.T).double()[other].mean())
 

@@ -16,7 +16,7 @@ from ..data import ArrayImages, ImageStore, PairLoader, Pairs
 from ..data._keyed import permutation
 from ..data.index import hashed
 from ..data.store import decode_all, subset_images
-from ..data.tokens import token_table
+from ..data.tokens import adapted, token_table
 from ..distributed import Ranks
 from ..engine.texts import NumberedCaptions
 
@@ -29,7 +29,7 @@ class Suspects:
 
     Attributes:
         images: N images, uint8.
-        different: the U different captions as tokens; those of a file on disk each by itself.
+        different: the U different captions as tokens.
         caption: [N] int64 in [0, U), each pair's own.
         ids: [N] int64, keys of what is random.
         texts, locations: N strings; None for batches of tokens.
@@ -59,6 +59,15 @@ class Suspects:
             return hashed(named.identity)[:16]
         tokens = self.tokens(np.arange(len(self))).numpy()
         return hashlib.sha256(self.ids.tobytes() + tokens.tobytes()).hexdigest()[:16]
+
+    def check_alike(self, ranks: Ranks, device: torch.device) -> None:
+        """Refuse ranks that hold unlike pairs: a row must mean the same one everywhere."""
+        told = ranks.agree([len(self), int(self.identity[:12], 16)], device)
+        if any(mine != told[0] for mine in told):
+            raise ValueError(
+                "suspect_loader must yield the same pairs in the same order on every rank, got "
+                "others on some: every rank reads all of it, without a DistributedSampler"
+            )
 
     def tokens(self, rows: np.ndarray) -> Tensor:
         """[n, L] int64 tokens of the captions at [n] rows."""
@@ -92,7 +101,7 @@ class Suspects:
         if isinstance(source, Pairs):
             if tokenizer is None:
                 raise ValueError(f"{what} is made of captions: tokenizer= is needed to read them")
-            found = _of_pairs(source, tokenizer, progress)
+            found = _of_pairs(source, adapted(tokenizer), progress)
         else:
             found = _of_batches(source, rules, what)
         if len(found) < 2:
@@ -108,10 +117,9 @@ class Suspects:
 def _of_pairs(pairs: Pairs, tokenizer: Any, progress: bool | None) -> Suspects:
     good = np.flatnonzero(decode_all(pairs.images, progress))
     used = pairs if len(good) == len(pairs) else pairs.subset(good)
-    table = token_table(used.captions, tokenizer, progress)
-    numbers = np.asarray(table.numbers(np.arange(len(used))))
+    numbers, different = token_table(used.captions, tokenizer, progress).equal_as_one(used.captions)
     return Suspects(
-        used.images, table.different, numbers, used.ids, used.captions, used.locations,
+        used.images, different, numbers, used.ids, used.captions, used.locations,
         tokenizer, good, len(pairs),
     )  # fmt: skip
 
@@ -208,7 +216,11 @@ class RowLoader:
     @property
     def identity(self) -> dict[str, Any]:
         """What the order depends on, besides the epoch; JSON-ready."""
-        return {"pairs": len(self._rows), "batch_size": self.batch_size, "seed": self._seed}
+        rows = hashlib.sha256(self._rows.tobytes()).hexdigest()[:16]
+        return {
+            "pairs": len(self._rows), "rows": rows, "batch_size": self.batch_size,
+            "seed": self._seed,
+        }  # fmt: skip
 
     def _order(self) -> np.ndarray:
         n = len(self._rows)

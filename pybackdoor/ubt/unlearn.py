@@ -26,6 +26,7 @@ from ..batches import InputRules, model_input, read_batch
 from ..data._keyed import permutation
 from ..distributed import Ranks
 from ..engine import Captions, Given, Objective, Preparation
+from ..engine.again import standing
 from ..ops import contrastive_par
 from .stopping import StoppingRule
 from .weak import one_of
@@ -231,16 +232,23 @@ def freeze_text(model: nn.Module, images: Tensor, rules: InputRules) -> None:
         p.requires_grad_(grad is not None)
 
 
-def some_pairs(loader: Iterable[Any], rules: InputRules, count: int) -> tuple[Tensor, Tensor]:
-    """([n, ...] images, [n, L] tokens): the first pairs that a loader yields, at most ``count``."""
+def some_pairs(
+    loader: Iterable[Any], rules: InputRules, count: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """([n, ...] images, [n, L] tokens): the first pairs that a loader yields, at most ``count``.
+
+    The loader stands where it stood; one that shuffles by torch's generator does it by ``seed``.
+    """
     images, tokens, n = [], [], 0
-    for raw in loader:
-        batch = read_batch(raw, rules, first=not n)
-        images.append(batch.images[: count - n])
-        tokens.append(batch.tokens[: count - n])
-        n += len(images[-1])
-        if n == count:
-            break
+    with standing(loader) as walked, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for raw in walked:
+            batch = read_batch(raw, rules, first=not n)
+            images.append(batch.images[: count - n])
+            tokens.append(batch.tokens[: count - n])
+            n += len(images[-1])
+            if n == count:
+                break
     if n < 2:
         raise ValueError(f"retain_loader must yield at least 2 pairs, got {n}")
     return torch.cat(images), torch.cat(tokens)
