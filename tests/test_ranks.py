@@ -62,6 +62,28 @@ def test_processes_equal_one(one, count):
     assert max(moved) > 1e-2
 
 
+BASELINES = [
+    {"method": "cleanclip_clean", "micro_batch": 3},
+    {"method": "cleanclip_clean"},
+    {"method": "roclip_clean", "pool_size": 11},  # steps 3 and 4 take captions from the pool
+    {"method": "roclip_clean", "pool_size": 11, "micro_batch": 2},
+]
+
+
+def test_sharded_baselines_equal_one_process():
+    (want,) = on_ranks(1, runs, BASELINES)
+    assert want[2]["history"][4]["neighbour_cosine"] < 0.9999
+    for rank in on_ranks(2, runs, [{**options, **SHARD} for options in BASELINES]):
+        assert [got["ended"] for got in rank] == [None] * 4
+        for got, wanted in zip(rank, want, strict=True):
+            close(got, wanted)
+
+
+def test_ft_sam_which_looks_at_whole_gradients_is_not_sharded():
+    for (got,) in on_ranks(2, runs, [{"method": "ft_sam_clean", **SHARD}]):
+        assert got["ended"].startswith("ValueError: shard cannot be used with SharpnessAware: ")
+
+
 def parts_of_a_run():
     """(elements of all weights, of this rank's weights, gradients and moments, plain ones)."""
     kept = {}
