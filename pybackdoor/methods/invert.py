@@ -10,6 +10,7 @@ or without PAR's distance term. This is a method of this project, without a publ
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..engine import Captions, Contrastive, Given, Objective, Preparation, Setti
 from ..triggers.invert import FAMILIES, Inverted, invert
 from .par import PerturbAndRecover, check_tau
 
+_NONE = "none"  # the state of a pool in which no trigger is yet
 _DRAWS = 0x51ED2701  # keeps these draws apart from those of the order and the augmentation
 
 
@@ -31,7 +33,8 @@ class InvertAndRecover(Objective):
 
     Args:
         inner: the loss.
-        every: steps between two inversions of each family.
+        every: steps between two inversions of each family; one is left out, on all ranks, where a
+            rank has a single image.
         share: of a batch that carries a trigger.
         pool: triggers kept of each family, the latest.
         how: options of ``invert``.
@@ -50,7 +53,8 @@ class InvertAndRecover(Objective):
         self._families, self._how = tuple(families), how
         self._found: dict[str, Inverted] = {}
         self._told: dict[str, Tensor] = {}
-        self._last: tuple[int, dict[str, Inverted]] | None = None  # an inversion: step, pool before
+        # Of the latest inversion: its step, and both of the above before it.
+        self._last: tuple[int, dict[str, Inverted], dict[str, Tensor]] | None = None
 
     def prepare(self, run: Preparation) -> None:
         self._run = run
@@ -58,8 +62,15 @@ class InvertAndRecover(Objective):
 
     def inputs(self, given: Given) -> tuple[Tensor, Tensor]:
         if given.step % self._every == 0:
-            with self._run.patient():
-                self._invert(given)
+            if self._last is not None and self._last[0] >= given.step:  # its batch was left out
+                self._found, self._told = dict(self._last[1]), dict(self._last[2])
+            if given.counts is not None and min(given.counts) < 2:
+                self._tell(given.step)
+            else:
+                with self._run.patient():
+                    self._invert(given)
+        if not self._found:
+            return given.images(), given.batch.tokens
         pool = [self._found[family] for family in self._families]
         found = Inverted(
             torch.cat([one.pattern for one in pool]), torch.cat([one.mask for one in pool])
@@ -87,6 +98,8 @@ class InvertAndRecover(Objective):
         return loss, {**terms, **self._told}
 
     def state(self) -> dict[str, Tensor]:
+        if not self._found:  # an empty state would not be loaded
+            return {_NONE: torch.zeros((), device="cpu")}
         return {
             f"{family}/{name}": getattr(found, name)
             for family, found in self._found.items()
@@ -98,10 +111,20 @@ class InvertAndRecover(Objective):
         there = {name: tensor.to(self._run.device) for name, tensor in state.items()}
         self._found = {
             family: Inverted(there[f"{family}/pattern"], there[f"{family}/mask"])
-            for family in self._families
+            for family in (() if _NONE in there else self._families)
         }
         told = {name: value for name, value in there.items() if name.startswith("told/")}
         self._told = {name.removeprefix("told/"): value for name, value in told.items()}
+
+    def _tell(self, step: int) -> None:
+        assert self._run.ranks is not None
+        if self._run.ranks.rank == 0:
+            warnings.warn(
+                f"step {step}: no triggers are inverted, which takes at least 2 images on every "
+                f"process, got 1 on one; {self._every} steps later it is tried again",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _invert(self, given: Given) -> None:
         """Each rank inverts on its own images; the pool takes them all."""
@@ -110,9 +133,7 @@ class InvertAndRecover(Objective):
         images = sent(given.batch.images, run.device)
         if images.dtype != torch.uint8:
             raise TypeError(f"invert_clean needs uint8 images to stamp, got {images.dtype}")
-        if self._last is not None and self._last[0] >= given.step:  # it was done without a batch
-            self._found = self._last[1]
-        self._last = given.step, dict(self._found)
+        self._last = given.step, dict(self._found), dict(self._told)
         modes = [(module, module.training) for module in run.model.modules()]
         run.model.eval()
         try:
@@ -165,7 +186,8 @@ def invert_clean(
         model, loader: as for ``par_clean``; the loader yields uint8 images.
         perturb: whether PAR's distance term, up to tau, is part of the loss, beside CLIP's own.
         every: steps between inversions; each costs inversion_steps forward and backward passes
-            of inversion_batch images, for each family.
+            of inversion_batch images, for each family. Of several processes, where one has a
+            single image, none inverts, with a warning.
         share: of a batch that carries an inverted trigger, in [0, 1].
         pool: triggers kept of each family (and rank), the latest.
         families: of triggers, see ``triggers.invert.invert``, as are the next four.
