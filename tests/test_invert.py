@@ -120,7 +120,14 @@ def test_an_interrupted_run_goes_on_with_its_pool(tmp_path):
         ({"every": 0}, "every must be an integer of at least 1, got 0"),
         ({"pool": 1.5}, "pool must be an integer of at least 1, got 1.5"),
         ({"inversion_steps": 0}, "inversion_steps must be an integer of at least 1, got 0"),
-        ({"inversion_batch": True}, "inversion_batch must be an integer of at least 1, got True"),
+        ({"inversion_batch": True}, "inversion_batch must be an integer of at least 2, got True"),
+        ({"inversion_batch": 1}, "inversion_batch must be an integer of at least 2, got 1"),
+        ({"opacity": 0.0}, r"opacity must be in \(0, 1\], got 0.0"),
+        ({"opacity": 2}, r"opacity must be in \(0, 1\], got 2"),
+        ({"opacity": float("nan")}, r"opacity must be in \(0, 1\], got nan"),
+        ({"area_weight": float("nan")}, "area_weight must be at least 0 and finite, got nan"),
+        ({"area_weight": float("inf")}, "area_weight must be at least 0 and finite, got inf"),
+        ({"area_weight": -1.0}, "area_weight must be at least 0 and finite, got -1.0"),
         ({"share": 1.5}, r"share must be in \[0, 1\], got 1.5"),
         ({"families": ()}, "families must be of sparse, dense"),
         ({"families": ("thick",)}, "families must be of sparse, dense"),
@@ -128,8 +135,9 @@ def test_an_interrupted_run_goes_on_with_its_pool(tmp_path):
     ],
 )
 def test_refusals_of_invert_clean(options, message):
+    """Before the first step, whose data are not looked at."""
     with pytest.raises(ValueError, match=message):
-        pybackdoor.invert_clean(model(), random_pairs(20, 10), **options)
+        pybackdoor.invert_clean(model(), None, **options)
 
 
 def test_float_images_cannot_be_stamped():

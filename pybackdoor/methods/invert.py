@@ -10,6 +10,7 @@ or without PAR's distance term. This is a method of this project, without a publ
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -199,12 +200,16 @@ def invert_clean(
     """
     check_tau(tau)
     counts = {
-        "every": every, "pool": pool, "inversion_steps": inversion_steps,
-        "inversion_batch": inversion_batch,
+        "every": (every, 1), "pool": (pool, 1), "inversion_steps": (inversion_steps, 1),
+        "inversion_batch": (inversion_batch, 2),
     }  # fmt: skip
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if not 0 <= area_weight < math.inf:
+        raise ValueError(f"area_weight must be at least 0 and finite, got {area_weight}")
+    if not 0 < opacity <= 1:
+        raise ValueError(f"opacity must be in (0, 1], got {opacity}")
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], got {share}")
     wrong = [family for family in families if family not in FAMILIES]
