@@ -167,6 +167,7 @@ BAD = {
     "no pairs": (("--pairs", "/nowhere.csv"), "nowhere.csv"),
     "batch of one": (("--batch-size", "1"), "batch_size must be at least 2"),
     "tau": (("--tau", "9"), r"tau must be in [0, 4]"),
+    "tau alone": (("--method", "invert", "--tau", "1"), "give both or neither, got tau=1.0"),
     "steps": (("--steps", "0"), "steps must be at least 1, got 0"),
     "manifest": (("--manifest", "/nowhere.json"), "nowhere.json"),
     "device": (("--device", "tpu9"), "tpu9"),

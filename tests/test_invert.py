@@ -132,12 +132,20 @@ def test_an_interrupted_run_goes_on_with_its_pool(tmp_path):
         ({"families": ()}, "families must be of sparse, dense"),
         ({"families": ("thick",)}, "families must be of sparse, dense"),
         ({"tau": 5.0}, "tau must be in"),
+        ({"tau": 1.0}, "give both or neither, got tau=1.0 without perturb"),
     ],
 )
 def test_refusals_of_invert_clean(options, message):
     """Before the first step, whose data are not looked at."""
     with pytest.raises(ValueError, match=message):
         pybackdoor.invert_clean(model(), None, **options)
+
+
+def test_tau_goes_with_perturb():
+    options = QUICK | FAST | {"steps": 1}
+    for given in ({"tau": 2.15}, {"tau": 1.0, "perturb": True}):
+        got = pybackdoor.invert_clean(model(), random_pairs(20, 10), **given, **options)
+        assert got.report["settings"]["tau"] == given["tau"]
 
 
 def test_float_images_cannot_be_stamped():

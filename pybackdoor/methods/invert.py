@@ -25,6 +25,7 @@ from ..engine import Captions, Contrastive, Given, Objective, Preparation, Setti
 from ..triggers.invert import FAMILIES, Inverted, invert
 from .par import PerturbAndRecover, check_tau
 
+_TAU = 2.15  # PAR's own; where perturb is off, any other is refused
 _NONE = "none"  # the state of a pool in which no trigger is yet
 _DRAWS = 0x51ED2701  # keeps these draws apart from those of the order and the augmentation
 
@@ -170,7 +171,7 @@ def invert_clean(
     loader: Iterable[Any],
     *,
     perturb: bool = False,
-    tau: float = 2.15,
+    tau: float = _TAU,
     every: int = 50,
     share: float = 0.25,
     pool: int = 3,
@@ -186,6 +187,7 @@ def invert_clean(
     Args:
         model, loader: as for ``par_clean``; the loader yields uint8 images.
         perturb: whether PAR's distance term, up to tau, is part of the loss, beside CLIP's own.
+            Without it no tau may be given.
         every: steps between inversions; each costs inversion_steps forward and backward passes
             of inversion_batch images, for each family. Of several processes, where one has a
             single image, none inverts, with a warning.
@@ -199,6 +201,11 @@ def invert_clean(
         As ``par_clean``.
     """
     check_tau(tau)
+    if tau != _TAU and not perturb:
+        raise ValueError(
+            f"tau is of the distance term that perturb adds: give both or neither, got tau={tau} "
+            "without perturb"
+        )
     counts = {
         "every": (every, 1), "pool": (pool, 1), "inversion_steps": (inversion_steps, 1),
         "inversion_batch": (inversion_batch, 2),
