@@ -165,6 +165,7 @@ def run(
         "ended": ended,
         "weights": result.model.state_dict(),
         "lengths": sorted(BlockEncoder.lengths),
+        "untrained": [n for n, p in result.model.named_parameters() if not p.requires_grad],
         "kinds": sorted({type(t).__name__ for t in result.model.parameters()}),
         "history": result.history,
         "pairs": result.report["pairs_seen"],

@@ -55,7 +55,7 @@ def test_processes_equal_one(one, count):
         assert [got["ended"] for got in rank] == [None] * 8
         for got, want in zip(rank, 2 * one, strict=True):
             close(got, want)
-            assert got["kinds"] == ["Parameter"]
+            assert got["kinds"] == ["Parameter"] and got["untrained"] == []
     lengths = [rank[6]["lengths"] for rank in found]  # all try one of the first rank's, and 24
     assert lengths[0] == [32 // count, 24] and lengths[0][0] in lengths[-1]
     moved = [(one[0]["weights"][n] - t).abs().max() for n, t in model(1).state_dict().items()]
