@@ -128,13 +128,15 @@ def test_poison_eval_clean_and_their_exit_codes(world, run, tmp_path):
     assert code == 0 and "no attack success rate is measured" in out and "ASR" not in out
 
 
+@pytest.mark.filterwarnings("always:badclip_patch")
 def test_badclip_writes_a_patch_that_poison_takes(world, run, tmp_path):
     patch = tmp_path / "patch.png"
     pairs = ("--pairs", world / "pairs.csv")
-    code, out, _ = run(
+    code, out, told = run(
         "badclip", "--model", world / "model", *pairs, "--target", "red", "--out", patch,
         "--steps", 2, "--batch-size", 4, "--no-augment", "--json",
     )  # fmt: skip
+    assert "2 wordings, got 'a photo of a red.' alone" in told
     told = json.loads(out)
     assert code == 0 and told["steps"] == 2 and patch.with_suffix(".json").exists()
     assert told["augment"] is False
