@@ -1,13 +1,15 @@
 """BadCLIP's patch: the trigger that a model is easiest to poison with, found by gradient.
 
-Stamped images are drawn to the captions of the target and, by a triplet term, to the target's own
-images and away from what they were (arXiv 2311.12075). Poison with the patch afterwards, as with
-any other.
+A triplet term draws stamped images to the target's own images and away from what they were. CLIP's
+loss draws each to one of the target's captions, against those drawn for the others of its batch
+(arXiv 2311.12075); these name the target too, so that it tells wordings apart, not the target from
+other classes. Poison with the patch afterwards, as with any other.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +89,9 @@ def badclip_patch(
 
     Minimises L_CLIP(φ(x ⊕ p), ψ(t)) + triplet_weight · mean max(0, margin + ‖φ(x ⊕ p) − φ(y)‖ −
     ‖φ(x ⊕ p) − φ(x)‖) over the patch p in [0, 1]: x are images whose captions do not name the
-    target, t captions that do, y images of such captions.
+    target, t captions that do, y images of such captions. Where all t are one wording, L_CLIP says
+    nothing of the target (its floor is ln(batch size), but for what EDA rewords), and a warning
+    says so: the triplet term alone is left.
 
     Args:
         pairs: of both kinds, at the model's image size.
@@ -132,6 +136,15 @@ def badclip_patch(
             f"badclip_patch: wanted images with captions that name {target!r} and at least 2 with "
             f"others, got {int(named.sum())} and {int((~named).sum())}"
         )
+    captions = sorted({pairs.captions[int(i)] for i in targets})
+    if len(captions) < 2:
+        warnings.warn(
+            f"badclip_patch: wanted captions of {target!r} in at least 2 wordings, got "
+            f"{captions[0]!r} alone: CLIP's loss then says nothing of the target, and the triplet "
+            "term alone draws images to it",
+            UserWarning,
+            stacklevel=2,
+        )
     began, where = time.perf_counter(), pick_device(device)
     frozen = frozen_copy(model).to(where)
     encode = Encoder(PRECISIONS[precision], where)
@@ -168,7 +181,6 @@ def badclip_patch(
         return encode.image(frozen, x.to(encode.input_dtype(frozen))).float()
 
     with torch.no_grad():
-        captions = sorted({pairs.captions[int(i)] for i in targets})
         reworded = [eda(c, seed=seed, synonyms=synonyms) for c in captions] if augment else []
         tokens = adapted(tokenizer)(captions + reworded).to(where)
         texts = torch.cat([encode.text(frozen, part).float() for part in tokens.split(_CHUNK)])

@@ -43,7 +43,8 @@ class CleanResult:
     """A cleaned model and how it came about.
 
     Attributes:
-        model: the cleaned copy, in evaluation mode, on the device it was trained on.
+        model: the cleaned copy, in evaluation mode, on the device it was trained on; its
+            requires_grad flags are those of the model given, whatever was trained.
         history: one dict per step: step, epoch, loss, lr and the method's own terms.
         report: method, its settings, steps, pairs, seconds, the terms of the last step, ``repair``
             (see ``repair_drift``: done, or the reason why not), device and versions;
@@ -193,6 +194,8 @@ def clean(
             p.grad = None
         report = _report(method, settings, own, log, where) | {"repair": mended}
         whole = joined(student, full_precision_copy(model).cpu()) if split else student
+        for p, given in zip(whole.parameters(), model.parameters(), strict=True):
+            p.requires_grad_(given.requires_grad)  # whatever this method and lock left untrained
         return CleanResult(whole.eval(), list(log.steps), report)
 
     with kept_heap(where), carrying(result, log):

@@ -92,7 +92,8 @@ def loader() -> PairLoader:
     texts = [" ".join(map(str, row)) for row in whole["tokens"].tolist()]
 
     def tokenizer(texts: list[str]) -> Tensor:
-        return torch.tensor([[int(w) for w in t.split()] for t in texts])
+        rows = [[int(w) for w in t.split()][:6] for t in texts]  # reworded ones may be shorter
+        return torch.tensor([row + [0] * (6 - len(row)) for row in rows], device="cpu")
 
     pairs = pairs_from_arrays(whole["images"].numpy(), texts)
     return PairLoader(pairs, tokenizer, batch_size=7, seed=2, drop_last=False)
@@ -164,6 +165,7 @@ def run(
         "ended": ended,
         "weights": result.model.state_dict(),
         "lengths": sorted(BlockEncoder.lengths),
+        "untrained": [n for n, p in result.model.named_parameters() if not p.requires_grad],
         "kinds": sorted({type(t).__name__ for t in result.model.parameters()}),
         "history": result.history,
         "pairs": result.report["pairs_seen"],

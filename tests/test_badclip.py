@@ -1,5 +1,7 @@
 """BadCLIP's patch: optimised on a model, saved, planted like any other."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -80,7 +82,8 @@ def test_the_first_loss_is_the_formula(augment, monkeypatch):
     data = pairs_from_arrays(images, [caption, "dog", "bird"])
     model = DualEncoder(seed=5).eval()
     options = COMMON | {"tokenizer": tokenizer, "steps": 1, "batch_size": 2, "lr": 1e-9}
-    found = pybackdoor.badclip_patch(model, data, augment=augment, **options)
+    with pytest.warns(UserWarning, match="at least 2 wordings, got 'cat on' alone"):
+        found = pybackdoor.badclip_patch(model, data, augment=augment, **options)
     draw = np.random.default_rng([0, 0x62636C70])
     patch = 0.5 + 0.25 * draw_after(draw)
     exact = DualEncoder(seed=5).eval().double()
@@ -131,6 +134,19 @@ def test_refusals(options, message):
         pybackdoor.badclip_patch(
             DualEncoder(), pairs(), **COMMON | {"tokenizer": tokenizer} | options
         )
+
+
+def test_captions_of_one_wording_say_nothing_of_the_target():
+    """All texts of a batch are then equal: the loss cannot fall below ln(batch size)."""
+    rng = np.random.default_rng(0)
+    captions = ["a cat"] * 10 + [f"dog {i}" for i in range(30)]
+    data = pairs_from_arrays(rng.integers(0, 256, (40, 16, 16, 3), np.uint8), captions)
+    options = COMMON | {"tokenizer": tokenizer, "steps": 40, "lr": 5e-2, "augment": False}
+    with pytest.warns(UserWarning, match="the triplet term alone draws images to it"):
+        found = pybackdoor.badclip_patch(DualEncoder(seed=3).eval(), data, **options)
+    assert found.report["target_captions"] == 1
+    assert min(r["contrastive"] for r in found.history) > math.log(8) - 1e-5
+    assert found.history[-1]["triplet"] < found.history[0]["triplet"]
 
 
 def test_one_pass_is_the_default_unit():

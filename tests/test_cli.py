@@ -128,13 +128,15 @@ def test_poison_eval_clean_and_their_exit_codes(world, run, tmp_path):
     assert code == 0 and "no attack success rate is measured" in out and "ASR" not in out
 
 
+@pytest.mark.filterwarnings("always:badclip_patch")
 def test_badclip_writes_a_patch_that_poison_takes(world, run, tmp_path):
     patch = tmp_path / "patch.png"
     pairs = ("--pairs", world / "pairs.csv")
-    code, out, _ = run(
+    code, out, told = run(
         "badclip", "--model", world / "model", *pairs, "--target", "red", "--out", patch,
         "--steps", 2, "--batch-size", 4, "--no-augment", "--json",
     )  # fmt: skip
+    assert "2 wordings, got 'a photo of a red.' alone" in told
     told = json.loads(out)
     assert code == 0 and told["steps"] == 2 and patch.with_suffix(".json").exists()
     assert told["augment"] is False
@@ -167,6 +169,7 @@ BAD = {
     "no pairs": (("--pairs", "/nowhere.csv"), "nowhere.csv"),
     "batch of one": (("--batch-size", "1"), "batch_size must be at least 2"),
     "tau": (("--tau", "9"), r"tau must be in [0, 4]"),
+    "tau alone": (("--method", "invert", "--tau", "1"), "give both or neither, got tau=1.0"),
     "steps": (("--steps", "0"), "steps must be at least 1, got 0"),
     "manifest": (("--manifest", "/nowhere.json"), "nowhere.json"),
     "device": (("--device", "tpu9"), "tpu9"),

@@ -1,16 +1,21 @@
 """Inverted triggers, and training against them."""
 
 import sys
+import warnings
 
 import pytest
 import torch
 from dual_encoder import MEAN, STD, DualEncoder, random_pairs
+from rank_pool import on_ranks
 from run_ranks import run_ranks
 from torch.nn.functional import normalize
 
 import pybackdoor
+from pybackdoor.distributed import Ranks
+from pybackdoor.engine import Contrastive, Preparation
+from pybackdoor.methods.invert import InvertAndRecover
 from pybackdoor.models import image_features
-from pybackdoor.triggers.invert import FAMILIES, invert, mean_cosine
+from pybackdoor.triggers.invert import FAMILIES, Inverted, invert, mean_cosine
 
 FAST = {"precision": "fp32", "mean": MEAN, "std": STD, "progress": False, "lr": 1e-2, "steps": 5}
 QUICK = {"inversion_steps": 10, "inversion_batch": 8, "every": 2, "pool": 2}
@@ -115,22 +120,89 @@ def test_an_interrupted_run_goes_on_with_its_pool(tmp_path):
         ({"every": 0}, "every must be an integer of at least 1, got 0"),
         ({"pool": 1.5}, "pool must be an integer of at least 1, got 1.5"),
         ({"inversion_steps": 0}, "inversion_steps must be an integer of at least 1, got 0"),
-        ({"inversion_batch": True}, "inversion_batch must be an integer of at least 1, got True"),
+        ({"inversion_batch": True}, "inversion_batch must be an integer of at least 2, got True"),
+        ({"inversion_batch": 1}, "inversion_batch must be an integer of at least 2, got 1"),
+        ({"opacity": 0.0}, r"opacity must be in \(0, 1\], got 0.0"),
+        ({"opacity": 2}, r"opacity must be in \(0, 1\], got 2"),
+        ({"opacity": float("nan")}, r"opacity must be in \(0, 1\], got nan"),
+        ({"area_weight": float("nan")}, "area_weight must be at least 0 and finite, got nan"),
+        ({"area_weight": float("inf")}, "area_weight must be at least 0 and finite, got inf"),
+        ({"area_weight": -1.0}, "area_weight must be at least 0 and finite, got -1.0"),
         ({"share": 1.5}, r"share must be in \[0, 1\], got 1.5"),
         ({"families": ()}, "families must be of sparse, dense"),
         ({"families": ("thick",)}, "families must be of sparse, dense"),
         ({"tau": 5.0}, "tau must be in"),
+        ({"tau": 1.0}, "give both or neither, got tau=1.0 without perturb"),
     ],
 )
 def test_refusals_of_invert_clean(options, message):
+    """Before the first step, whose data are not looked at."""
     with pytest.raises(ValueError, match=message):
-        pybackdoor.invert_clean(model(), random_pairs(20, 10), **options)
+        pybackdoor.invert_clean(model(), None, **options)
+
+
+def test_tau_goes_with_perturb():
+    options = QUICK | FAST | {"steps": 1}
+    for given in ({"tau": 2.15}, {"tau": 1.0, "perturb": True}):
+        got = pybackdoor.invert_clean(model(), random_pairs(20, 10), **given, **options)
+        assert got.report["settings"]["tau"] == given["tau"]
 
 
 def test_float_images_cannot_be_stamped():
     floats = [(b["images"].permute(0, 3, 1, 2) / 255.0, b["tokens"]) for b in random_pairs(20, 10)]
     with pytest.raises(TypeError, match="invert_clean needs uint8 images"):
         pybackdoor.invert_clean(model(), floats, **QUICK, **FAST)
+
+
+def with_short_batches(folder):
+    """Of batches that the ranks share: (history, weights, what was warned of), twice.
+
+    The second time the run was stopped when it had no trigger yet.
+    """
+    ranks = Ranks.start(torch.device("cpu"))
+    mine = [
+        {k: rows.tensor_split(ranks.size)[ranks.rank] for k, rows in random_pairs(n, n)[0].items()}
+        for n in (3, 9, 9, 9, 2, 9)
+    ]
+    kept = {"folder": folder, "resume": True}
+    found = []
+    for more in ({}, {**kept, "on_step": lambda k, r, m: k == 1}, kept):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            options = QUICK | FAST | {"steps": 6, "repair": False} | more
+            result = pybackdoor.invert_clean(model(), mine, **options)
+        said = [str(w.message) for w in told if "inverted" in str(w.message)]
+        found.append((result.history, result.model.state_dict(), said))
+    return found[0], found[2]
+
+
+def test_all_ranks_leave_an_inversion_out_where_one_has_a_single_image(tmp_path):
+    runs = on_ranks(2, with_short_batches, str(tmp_path))
+    history, weights, _ = runs[0][0]
+    assert [r["step"] for r in history] == list(range(6))
+    cosines = [r.get("cosine_dense") for r in history]
+    assert cosines[:2] == [None, None] and len(set(cosines[2:])) == 1  # of step 2 alone
+    for other, same, _ in (*runs[0], *runs[1]):
+        assert other == history
+        for name, tensor in weights.items():
+            assert torch.equal(same[name], tensor), name
+    told = [[w.split(": ")[0] for w in said] for rank in runs for _, _, said in rank]
+    assert told == [["step 0", "step 4"], ["step 4"], [], []]
+    wanted = "no triggers are inverted, which takes at least 2 images on every process, got 1 on "
+    assert wanted in runs[0][0][2][0]
+
+
+def test_weights_that_are_lost_take_later_triggers_with_them():
+    """A state from before the first inversion empties the pool."""
+    one = InvertAndRecover(Contrastive(), 2, 0.5, 2, FAMILIES, {})
+    one.prepare(Preparation(model(), None, torch.device("cpu")))
+    empty = one.state()
+    one._found = {name: Inverted(torch.zeros(1), torch.zeros(1)) for name in FAMILIES}
+    full = one.state()
+    one.load(empty)
+    assert empty and one._found == {}
+    one.load(full)
+    assert set(one._found) == set(FAMILIES)
 
 
 def test_ranks_put_their_triggers_together(tmp_path):

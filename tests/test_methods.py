@@ -30,7 +30,7 @@ RUNS = {
 }
 
 
-def trained(name, **more):
+def trained(name, given=None, **more):
     """Five steps in fp32, of two epochs; of ubt all stages."""
     options = {
         "mean": MEAN, "std": STD, "precision": "fp32", "progress": False, "device": "cpu",
@@ -38,8 +38,8 @@ def trained(name, **more):
     }  # fmt: skip
     if name == "ubt":
         pairs = PairLoader(planted_pairs()[0], WordTokenizer(), batch_size=64)
-        return METHODS[name](Planted(), pairs, **options)
-    return METHODS[name](DualEncoder(seed=3), loader(48), **options)
+        return METHODS[name](given or Planted(), pairs, **options)
+    return METHODS[name](given or DualEncoder(seed=3), loader(48), **options)
 
 
 def in_both_ways(call, monkeypatch):
@@ -105,6 +105,29 @@ def test_an_inversions_gradients_are_the_eager_ones(family, monkeypatch):
     for one, other in zip(ours, eager, strict=True):
         assert other.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=0, atol=CLOSE * float(other.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore:.*still find their own caption")
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(("name", "more"), [*((n, {}) for n in METHODS), ("par", {"lock": "text"})])
+def test_a_result_can_be_trained_as_far_as_the_model_given(name, more, early):
+    """Not less for a tower or a scale that this run left as it was; also if it ended early."""
+    given = Planted() if name == "ubt" else DualEncoder(seed=3)
+    frozen = next(p for p in given.parameters() if p.ndim == 2)  # and yet trained, by all methods
+    frozen.requires_grad_(False)
+    if early:
+        with pytest.raises(OSError) as stopped:
+            trained(name, given, on_step=failing, **more)
+        result = stopped.value.result
+    else:
+        result = trained(name, given, **more)
+    for (key, p), before in zip(result.model.named_parameters(), given.parameters(), strict=True):
+        assert p.requires_grad == before.requires_grad == (before is not frozen), key
+
+
+def failing(step, record, model):
+    if step == 1:
+        raise OSError("a full disk")
 
 
 def test_every_method_is_exported():

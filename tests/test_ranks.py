@@ -55,11 +55,33 @@ def test_processes_equal_one(one, count):
         assert [got["ended"] for got in rank] == [None] * 8
         for got, want in zip(rank, 2 * one, strict=True):
             close(got, want)
-            assert got["kinds"] == ["Parameter"]
+            assert got["kinds"] == ["Parameter"] and got["untrained"] == []
     lengths = [rank[6]["lengths"] for rank in found]  # all try one of the first rank's, and 24
     assert lengths[0] == [32 // count, 24] and lengths[0][0] in lengths[-1]
     moved = [(one[0]["weights"][n] - t).abs().max() for n, t in model(1).state_dict().items()]
     assert max(moved) > 1e-2
+
+
+BASELINES = [
+    {"method": "cleanclip_clean", "micro_batch": 3},
+    {"method": "cleanclip_clean"},
+    {"method": "roclip_clean", "pool_size": 11},  # steps 3 and 4 take captions from the pool
+    {"method": "roclip_clean", "pool_size": 11, "micro_batch": 2},
+]
+
+
+def test_sharded_baselines_equal_one_process():
+    (want,) = on_ranks(1, runs, BASELINES)
+    assert want[2]["history"][4]["neighbour_cosine"] < 0.9999
+    for rank in on_ranks(2, runs, [{**options, **SHARD} for options in BASELINES]):
+        assert [got["ended"] for got in rank] == [None] * 4
+        for got, wanted in zip(rank, want, strict=True):
+            close(got, wanted)
+
+
+def test_ft_sam_which_looks_at_whole_gradients_is_not_sharded():
+    for (got,) in on_ranks(2, runs, [{"method": "ft_sam_clean", **SHARD}]):
+        assert got["ended"].startswith("ValueError: shard cannot be used with SharpnessAware: ")
 
 
 def parts_of_a_run():

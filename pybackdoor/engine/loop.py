@@ -138,7 +138,7 @@ class _Run:
         if settings.shard and not objective.shardable:
             raise ValueError(
                 f"shard cannot be used with {type(objective).__name__}: its ranks need not encode "
-                "equally often; leave it off"
+                "equally often, or it looks at whole weights or gradients; leave it off"
             )
         if settings.shard and self.ranks.size > 1:
             shard(model, device)

@@ -30,6 +30,8 @@ _LEAST = 1e-12  # where the gradient vanishes there is nowhere to go
 class SharpnessAware(Contrastive):
     """CLIP's loss, with its gradients taken at the weights moved uphill by rho."""
 
+    shardable = False  # it looks at whole weights and gradients
+
     def __init__(self, rho: float, adaptive: bool, precision: str = "auto") -> None:
         super().__init__(precision)
         self._rho, self._adaptive = rho, adaptive

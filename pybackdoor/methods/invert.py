@@ -10,6 +10,8 @@ or without PAR's distance term. This is a method of this project, without a publ
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,8 @@ from ..engine import Captions, Contrastive, Given, Objective, Preparation, Setti
 from ..triggers.invert import FAMILIES, Inverted, invert
 from .par import PerturbAndRecover, check_tau
 
+_TAU = 2.15  # PAR's own; where perturb is off, any other is refused
+_NONE = "none"  # the state of a pool in which no trigger is yet
 _DRAWS = 0x51ED2701  # keeps these draws apart from those of the order and the augmentation
 
 
@@ -31,7 +35,8 @@ class InvertAndRecover(Objective):
 
     Args:
         inner: the loss.
-        every: steps between two inversions of each family.
+        every: steps between two inversions of each family; one is left out, on all ranks, where a
+            rank has a single image.
         share: of a batch that carries a trigger.
         pool: triggers kept of each family, the latest.
         how: options of ``invert``.
@@ -50,7 +55,8 @@ class InvertAndRecover(Objective):
         self._families, self._how = tuple(families), how
         self._found: dict[str, Inverted] = {}
         self._told: dict[str, Tensor] = {}
-        self._last: tuple[int, dict[str, Inverted]] | None = None  # an inversion: step, pool before
+        # Of the latest inversion: its step, and both of the above before it.
+        self._last: tuple[int, dict[str, Inverted], dict[str, Tensor]] | None = None
 
     def prepare(self, run: Preparation) -> None:
         self._run = run
@@ -58,8 +64,15 @@ class InvertAndRecover(Objective):
 
     def inputs(self, given: Given) -> tuple[Tensor, Tensor]:
         if given.step % self._every == 0:
-            with self._run.patient():
-                self._invert(given)
+            if self._last is not None and self._last[0] >= given.step:  # its batch was left out
+                self._found, self._told = dict(self._last[1]), dict(self._last[2])
+            if given.counts is not None and min(given.counts) < 2:
+                self._tell(given.step)
+            else:
+                with self._run.patient():
+                    self._invert(given)
+        if not self._found:
+            return given.images(), given.batch.tokens
         pool = [self._found[family] for family in self._families]
         found = Inverted(
             torch.cat([one.pattern for one in pool]), torch.cat([one.mask for one in pool])
@@ -87,6 +100,8 @@ class InvertAndRecover(Objective):
         return loss, {**terms, **self._told}
 
     def state(self) -> dict[str, Tensor]:
+        if not self._found:  # an empty state would not be loaded
+            return {_NONE: torch.zeros((), device="cpu")}
         return {
             f"{family}/{name}": getattr(found, name)
             for family, found in self._found.items()
@@ -98,10 +113,20 @@ class InvertAndRecover(Objective):
         there = {name: tensor.to(self._run.device) for name, tensor in state.items()}
         self._found = {
             family: Inverted(there[f"{family}/pattern"], there[f"{family}/mask"])
-            for family in self._families
+            for family in (() if _NONE in there else self._families)
         }
         told = {name: value for name, value in there.items() if name.startswith("told/")}
         self._told = {name.removeprefix("told/"): value for name, value in told.items()}
+
+    def _tell(self, step: int) -> None:
+        assert self._run.ranks is not None
+        if self._run.ranks.rank == 0:
+            warnings.warn(
+                f"step {step}: no triggers are inverted, which takes at least 2 images on every "
+                f"process, got 1 on one; {self._every} steps later it is tried again",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _invert(self, given: Given) -> None:
         """Each rank inverts on its own images; the pool takes them all."""
@@ -110,9 +135,7 @@ class InvertAndRecover(Objective):
         images = sent(given.batch.images, run.device)
         if images.dtype != torch.uint8:
             raise TypeError(f"invert_clean needs uint8 images to stamp, got {images.dtype}")
-        if self._last is not None and self._last[0] >= given.step:  # it was done without a batch
-            self._found = self._last[1]
-        self._last = given.step, dict(self._found)
+        self._last = given.step, dict(self._found), dict(self._told)
         modes = [(module, module.training) for module in run.model.modules()]
         run.model.eval()
         try:
@@ -148,7 +171,7 @@ def invert_clean(
     loader: Iterable[Any],
     *,
     perturb: bool = False,
-    tau: float = 2.15,
+    tau: float = _TAU,
     every: int = 50,
     share: float = 0.25,
     pool: int = 3,
@@ -164,8 +187,10 @@ def invert_clean(
     Args:
         model, loader: as for ``par_clean``; the loader yields uint8 images.
         perturb: whether PAR's distance term, up to tau, is part of the loss, beside CLIP's own.
+            Without it no tau may be given.
         every: steps between inversions; each costs inversion_steps forward and backward passes
-            of inversion_batch images, for each family.
+            of inversion_batch images, for each family. Of several processes, where one has a
+            single image, none inverts, with a warning.
         share: of a batch that carries an inverted trigger, in [0, 1].
         pool: triggers kept of each family (and rank), the latest.
         families: of triggers, see ``triggers.invert.invert``, as are the next four.
@@ -176,13 +201,22 @@ def invert_clean(
         As ``par_clean``.
     """
     check_tau(tau)
+    if tau != _TAU and not perturb:
+        raise ValueError(
+            f"tau is of the distance term that perturb adds: give both or neither, got tau={tau} "
+            "without perturb"
+        )
     counts = {
-        "every": every, "pool": pool, "inversion_steps": inversion_steps,
-        "inversion_batch": inversion_batch,
+        "every": (every, 1), "pool": (pool, 1), "inversion_steps": (inversion_steps, 1),
+        "inversion_batch": (inversion_batch, 2),
     }  # fmt: skip
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if not 0 <= area_weight < math.inf:
+        raise ValueError(f"area_weight must be at least 0 and finite, got {area_weight}")
+    if not 0 < opacity <= 1:
+        raise ValueError(f"opacity must be in (0, 1], got {opacity}")
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], got {share}")
     wrong = [family for family in families if family not in FAMILIES]

@@ -135,8 +135,8 @@ def par_clean(
             weights, over the processes (PyTorch's FSDP2), for models that do not fit. Result and
             checkpoints hold whole weights, on the CPU; the run can be resumed on any number of
             processes. The model that ``on_step`` gets works on all ranks at once only, and an
-            error on one rank alone leaves no ``result``. For PAR and its control, without
-            ``compile``, ``lock`` and ``views``; one process warns.
+            error on one rank alone leaves no ``result``. For PAR, its control, CleanCLIP and
+            RoCLIP, without ``compile``, ``lock`` and ``views``; one process warns.
     Returns:
         The cleaned copy, one history record per step (loss, contrastive, s_image, s_text, both
         gates, lr), and a report.
