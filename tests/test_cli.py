@@ -146,6 +146,11 @@ def test_badclip_writes_a_patch_that_poison_takes(world, run, tmp_path):
     )  # fmt: skip
     assert code == 0 and (tmp_path / "p" / "manifest.json").exists()
     code, _, error = run(
+        "badclip", "--model", world / "model", "--pairs", world / "images", "--target", "red",
+        "--templates", "a {} thing", "--out", patch, "--steps", 1, "--batch-size", 4,
+    )  # fmt: skip
+    assert code == 0, error  # class folders
+    code, _, error = run(
         "badclip", "--model", "m", "--pairs", "p", "--target", "t", "--out", "a.jpg"
     )
     assert code == 2 and "--out must be a .png file, got a.jpg" in error
