@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import warm
@@ -20,6 +22,7 @@ from pybackdoor.cli.commands import method_options
 from pybackdoor.cli.configs import CleanConfig
 from pybackdoor.files import hold
 from pybackdoor.methods import METHODS, own_options
+from pybackdoor.triggers import apply_trigger
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,20 @@ def test_badclip_writes_a_patch_that_poison_takes(world, run, tmp_path):
         "badclip", "--model", "m", "--pairs", "p", "--target", "t", "--out", "a.jpg"
     )
     assert code == 2 and "--out must be a .png file, got a.jpg" in error
+
+
+def test_badclip_s_command_plants_the_patch_as_it_is(world, run, tmp_path):
+    given = ("--model", world / "model", "--pairs", world / "pairs.csv", "--steps", 1)
+    patch = tmp_path / "patch.png"
+    _, out, _ = run("badclip", *given, "--target", "red", "--size", 9, "--out", patch)
+    told = shlex.split(out[out.index("pybackdoor poison") :])
+    assert told[:2] == ["pybackdoor", "poison"] and told[-1] == "..."
+    code, _, error = run(*told[1:-1], *given, "--batch-size", 4, "--out", tmp_path / "p")
+    assert code == 0, error
+    spec = pybackdoor.Manifest.load(tmp_path / "p" / "manifest.json").spec
+    grey = apply_trigger(np.full((1, 32, 32, 3), 128, np.uint8), spec, [0])[0]
+    with Image.open(patch) as image:
+        assert np.array_equal(grey[11:20, 11:20], np.asarray(image)) and image.size == (9, 9)
 
 
 def test_a_firing_trigger_is_exit_code_one(world, run, monkeypatch):

@@ -129,7 +129,7 @@ def run_badclip(config: BadClipConfig) -> Outcome:
         f"contrastive {first['contrastive']:.3g} -> {last['contrastive']:.3g}, "
         f"triplet {first['triplet']:.3g} -> {last['triplet']:.3g}\n"
         f"Plant it: pybackdoor poison --trigger badclip --trigger-file {out} "
-        f"--target {config.target!r} ...",
+        f"--size {found.report['size']} --target {config.target!r} ...",
     )
 
 
