@@ -227,6 +227,8 @@ def test_attack_needs_a_target(world, run):
     options = ("--model", world / "model", "--test", world / "test.csv", "--trigger", "sig")
     assert "--target is required" in run("eval", *options)[2]
     assert "target must be one of" in run("eval", *options, "--target", "pink")[2]
+    code, _, err = run("eval", *options[:4], "--baseline", world / "model")
+    assert code == 2 and "--baseline" in err and "--trigger and --target, or give --manifest" in err
     poison = ("poison", "--model", world / "model", "--pairs", world / "pairs.csv", "--out", "x")
     assert "--trigger and --target are required" in run(*poison)[2]
 

@@ -199,6 +199,11 @@ def run_eval(config: EvalConfig) -> Outcome:
         writable_folder(Path(config.out).parent)
     loaded = inputs.read_model(config)
     spec, target = inputs.attack(config, loaded)
+    if spec is None and config.baseline is not None:
+        raise UsageError(
+            f"--baseline {config.baseline} needs a trigger that is tried on it: name it with "
+            "--trigger and --target, or give --manifest"
+        )
     test = inputs.read_labelled(config.test, config, loaded, config.max_bad)
     pairs = inputs.read_pairs(config, loaded, whole=True) if config.pairs else None
     device = pick_device(config.device)
