@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import data
+from ..data.tables import IMAGE_KEYS
 from ..engine import pick_device
 from ..manifest import Manifest
 from ..models import MANIFEST, LoadedModel, is_architecture, load
@@ -87,11 +88,16 @@ def pairs_kind(source: str) -> str:
 def read_labelled(
     path: str, config: PoisonConfig | EvalConfig, loaded: LoadedModel, max_bad: float | None = None
 ) -> data.Labelled:
-    """A labelled set at the model's size: a csv, or a folder of class folders."""
+    """A labelled set at the model's size: a csv, or a folder of class folders.
+
+    A csv's images stand under --image-key, as those of the pairs do, or else under a known name.
+    """
     common = _decoding(config, loaded) | {"max_bad": max_bad, "classes": config.classes}
     if Path(path).is_dir():
         return data.labelled_from_folder(path, **common)
-    return data.labelled_from_csv(path, image_key=config.image_key, **common)
+    own = () if config.image_key is None else (config.image_key,)
+    keys = tuple(dict.fromkeys((*own, *IMAGE_KEYS)))
+    return data.labelled_from_csv(path, image_key=keys, **common)
 
 
 def templates(config: PromptOptions) -> str | tuple[str, ...]:

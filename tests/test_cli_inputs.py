@@ -1,0 +1,47 @@
+"""What the files and models that one command is given need to have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_world import make_world
+
+from pybackdoor.cli import main
+
+HEADERS = {"pairs": "caption", "test": "label"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Run a command; returns (exit code, standard output, standard error)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("header", ["image", "photo"])
+def test_the_pairs_column_of_images_need_not_be_that_of_the_test(world, run, tmp_path, header):
+    lines = {name: (world / f"{name}.csv").read_text().splitlines()[1:] for name in HEADERS}
+    for name, key in (("pairs", "photo"), ("test", header)):
+        there = "\n".join([f"{key},{HEADERS[name]}", *(f"{world}/{line}" for line in lines[name])])
+        (tmp_path / f"{name}.csv").write_text(there)
+    given = ("--model", world / "model", "--pairs", tmp_path / "pairs.csv", "--image-key", "photo")
+    code, _, err = run(
+        "poison", *given, "--test", tmp_path / "test.csv", "--trigger", "checkerboard", "--target",
+        "blue", "--rate", 0.2, "--steps", 1, "--batch-size", 16, "--out", tmp_path / "p",
+    )  # fmt: skip
+    assert code == 1 and not err, err  # nothing is planted in one step
+    (tmp_path / "test.csv").write_text("picture,label\n0.png,red")
+    code, _, err = run("eval", *given, "--test", tmp_path / "test.csv")
+    assert code == 2 and "must have a column 'photo' or 'image' or 'filepath'" in err
+    assert "got the header ['picture', 'label']" in err
