@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from cli_world import make_world
+from cli_world import cleaning, make_world
 
 from pybackdoor.cli import main
 
@@ -45,3 +46,28 @@ def test_the_pairs_column_of_images_need_not_be_that_of_the_test(world, run, tmp
     code, _, err = run("eval", *given, "--test", tmp_path / "test.csv")
     assert code == 2 and "must have a column 'photo' or 'image' or 'filepath'" in err
     assert "got the header ['picture', 'label']" in err
+
+
+def test_broken_pairs_are_told_of_both_sources(world, run, tmp_path):
+    for name, broken in (("pairs", 1), ("retain", 2)):
+        lines = (world / "pairs.csv").read_text().splitlines()
+        without = [f"{line.partition(',')[0]}," for line in lines[1 : 1 + broken]]
+        (world / f"{name}_broken.csv").write_text("\n".join([*lines, *without]))
+    ubt = (
+        "--method",
+        "ubt",
+        "--k",
+        8,
+        "--gate-excess",
+        1.9,
+        "--retain",
+        world / "retain_broken.csv",
+    )
+    given = [*cleaning(world, tmp_path / "out", *ubt), "--max-bad", 0.1]
+    given[given.index(world / "pairs.csv")] = world / "pairs_broken.csv"
+    code, out, err = run(*given)
+    assert code == 0, err
+    assert "\n1 pairs could not be used: see " in out
+    assert "\n2 pairs of --retain could not be used: see " in out
+    found = json.loads(run(*given, "--json")[1])
+    assert (found["left_out"], found["left_out_of_retain"]) == (1, 2)

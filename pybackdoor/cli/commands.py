@@ -146,11 +146,12 @@ def run_clean(config: CleanConfig) -> Outcome:
     pairs = inputs.read_pairs(config, loaded)
     manifest = inputs.read_manifest(config.manifest, config.model)
     loader = PairLoader(pairs, loaded.tokenizer, batch_size=config.batch_size, seed=config.seed)
-    own = method_options(config)
+    own, sources = method_options(config), [("left_out", "pairs", pairs)]
     if config.retain is not None:
         if config.method != "ubt":
             raise UsageError(f"--retain is for --method ubt alone, got it with {config.method}")
         retain = inputs.read_pairs(replace(config, pairs=config.retain), loaded)
+        sources.append(("left_out_of_retain", "pairs of --retain", retain))
         own["retain_loader"] = PairLoader(
             retain, loaded.tokenizer, batch_size=config.batch_size, seed=config.seed
         )
@@ -179,9 +180,10 @@ def run_clean(config: CleanConfig) -> Outcome:
         )  # fmt: skip
         run.finish(result)
     text, answer = _cleaning_text(config.out, result), {"out": config.out, **result.report}
-    if pairs.ledger:  # None, or empty
-        answer["left_out"] = len(pairs.ledger)
-        text += f"\n{len(pairs.ledger)} pairs could not be used: see {pairs.ledger.path}"
+    for name, which, source in sources:
+        if source.ledger:  # None, or empty
+            answer[name] = len(source.ledger)
+            text += f"\n{len(source.ledger)} {which} could not be used: see {source.ledger.path}"
     return Outcome(0, answer, text)
 
 
