@@ -124,7 +124,7 @@ def evaluate(
     Args:
         model: evaluated on the device it is on, with the clean transform.
         data: labelled uint8 images at the model's size.
-        tokenizer: list of strings -> [n, L] tokens.
+        tokenizer: list of strings -> [n, L] tokens, of all the models.
         templates: prompts with ``{}`` for the class name, or the name of a set in ``TEMPLATES``;
             one head per model from all of them.
         trigger, target: the attack: the trigger and the class it should yield, together or neither.

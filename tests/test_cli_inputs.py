@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from cli_world import cleaning, make_world
+from clip_models import MODEL_CFG, tiny_config, tiny_hf, tokenizer_files
 
 from pybackdoor.cli import main
+from pybackdoor.models import create, save
 
 HEADERS = {"pairs": "caption", "test": "label"}
 
@@ -71,3 +73,23 @@ def test_broken_pairs_are_told_of_both_sources(world, run, tmp_path):
     assert "\n2 pairs of --retain could not be used: see " in out
     found = json.loads(run(*given, "--json")[1])
     assert (found["left_out"], found["left_out_of_retain"]) == (1, 2)
+
+
+def test_a_model_of_another_tokenizer_is_not_compared(world, run, tmp_path):
+    pytest.importorskip("transformers")
+    tiny_hf(vocab_size=49408).save_pretrained(tmp_path / "hf")
+    letters = tokenizer_files(tmp_path / "hf")
+    attack = ("--trigger", "checkerboard", "--target", "red")
+    given = ("eval", "--model", world / "model", "--test", world / "test.csv", *attack)
+    for option in ("baseline", "reference"):
+        code, _, err = run(*given, f"--{option}", letters)
+        wanted = f"--{option} must have the tokenizer of --model, got one that makes other tokens"
+        assert code == 2 and f"{wanted} of 'a photo of a blue.'" in err
+        assert run(*given, f"--{option}", world / "model")[0] == 0
+    short = tiny_config(text_cfg=MODEL_CFG["text_cfg"] | {"context_length": 12})
+    save(create(short), tmp_path / "short")
+    code, _, err = run(
+        "detect", "--model", world / "model", "--pairs", world / "pairs.csv", "--method", "gain",
+        "--overfit", tmp_path / "short", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 2 and "--overfit must take 16 tokens, as --model does, got 12" in err

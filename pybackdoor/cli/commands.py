@@ -208,12 +208,12 @@ def run_eval(config: EvalConfig) -> Outcome:
         )
     test = inputs.read_labelled(config.test, config, loaded, config.max_bad)
     pairs = inputs.read_pairs(config, loaded, whole=True) if config.pairs else None
-    device = pick_device(config.device)
-    others = {
-        name: load(source).model.to(device)
-        for name, source in (("baseline", config.baseline), ("reference", config.reference))
-        if source is not None
-    }
+    device, others = pick_device(config.device), {}
+    for name, source in (("baseline", config.baseline), ("reference", config.reference)):
+        if source is not None:
+            other = load(source)
+            inputs.refuse_other_tokens(name, other, loaded, inputs.prompts(config, test))
+            others[name] = other.model.to(device)
     found = evaluate(
         loaded.model.to(device), test, tokenizer=loaded.tokenizer,
         templates=inputs.templates(config), trigger=spec, target=target, pairs=pairs,

@@ -79,6 +79,8 @@ def detect(config: DetectConfig) -> tuple[dict[str, Any], str]:
             f"{overfit.preprocess}"
         )
     pairs, truth = inputs.read_pairs(config, loaded), None
+    if overfit is not None:
+        inputs.refuse_other_tokens("overfit", overfit, loaded, pairs.captions)
     top = max(1, round(SHARE * len(pairs))) if config.top is None else config.top
     if not 1 <= top < len(pairs):
         raise UsageError(f"--top must be in 1..{len(pairs) - 1}, of {len(pairs)} pairs, got {top}")
