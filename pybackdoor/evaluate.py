@@ -124,11 +124,11 @@ def evaluate(
     Args:
         model: evaluated on the device it is on, with the clean transform.
         data: labelled uint8 images at the model's size.
-        tokenizer: list of strings -> [n, L] tokens.
+        tokenizer: list of strings -> [n, L] tokens, of all the models.
         templates: prompts with ``{}`` for the class name, or the name of a set in ``TEMPLATES``;
             one head per model from all of them.
         trigger, target: the attack: the trigger and the class it should yield, together or neither.
-        baseline: a clean model, for baseline_asr.
+        baseline: a clean model, for baseline_asr; only beside trigger and target.
         reference: the model before cleaning, for drift (on clean images and class prompts) and
             for how its stored embeddings fare with the model's.
         pairs: image-caption pairs, for retrieval R@1/5/10; equal captions all count as hits.
@@ -146,6 +146,8 @@ def evaluate(
         )
     if not callable(tokenizer):
         raise TypeError(f"tokenizer must take a list of strings, got {tokenizer!r}")
+    if baseline is not None and trigger is None and target is None:
+        raise ValueError("evaluate: baseline needs trigger and target, got neither of them")
     options = {"batch_size": batch_size, "precision": precision}
     reader = FeatureReader(model, tokenizer, mean=mean, std=std, **options)
 

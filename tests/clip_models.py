@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ def tiny_hf(**text: Any):
         projection_dim=32,
     )
     return CLIPModel(config).eval()
+
+
+def tokenizer_files(folder: Path) -> Path:
+    """A CLIP byte-pair vocabulary of 100 entries and no merges."""
+    letters = (string.ascii_lowercase + string.digits + string.punctuation)[:49]
+    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
 
 
 def tiny(seed: int = 0, **changes: Any) -> LoadedModel:

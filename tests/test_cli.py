@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import warm
@@ -20,6 +22,7 @@ from pybackdoor.cli.commands import method_options
 from pybackdoor.cli.configs import CleanConfig
 from pybackdoor.files import hold
 from pybackdoor.methods import METHODS, own_options
+from pybackdoor.triggers import apply_trigger
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +151,28 @@ def test_badclip_writes_a_patch_that_poison_takes(world, run, tmp_path):
     )  # fmt: skip
     assert code == 0 and (tmp_path / "p" / "manifest.json").exists()
     code, _, error = run(
+        "badclip", "--model", world / "model", "--pairs", world / "images", "--target", "red",
+        "--templates", "a {} thing", "--out", patch, "--steps", 1, "--batch-size", 4,
+    )  # fmt: skip
+    assert code == 0, error  # class folders
+    code, _, error = run(
         "badclip", "--model", "m", "--pairs", "p", "--target", "t", "--out", "a.jpg"
     )
     assert code == 2 and "--out must be a .png file, got a.jpg" in error
+
+
+def test_badclip_s_command_plants_the_patch_as_it_is(world, run, tmp_path):
+    given = ("--model", world / "model", "--pairs", world / "pairs.csv", "--steps", 1)
+    patch = tmp_path / "patch.png"
+    _, out, _ = run("badclip", *given, "--target", "red", "--size", 9, "--out", patch)
+    told = shlex.split(out[out.index("pybackdoor poison") :])
+    assert told[:2] == ["pybackdoor", "poison"] and told[-1] == "..."
+    code, _, error = run(*told[1:-1], *given, "--batch-size", 4, "--out", tmp_path / "p")
+    assert code == 0, error
+    spec = pybackdoor.Manifest.load(tmp_path / "p" / "manifest.json").spec
+    grey = apply_trigger(np.full((1, 32, 32, 3), 128, np.uint8), spec, [0])[0]
+    with Image.open(patch) as image:
+        assert np.array_equal(grey[11:20, 11:20], np.asarray(image)) and image.size == (9, 9)
 
 
 def test_a_firing_trigger_is_exit_code_one(world, run, monkeypatch):
@@ -208,6 +230,8 @@ def test_attack_needs_a_target(world, run):
     options = ("--model", world / "model", "--test", world / "test.csv", "--trigger", "sig")
     assert "--target is required" in run("eval", *options)[2]
     assert "target must be one of" in run("eval", *options, "--target", "pink")[2]
+    code, _, err = run("eval", *options[:4], "--baseline", world / "model")
+    assert code == 2 and "--baseline" in err and "--trigger and --target, or give --manifest" in err
     poison = ("poison", "--model", world / "model", "--pairs", world / "pairs.csv", "--out", "x")
     assert "--trigger and --target are required" in run(*poison)[2]
 

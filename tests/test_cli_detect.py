@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,39 @@ def test_a_manifest_judges_the_scores(world, run, tmp_path):
     wanted = pybackdoor.detect_samples(model.model, poisoned, k=3, truth=truth).measures([3, 4])
     assert found["measures"] == wanted
     assert found["method"] == "dao" and found["schema"] == "pybackdoor.detection/1"
+
+
+@pytest.mark.parametrize(
+    "planted_rows, broken, told",
+    [
+        ([3, 7], [3, 7], "none of the 2 planted pairs has a usable image, and so a score."),
+        ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], "all 6 scored pairs are planted: there are no"),
+        ([*range(8)], [0, 1, 9, 10, 11], "Planted: 6 of the scored pairs (the manifest has 8)"),
+    ],
+)
+def test_what_cannot_be_judged_is_told(run, tmp_path, monkeypatch, planted_rows, broken, told):
+    monkeypatch.setattr("pybackdoor.cli.detect.outputs.suspects_picture", lambda *_: None)  # slow
+    rows = [f"{i}.png,picture {i}" for i in range(12)]
+    for i in range(12):
+        Image.fromarray(noise(32, 32, i)).save(tmp_path / f"{i}.png")
+    table = tmp_path / "p.csv"
+    table.write_text("\n".join(["image,caption", *rows]))
+    options = {"image_size": 32, "resize_mode": "squash", "cache": "none"}
+    pairs = pairs_from_csv(table, cache_dir=tmp_path / "c", **options)
+    spec = pybackdoor.trigger("checkerboard", size=20)
+    _, manifest = poison_pairs(pairs, spec, target="dog", count=12)
+    kept = [s for s in manifest.samples if s.id in planted_rows]
+    replace(manifest, samples=kept).save(tmp_path / "m.json")
+    for i in broken:
+        cut(tmp_path / f"{i}.png")
+    code, out, err = run("--pairs", table, "--manifest", tmp_path / "m.json", "--max-bad", 0.5)
+    assert code == 0 and told in out, err
+    found = json.loads((tmp_path / "out" / "detection.json").read_text())
+    assert ("measures" in found) == told.startswith("Planted")
+    assert ("not_judged" in found) != ("measures" in found)
+    assert found["samples_of_manifest"] == len(planted_rows)
+    if "measures" in found:
+        assert [at["k"] for at in found["measures"]["at"]] == [1, 6]
 
 
 def test_gain_takes_a_second_model(world, run, tmp_path):

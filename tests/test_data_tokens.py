@@ -6,7 +6,7 @@ import torch
 
 from pybackdoor.data import PairLoader, pairs_from_arrays
 from pybackdoor.data import tokens as tokens_module
-from pybackdoor.data.tokens import TokenTable
+from pybackdoor.data.tokens import TokenTable, caption_told_apart
 
 CAPTIONS = [
     "a photo of a dog.", "", "a a a a a a a a", "b" * 30, "a photo of a dog.", "Übergröße ☃",
@@ -83,6 +83,23 @@ def test_hugging_face_tokenizer(chunks_of_two, pad):
             )["input_ids"]
 
     assert TokenTable(["a b c a", "a"], Wrapped()).num_truncated == 1
+
+
+def test_tokenizers_are_compared_by_their_tokens_but_not_their_padding():
+    own, other = (hugging_face(pad_token=pad, model_max_length=5) for pad in ("<pad>", "</s>"))
+    texts = ["a", "a b c", "a b c a", "c c c c c", "x"]
+    for pair in ((own, other), (other, own), (own, own)):
+        assert caption_told_apart(*pair, texts) is None
+    assert (
+        caption_told_apart(own, hugging_face(pad_token="<pad>", model_max_length=6), texts) == "a"
+    )
+
+    def without_b(captions):
+        return other([text.replace("b", "") for text in captions], padding="max_length",
+                     truncation=True, max_length=5, return_tensors="pt")["input_ids"]  # fmt: skip
+
+    assert caption_told_apart(own, without_b, texts) == "a b c"
+    assert caption_told_apart(without_b, own, ["a"] * 400 + ["a b"]) is None  # some are looked at
 
 
 def test_hugging_face_tokenizer_without_a_length():

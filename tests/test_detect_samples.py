@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -52,6 +53,15 @@ def test_neighbours_among_all(method):
     np.testing.assert_allclose(found.scores, wanted, rtol=1e-4, atol=1e-5)
     assert found.settings == {"k": 4, "reference": 0, "seed": 0, "precision": "fp32"}
     assert found.scores.dtype == np.float64 and np.array_equal(found.ids, pairs.ids)
+
+
+def test_settings_of_numpy_s_integers_are_json():
+    pairs = random_pairs()
+    given = {"k": np.int64(4), "reference": np.int32(20), "seed": np.uint8(3)}
+    found = detect(pairs, **given)
+    wanted = {"k": 4, "reference": 20, "seed": 3, "precision": "fp32"}
+    assert json.loads(json.dumps(found.settings)) == wanted
+    assert np.array_equal(found.scores, detect(pairs, k=4, reference=20, seed=3).scores)
 
 
 def test_neighbours_among_parts_of_the_pairs():
@@ -231,6 +241,9 @@ def test_planted_poison_is_put_in_again_and_found():
         ({"k": 60}, "k must be below the number of pairs with an image, 60, got 60"),
         ({"reference": 16}, "reference must be 0, for all pairs, or above k = 16.*got 16"),
         ({"reference": -1}, "reference must be 0.*got -1"),
+        ({"reference": 256.0}, "reference must be an integer for dao, got 256.0"),
+        ({"reference": False}, "reference must be an integer for dao, got False"),
+        ({"seed": 1.5}, "seed must be an integer for dao, got 1.5"),
         ({"method": "gain"}, "overfit.* is for gain alone, got none"),
         ({"overfit": DualEncoder()}, "overfit.* is for gain alone, got it with 'dao'"),
         ({"method": "gmm", "tokenizer": None}, "tokenizer is needed: gmm compares"),

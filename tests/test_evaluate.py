@@ -205,6 +205,8 @@ def test_bad_arguments_are_named():
         run(trigger=STAMP)
     with pytest.raises(ValueError, match="go together, got no trigger"):
         run(target="red")
+    with pytest.raises(ValueError, match="baseline needs trigger and target, got neither"):
+        run(baseline=ColourClip())
     with pytest.raises(ValueError, match="every image is of the target class"):
         run(shown=pictures([1, 1]), trigger=STAMP, target="green")
     with pytest.raises(ValueError, match="templates must contain"):

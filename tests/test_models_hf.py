@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import string
 import sys
 import types
 
@@ -13,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the [hf] extra: pip install 'pybackdoor[hf]'")
 
-from clip_models import MODEL_CFG, snapshot, tiny, tiny_hf
+from clip_models import MODEL_CFG, snapshot, tiny, tiny_hf, tokenizer_files
 from dual_encoder import DualEncoder
 
 from pybackdoor.models import (
@@ -31,15 +30,6 @@ from pybackdoor.models.hf import library
 
 TOKENS = torch.tensor([[98, 5, 6, 99, 1, 1], [98, 7, 99, 1, 1, 1]])
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def tokenizer_files(folder):
-    """A CLIP byte-pair vocabulary of 100 entries and no merges."""
-    letters = (string.ascii_lowercase + string.digits + string.punctuation)[:49]
-    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return folder
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def run_badclip(config: BadClipConfig) -> Outcome:
         f"contrastive {first['contrastive']:.3g} -> {last['contrastive']:.3g}, "
         f"triplet {first['triplet']:.3g} -> {last['triplet']:.3g}\n"
         f"Plant it: pybackdoor poison --trigger badclip --trigger-file {out} "
-        f"--target {config.target!r} ...",
+        f"--size {found.report['size']} --target {config.target!r} ...",
     )
 
 
@@ -146,11 +146,12 @@ def run_clean(config: CleanConfig) -> Outcome:
     pairs = inputs.read_pairs(config, loaded)
     manifest = inputs.read_manifest(config.manifest, config.model)
     loader = PairLoader(pairs, loaded.tokenizer, batch_size=config.batch_size, seed=config.seed)
-    own = method_options(config)
+    own, sources = method_options(config), [("left_out", "pairs", pairs)]
     if config.retain is not None:
         if config.method != "ubt":
             raise UsageError(f"--retain is for --method ubt alone, got it with {config.method}")
         retain = inputs.read_pairs(replace(config, pairs=config.retain), loaded)
+        sources.append(("left_out_of_retain", "pairs of --retain", retain))
         own["retain_loader"] = PairLoader(
             retain, loaded.tokenizer, batch_size=config.batch_size, seed=config.seed
         )
@@ -179,9 +180,10 @@ def run_clean(config: CleanConfig) -> Outcome:
         )  # fmt: skip
         run.finish(result)
     text, answer = _cleaning_text(config.out, result), {"out": config.out, **result.report}
-    if pairs.ledger:  # None, or empty
-        answer["left_out"] = len(pairs.ledger)
-        text += f"\n{len(pairs.ledger)} pairs could not be used: see {pairs.ledger.path}"
+    for name, which, source in sources:
+        if source.ledger:  # None, or empty
+            answer[name] = len(source.ledger)
+            text += f"\n{len(source.ledger)} {which} could not be used: see {source.ledger.path}"
     return Outcome(0, answer, text)
 
 
@@ -199,14 +201,19 @@ def run_eval(config: EvalConfig) -> Outcome:
         writable_folder(Path(config.out).parent)
     loaded = inputs.read_model(config)
     spec, target = inputs.attack(config, loaded)
+    if spec is None and config.baseline is not None:
+        raise UsageError(
+            f"--baseline {config.baseline} needs a trigger that is tried on it: name it with "
+            "--trigger and --target, or give --manifest"
+        )
     test = inputs.read_labelled(config.test, config, loaded, config.max_bad)
     pairs = inputs.read_pairs(config, loaded, whole=True) if config.pairs else None
-    device = pick_device(config.device)
-    others = {
-        name: load(source).model.to(device)
-        for name, source in (("baseline", config.baseline), ("reference", config.reference))
-        if source is not None
-    }
+    device, others = pick_device(config.device), {}
+    for name, source in (("baseline", config.baseline), ("reference", config.reference)):
+        if source is not None:
+            other = load(source)
+            inputs.refuse_other_tokens(name, other, loaded, inputs.prompts(config, test))
+            others[name] = other.model.to(device)
     found = evaluate(
         loaded.model.to(device), test, tokenizer=loaded.tokenizer,
         templates=inputs.templates(config), trigger=spec, target=target, pairs=pairs,

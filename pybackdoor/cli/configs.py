@@ -121,7 +121,7 @@ class PoisonConfig(ModelOptions, PairOptions, TriggerOptions, PromptOptions, Res
 
 
 @dataclass(frozen=True)
-class BadClipConfig(ModelOptions, PairOptions):
+class BadClipConfig(ModelOptions, PairOptions, PromptOptions):
     """Optimise BadCLIP's patch on a model; `poison --trigger badclip` then plants it."""
 
     out: str = option(REQUIRED, "PNG file for the patch; its report goes beside it as .json")

@@ -79,6 +79,8 @@ def detect(config: DetectConfig) -> tuple[dict[str, Any], str]:
             f"{overfit.preprocess}"
         )
     pairs, truth = inputs.read_pairs(config, loaded), None
+    if overfit is not None:
+        inputs.refuse_other_tokens("overfit", overfit, loaded, pairs.captions)
     top = max(1, round(SHARE * len(pairs))) if config.top is None else config.top
     if not 1 <= top < len(pairs):
         raise UsageError(f"--top must be in 1..{len(pairs) - 1}, of {len(pairs)} pairs, got {top}")
@@ -104,10 +106,23 @@ def detect(config: DetectConfig) -> tuple[dict[str, Any], str]:
         "kept": len(kept), "kept_file": str(_write_kept(out, config, pairs, kept)),
     }  # fmt: skip
     if truth is not None:
-        answer["measures"] = result.measures(sorted({len(suspects), int(truth.sum())}))
+        answer |= _judgement(result, truth, len(suspects))
         answer["samples_of_manifest"] = len(manifest.samples)
     write_json(out / "detection.json", answer | {"config": asdict(config)})
     return answer, _text(answer, result, pairs)
+
+
+def _judgement(result: DetectionResult, truth: np.ndarray, left_out: int) -> dict[str, Any]:
+    """How well the scores find what was planted, or why nothing says so."""
+    planted, scored = int(truth[result.order].sum()), len(result.order)
+    if 0 < planted < scored:
+        return {"measures": result.measures(sorted({left_out, planted}))}
+    if planted:
+        reason = f"all {scored:,} scored pairs are planted: there are no others to tell them from"
+    else:
+        count = int(truth.sum())
+        reason = f"none of the {count:,} planted pairs has a usable image, and so a score"
+    return {"not_judged": reason}
 
 
 def _write_kept(out: Path, config: DetectConfig, pairs: Pairs, rows: np.ndarray) -> Path:
@@ -149,6 +164,8 @@ def _text(answer: dict[str, Any], result: DetectionResult, pairs: Pairs) -> str:
         lines.append(_swing(settings["swing"]))
     if "measures" in answer:
         lines.append(_judged(answer))
+    elif "not_judged" in answer:
+        lines.append(f"The scores are not judged by the manifest: {answer['not_judged']}.")
     lines += ["", "Look at suspects.png: what do these pictures share that their captions do not?"]
     lines += _not_shown(answer, result, takes)
     return "\n".join(lines)

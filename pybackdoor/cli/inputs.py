@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from .. import data
+from ..data.tables import IMAGE_KEYS
+from ..data.templates import fill, resolve_templates
+from ..data.tokens import caption_told_apart
 from ..engine import pick_device
 from ..manifest import Manifest
 from ..models import MANIFEST, LoadedModel, is_architecture, load
@@ -87,17 +90,43 @@ def pairs_kind(source: str) -> str:
 def read_labelled(
     path: str, config: PoisonConfig | EvalConfig, loaded: LoadedModel, max_bad: float | None = None
 ) -> data.Labelled:
-    """A labelled set at the model's size: a csv, or a folder of class folders."""
+    """A labelled set at the model's size: a csv, or a folder of class folders.
+
+    A csv's images stand under --image-key, as those of the pairs do, or else under a known name.
+    """
     common = _decoding(config, loaded) | {"max_bad": max_bad, "classes": config.classes}
     if Path(path).is_dir():
         return data.labelled_from_folder(path, **common)
-    return data.labelled_from_csv(path, image_key=config.image_key, **common)
+    own = () if config.image_key is None else (config.image_key,)
+    keys = tuple(dict.fromkeys((*own, *IMAGE_KEYS)))
+    return data.labelled_from_csv(path, image_key=keys, **common)
+
+
+def refuse_other_tokens(
+    option: str, other: LoadedModel, loaded: LoadedModel, captions: Sequence[str]
+) -> None:
+    """A model that is measured beside another on these captions must read the same tokens."""
+    wanted, got = (each.tokenizer.context_length for each in (loaded, other))
+    if wanted != got:
+        raise UsageError(f"--{option} must take {wanted} tokens, as --model does, got {got}")
+    caption = caption_told_apart(loaded.tokenizer, other.tokenizer, captions)
+    if caption is not None:
+        raise UsageError(
+            f"--{option} must have the tokenizer of --model, got one that makes other tokens of "
+            f"{caption!r}"
+        )
 
 
 def templates(config: PromptOptions) -> str | tuple[str, ...]:
     """A set's name, or the prompts themselves."""
     one = len(config.templates) == 1
     return config.templates[0] if one else config.templates
+
+
+def prompts(config: PromptOptions, test: data.Labelled) -> list[str]:
+    """The captions of a labelled set's classes."""
+    forms = resolve_templates(templates(config))
+    return [fill(form, name) for name in test.classes for form in forms]
 
 
 def read_trigger(config: TriggerOptions) -> TriggerSpec:

@@ -89,7 +89,7 @@ def labelled_from_csv(
     classes: Sequence[str] | None = None,
     resize_mode: str = "shortest",
     interpolation: str = "bicubic",
-    image_key: str | None = None,
+    image_key: str | Sequence[str] | None = None,
     label_key: str | None = None,
     delimiter: str | None = None,
     root: str | Path | None = None,
@@ -103,6 +103,8 @@ def labelled_from_csv(
     Args:
         classes: class names in order; None = the labels' names, sorted. Labels are names, or
             numbers into classes.
+        image_key, label_key: column names, when the header has others; of several of the images,
+            the first that it has.
         max_bad: None = any bad row is an error; a share of the rows = leave out that many at
             most, counted in ``num_bad`` and listed in ``ledger``.
         The others as in `pairs_from_csv`.
@@ -302,8 +304,10 @@ def _image_files(folder: str) -> list[str]:
     return sorted(found)
 
 
-def _keys(explicit: str | None, known: Sequence[str]) -> Sequence[str]:
-    return known if explicit is None else (explicit,)
+def _keys(explicit: str | Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
+    if explicit is None:
+        return known
+    return (explicit,) if isinstance(explicit, str) else explicit
 
 
 def _resolved(images: list[str], table: Path, root: str | Path | None) -> list[str]:

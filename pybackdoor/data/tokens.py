@@ -235,10 +235,8 @@ def tokenizer_identity(tokenizer: Any, captions: Sequence[str]) -> str:
         vocabulary = None
     lengths = [getattr(t, n, None) for t in (tokenizer, inner) for n in _LENGTHS]
     clean = getattr(getattr(tokenizer, "clean_fn", None), "__qualname__", None)
-    middle = len(captions) // 2  # two runs: probes far apart would bring in half the file
-    probes = [*captions[:_PROBES], *captions[middle : middle + _PROBES]]
     call = adapted(tokenizer)
-    tokens = call(probes).tolist()
+    tokens = call(_probes(captions)).tolist()
     try:
         tokens += call(_HARD).tolist()
     except Exception as error:  # they are not the user's captions: it may refuse them
@@ -246,6 +244,26 @@ def tokenizer_identity(tokenizer: Any, captions: Sequence[str]) -> str:
     kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
     name = getattr(tokenizer, "__qualname__", None)  # of a function
     return hashed(kind, name, lengths, clean, vocabulary, tokens)
+
+
+def caption_told_apart(one: Any, two: Any, captions: Sequence[str]) -> str | None:
+    """The first of some of the captions that two tokenizers make other tokens of, or None.
+
+    What pads a row does not count: behind the end token no causal tower sees it, and open_clip and
+    transformers pad OpenAI's vocabulary differently.
+    """
+    probes = _probes(captions)
+    a, b = (adapted(tokenizer)(probes).numpy(force=True) for tokenizer in (one, two))  # [n, L]
+    if a.shape != b.shape:
+        return probes[0]
+    kept = a.shape[1] - np.maximum(_padding(a), _padding(b))  # of the row whose padding is longer
+    same = (a == b) | (np.arange(a.shape[1]) >= kept[:, None])
+    return next((probes[row] for row in np.flatnonzero(~same.all(1))), None)
+
+
+def _probes(captions: Sequence[str]) -> list[str]:
+    middle = len(captions) // 2  # two runs: probes far apart would bring in half the file
+    return [*captions[:_PROBES], *captions[middle : middle + _PROBES]]
 
 
 @dataclass(frozen=True)

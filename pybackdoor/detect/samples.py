@@ -203,7 +203,9 @@ def detect_samples(
             )
     scores = np.full(len(reading.ids), np.nan)
     if chosen.takes == "views":
-        found = chosen.function(reader, ImageRows(reader, suspects), suspects, k, progress)
+        found = chosen.function(
+            reader, ImageRows(reader, suspects), suspects, settings["k"], progress
+        )
         scores[reading.rows] = found.scores
         settings |= {"found": found.k, "word": found.word, "swing": found.swing}
     elif reading.images is not None:
@@ -239,18 +241,26 @@ def _settings(
             raise ValueError(f"reference is for methods of neighbours, got it with {name!r}")
         if not views and k is not None:
             raise ValueError(f"k is for methods of neighbours and fragility, got it with {name!r}")
-        if k is not None and (not isinstance(k, int | np.integer) or k < LEAST):
+        if k is not None and (not _is_integer(k) or k < LEAST):
             raise ValueError(f"k must be an integer of at least {LEAST} for {name}, got {k!r}")
-        return {"k": k} if views else {}
+        return {"k": None if k is None else int(k)} if views else {}
     k, reference = K if k is None else k, REFERENCE if reference is None else reference
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+    if not _is_integer(k) or k < 1:
         raise ValueError(f"k must be an integer of at least 1 for {name}, got {k!r}")
+    if not _is_integer(reference):
+        raise ValueError(f"reference must be an integer for {name}, got {reference!r}")
+    if not _is_integer(seed):
+        raise ValueError(f"seed must be an integer for {name}, got {seed!r}")
     if reference != WHOLE and reference <= k:
         raise ValueError(
             f"reference must be 0, for all pairs, or above k = {k}, since an image is no "
             f"neighbour of itself; got {reference}"
         )
-    return {"k": k, "reference": reference, "seed": seed}
+    return {"k": int(k), "reference": int(reference), "seed": int(seed)}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _models(
