@@ -28,34 +28,44 @@ INTRODUCTION = """# Quality
 Written by `python benchmarks/quality.py --report` from the cells that the same program computes;
 the rows are in `benchmarks/results/quality.json`. Do not edit.
 
-Each model is a small dual encoder trained with its backdoor, from scratch or, `pretrained`, from
+Each model is a small dual encoder trained with its backdoor: from scratch or, if `pretrained`, from
 towers that saw other data before, whose first layers stay as they were. The patch of `badclip` was
 found on the clean model of the same seed, without augmentation. Each defence gets the poisoned
-model and the same held-out clean pairs, and nothing of the attack; but `ubt` and `ubt_par` get the
-pairs that the model was trained on, poison included, and `par_procedural` generated pairs. CA is
-accuracy, ASR the share of triggered images of *other* classes that are predicted as the target, PA
-the accuracy of triggered images against their true labels; test images are as many of each class,
-so accuracies are macro accuracies. Figures are means over the seeds in %; brackets reach from the
-lowest lower to the highest upper bound of the seeds' 95 % intervals. Drift is the mean squared
-distance of unit embeddings to the poisoned model's, in [0, 4], image / text, before and after drift
-repair, which lets it grow where that keeps what stored embeddings find. Old index is the accuracy
-of stored old image embeddings under the cleaned model's class texts / of its images under stored
-old texts, probe that of a linear probe trained on old image embeddings and given new ones; the
-model's own are CA, and what the probe reaches on old ones (in parentheses). Repair changed no
-image's similarity to a class text by more than {changed:.0e} (logits: {logits:.0e}). Rebound is the
-highest ASR at {points} steps of further training on other clean pairs. Control is the CA, in
-points, that the same defence costs the clean model of the same seed. Seconds are of one core.
+model and the same held-out clean pairs, and nothing of the attack. Exceptions: `ubt` and `ubt_par`
+get the pairs that the model was trained on, poison included, and `par_procedural` gets generated
+pairs.
+
+Figures are means over the seeds in %; brackets reach from the lowest lower to the highest upper
+bound of the seeds' 95 % intervals. There are as many test images of each class, so accuracies are
+macro accuracies. The columns:
+
+- **CA**: accuracy on clean images.
+- **ASR**: share of triggered images of *other* classes that are predicted as the target.
+- **PA**: accuracy of triggered images against their true labels.
+- **drift**: mean squared distance of unit embeddings to the poisoned model's, in [0, 4],
+  image / text, before and after drift repair, which lets it grow where that keeps what stored
+  embeddings find.
+- **old index**: accuracy of stored old image embeddings under the cleaned model's class texts / of
+  the cleaned model's images under stored old texts; to be compared with CA.
+- **probe**: accuracy of a linear probe trained on old image embeddings and given new ones; in
+  parentheses what it reaches on old ones.
+- **rebound**: highest ASR at {points} steps of further training on other clean pairs.
+- **control**: CA, in points, that the same defence costs the clean model of the same seed.
+- **seconds**: of one core.
+
+Repair changed no image's similarity to a class text by more than {changed:.0e} (logits:
+{logits:.0e}).
 
 An attack counts as installed when its ASR exceeds {installed} %; one that does not is not cleaned.
-Settings were chosen on {tuning} alone, called the *tuning half* and marked (t), two of ten attacks;
-no other one had a part in that choice, but in how `ubt` searches (see there). `ubt`'s other
+Settings were chosen on {tuning} alone, two of ten attacks, called the *tuning half* and marked (t).
+No other attack had a part in that choice, except in how `ubt` searches (see there). `ubt`'s other
 settings come from trials whose figures were not kept. The models and images are small: what holds
 here need not hold for pretrained CLIP models.
 """
 
-OUTDATED = """Groups marked † hold, {n} in all, rows whose settings, or the code that they depend
-on, have changed since and which have not been computed anew; the models that they cleaned, of the
-same settings, were others, whose own CA their losses of CA are taken from."""
+OUTDATED = """Groups marked † hold, {n} in all, outdated rows: their settings, or the code that they
+depend on, have changed since, and they have not been computed anew. They cleaned other models,
+trained with the same settings; their losses of CA are measured from the CA of those models."""
 
 CHOICE = """## How the settings were chosen
 

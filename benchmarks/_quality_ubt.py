@@ -32,24 +32,24 @@ IMAGE = """The same with the small {arch} ({trained}). `image side`: the words a
 forgotten on the {share:g} % most suspicious patches of each image alone (`image_share`), in
 parentheses the share of the trigger's pixels that lie in them. ‡: any of the way cost too much
 accuracy, so that nothing is forgotten. Attacks that did not install: {failed}."""
-KEPT = """The rows above kept, beside what is forgotten, all but the 2 k most suspicious pairs. By
-fragility the less suspicious half alone of the word's other pairs is kept now: of one of the
-matrix's models of BadNet-Stripes (5 % poisoned) a quarter had been found, what was kept taught the
-rest anew, and 36 % of the ASR stayed; the rule was chosen in sight of it, and of no other figure.
-By it, of models trained anew ({steps}):"""
+KEPT = """For the rows above, the model went on training on all but the 2 k most suspicious pairs.
+Now, by fragility, only the less suspicious half of the word's other pairs is kept. The reason: on
+one of the matrix's models of BadNet-Stripes (5 % poisoned) a quarter of the poisoned pairs had been
+found, the kept pairs taught the model the rest anew, and 36 % of the ASR stayed. The rule was
+chosen in sight of this figure and of no other. With it, on models trained anew ({steps}):"""
 GATE = f"""The gate on separately trained models, `bench_ubt.py --gate-only`: how many pairs are
 poisoned is not given but found, as for a user. Lowest to highest of these runs: precision of the
 pairs found; excess of cohesion, of which the gate by fragility wants {EXCESS["fragility"]:g};
-swing, of which it wants {LEAST_SWING:g}. What the swing is was changed twice: after one of the
-clean models of seeds 0 to 8 had fired, before those from 9 on had been looked at; and after that of
-one model of BadNet-Stripes had been seen to depend on how many pairs were found. What it wants was
-0.5 until a clean model of seed 9 came as near as that. The poisoned model that was missed is one
-of which too many pairs were found, a third of them poisoned, too few for their cohesion, while its
-swing is that of the others."""
-SINCE = """Where the pairs found end was then chosen anew, on weak triggers of the two kinds that
-settings are chosen on, but in sight of the BadNet of seed 0 below, which a first rule had not
-helped; the rows above are of the search before, whose swing, by which clean models are stopped, is
-the same. BadNet by the search as it is, on models trained anew:"""
+swing, of which it wants {LEAST_SWING:g}. The definition of the swing was changed twice: after one
+of the clean models of seeds 0 to 8 had fired, before those from 9 on had been looked at; and after
+the swing of one model of BadNet-Stripes had been seen to depend on how many pairs were found. The
+threshold was 0.5 until a clean model of seed 9 came near to it. On the poisoned model that was
+missed too many pairs were found, of which only a third were poisoned: too few for their cohesion,
+while its swing is like that of the others."""
+SINCE = """The rule for how many pairs are found was then chosen anew, on weak triggers of the two
+kinds that settings are chosen on, but in sight of the BadNet of seed 0 below, which a first version
+had not helped. The rows above are of the search before that; its swing, by which clean models are
+stopped, is the same. BadNet by the search as it is now, on models trained anew:"""
 
 
 def sections(folder: Path) -> list[str]:

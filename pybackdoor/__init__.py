@@ -1,4 +1,4 @@
-"""Remove backdoors from CLIP models, and prove it."""
+"""Remove backdoors from CLIP models, and measure what is left."""
 
 from __future__ import annotations
 

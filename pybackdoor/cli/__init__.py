@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
     found = _Parser(
         prog="pybackdoor",
-        description="Remove backdoors from CLIP models, and prove it.",
+        description="Remove backdoors from CLIP models, and measure what is left.",
         epilog=teaching.ALL,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

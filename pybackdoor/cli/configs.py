@@ -31,7 +31,9 @@ class ModelOptions:
         None, "open_clip tag or weight file, when it is an architecture"
     )
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; default a GPU if there is one")
-    cache_dir: str | None = option(None, "folder of the decoded-image cache")
+    cache_dir: str | None = option(
+        None, "folder of the decoded-image cache (default: ~/.cache/pybackdoor/images)"
+    )
     progress: bool | None = option(None, "progress bars; default on a terminal")
 
 
@@ -189,7 +191,8 @@ class UbtOptions:
     )
     k: int | None = option(
         None,
-        "how many of the most suspicious of --pairs are judged and forgotten; default: found",
+        "how many of the most suspicious --pairs are judged and forgotten (default: by fragility "
+        "as many as it finds, else 256)",
     )
     rank: str | None = option(
         None, "how suspicion is measured (default: fragility)", choices=RANKINGS
@@ -199,12 +202,13 @@ class UbtOptions:
     )
     gate_excess: float | None = option(
         None,
-        "how much more alike than random ones the images must be (default: by rank)",
+        "how much more alike the suspicious images must be than random ones (default: set by "
+        "--rank)",
     )
     gate_swing: float | None = option(
         None,
-        "how clearly by fragility pairs must lose their word once disturbed (default: "
-        f"{LEAST_SWING:g})",
+        "by fragility, how clearly the suspicious pairs must be of one word and lose it once "
+        f"their image is disturbed (default: {LEAST_SWING:g})",
     )
     token_share: float = option(0.3, "share of a caption's words that is forgotten")
     image_share: float | None = option(

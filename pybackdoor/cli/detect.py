@@ -33,7 +33,7 @@ class DetectConfig(ModelOptions, PairOptions, PromptOptions):
     method: str | None = option(
         None,
         "how pairs are scored; see below (default: fragility where captions repeat, as those made "
-        "of class names do, else dao)",
+        "of class names do; else, or with --k or --reference, dao)",
     )
     top: int | None = option(
         None,

@@ -51,7 +51,7 @@ _EVAL = """examples:
   pybackdoor eval --model cleaned --test val.csv --reference poisoned --pairs held_out.csv
 
 exit code:
-  0  the trigger does not measurably fire, or none was given, which is no clean bill
+  0  the trigger does not measurably fire, or none was given; neither shows that a model is clean
   1  it fires: the interval of its ASR lies above that of images without it"""
 
 _DETECT = """what it is for:
