@@ -267,7 +267,9 @@ COMMANDS = {
     "eval": Command(EvalConfig.__doc__ or "", EvalConfig, run_eval),
     "detect": Command(detect.DetectConfig.__doc__ or "", detect.DetectConfig, run_detect),
     "bench": Command(bench.BenchConfig.__doc__ or "", bench.BenchConfig, run_bench),
-    "info": Command("Print what was built, and which backend each op takes.", InfoConfig, run_info),
+    "info": Command(
+        "Print what was built, which backend each op takes, and the triggers.", InfoConfig, run_info
+    ),
 }
 
 
