@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _quality_detect
 import _quality_ubt
 from _common import machine
 from _quality_cells import NO_ATTACK, NOT_INSTALLED, Work
@@ -139,6 +140,7 @@ def write_report(work: Work, out: Path) -> list[Path]:
         parts.append(section(data, arch, own, work.setting, picture.name if drawn else None))
         written += [picture] * drawn
     parts += _quality_ubt.sections(results.parent)
+    parts += _quality_detect.sections(results.parent)
     tuned = [json.loads(p.read_text()) for p in sorted(results.parent.glob("quality_tuning*.json"))]
     if tuned:
         parts.append(CHOICE.format(most=tuned[0]["most_ca_loss"]))

@@ -61,7 +61,7 @@ def load(path: Path) -> Document:
 OTHERS = {
     "quality.json", "quality_tuning.json", "quality_tuning_pretrained.json", "ubt.json",
     "ubt_vit.json", "ubt_gate.json", "ubt_gate_badnet.json", "ubt_found.json",
-    "ubt_kept.json",
+    "ubt_kept.json", "detect_planted.json",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import _quality_detect  # noqa: E402
 import _quality_summary as summary  # noqa: E402
 import _quality_ubt  # noqa: E402
 import tune_quality  # noqa: E402
@@ -221,3 +222,28 @@ def test_the_ubt_tables_hold_what_was_measured(tmp_path):
     *_, before, text, since = _quality_ubt.sections(tmp_path)
     assert before == rows and "chosen anew" in text and "trained anew:" in text
     assert [row.split(" | ")[5] for row in since.splitlines()[2:]] == ["1 of 1"]
+
+
+def test_the_detectors_table_holds_what_was_measured(tmp_path):
+    assert _quality_detect.sections(tmp_path) == []
+    common = {"k": 350, "precision": 0.25, "recall": 0.25, "cpu_seconds": 8.6}
+    cell = {
+        "attack": "sig", "seed": 1, "rate": 0.01, "half": "tuning", "status": INSTALLED,
+        "ca": {"value": 0.7}, "asr_nontarget": {"value": 0.99}, "steps": 2000, "pairs": 35000,
+        "runs": [
+            {"method": "dao", "reference": 256, "auroc": 0.5, **common},
+            {"method": "dao", "reference": 0, "auroc": 0.75, **common},
+            {"method": "fragility", "reference": None, "auroc": 1.0, "found": 340, "word": "ship",
+             **common},
+        ],
+    }  # fmt: skip
+    other = {**cell, "attack": "badnet", "half": "untouched", "runs": cell["runs"][:1]}
+    failed = {**cell, "attack": "text", "status": NOT_INSTALLED}
+    (tmp_path / _quality_detect.FILE).write_text(json.dumps({"cells": [failed, cell, other]}))
+    text, rows = _quality_detect.sections(tmp_path)
+    assert "trained on 35,000 CIFAR-10 pairs, 1 % of" in " ".join(text.split())
+    start = "| sig (t) | 1 | 2,000 | 70.0 | 99.0 |"
+    assert f"{start} dao | 256 | 0.500 | 0.250 | - | 9 |" in rows
+    assert f"{start} dao | all | 0.750 | 0.250 | - | 9 |" in rows
+    assert f"{start} fragility | - | 1.000 | 0.250 | 340 of ship | 9 |" in rows
+    assert "| badnet | 1 |" in rows and "text" not in rows
