@@ -161,6 +161,7 @@ def test_badclip_writes_a_patch_that_poison_takes(world, run, tmp_path):
     assert code == 2 and "--out must be a .png file, got a.jpg" in error
 
 
+@pytest.mark.filterwarnings("ignore:badclip_patch. wanted captions")  # one of each class
 def test_badclip_s_command_plants_the_patch_as_it_is(world, run, tmp_path):
     given = ("--model", world / "model", "--pairs", world / "pairs.csv", "--steps", 1)
     patch = tmp_path / "patch.png"
